@@ -1,0 +1,47 @@
+"""Pixels -> VAE moments -> latents -> pixels. The one owner of the VAE's scale factor.
+
+Two kinds of latents exist: *unscaled* posterior samples, which the feature fusion reads, and *scaled* ones
+(x 0.18215 for the SD VAE), which the DiT denoises and reads as its source.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+_AT_ONCE = 8  # pictures through the VAE at a time: its float32 activations are the peak of an inference run's memory
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The VAE's posterior: mean and standard deviation, float [B, 4, h, w]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Unscaled latents [B, 4, h, w] from standard normal noise of that shape."""
+        return self.mean + self.std * noise.to(self.mean)
+
+
+def downscale(vae: AutoencoderKL) -> int:
+    """Pixels a latent cell spans along one side (8)."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode(vae: AutoencoderKL, pixels_BCHW: Tensor) -> Moments:
+    """Moments of pictures, float [B, 3, H, W] in [-1, 1]."""
+    parts = [vae.encode(part.to(vae.dtype)).latent_dist for part in pixels_BCHW.split(_AT_ONCE)]
+    return Moments(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
+
+
+def scale(vae: AutoencoderKL, unscaled_BCHW: Tensor) -> Tensor:
+    """Unscaled posterior samples -> latents for the DiT."""
+    return unscaled_BCHW * vae.config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, scaled_BCHW: Tensor) -> Tensor:
+    """Scaled latents [B, 4, h, w] -> pixels, float [B, 3, H, W], about [-1, 1] (not clamped)."""
+    unscaled = (scaled_BCHW / vae.config.scaling_factor).to(vae.dtype)
+    return torch.cat([vae.decode(part).sample for part in unscaled.split(_AT_ONCE)])

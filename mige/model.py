@@ -1,0 +1,96 @@
+"""The trainable whole: multimodal encoder and DiT as one module.
+
+Letters: B samples, R pictures of all samples, L context positions, N patches, C channels; latents are [B, 4, h, w].
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor, nn
+from transformers import Blip2QFormerModel, Blip2VisionModel, T5EncoderModel
+
+from mige.condition import Condition
+from mige.encoder import MultimodalEncoder
+from mige.fusion import MIGEFusion
+from mige.instruction import Instruction
+
+
+class MIGEModel(nn.Module):
+    """Encoder and DiT. `forward` is the training pass; inference calls `encode` once and `denoise` at every step."""
+
+    def __init__(
+        self,
+        image_encoder: Blip2VisionModel,
+        qformer: Blip2QFormerModel,
+        fusion: MIGEFusion,
+        text_encoder: T5EncoderModel,
+        transformer: PixArtTransformer2DModel,
+    ):
+        super().__init__()
+        self.encoder = MultimodalEncoder(image_encoder, qformer, fusion, text_encoder)
+        self.transformer = transformer
+
+    def forward(
+        self,
+        x_t_BCHW: Tensor,
+        t_B: Tensor,
+        instructions: Sequence[Instruction],
+        vision_RCHW: Tensor,
+        references_RCHW: Tensor,
+        source_BCHW: Tensor,
+        drop_text_B: Tensor | bool = False,
+        drop_source_B: Tensor | bool = False,
+    ) -> Tensor:
+        """One training pass: encode, drop conditions, denoise -> [B, 8, h, w]; arguments as in `encode`, `denoise`."""
+        condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
+        condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
+        return self.denoise(x_t_BCHW, t_B, condition)
+
+    def encode(
+        self,
+        instructions: Sequence[Instruction],
+        vision_RCHW: Tensor,
+        references_RCHW: Tensor,
+        source_BCHW: Tensor,
+    ) -> Condition:
+        """Everything that does not depend on the timestep.
+
+        Args:
+            instructions: B of them, with R pictures in all.
+            vision_RCHW: float [R, 3, 224, 224], the pictures for the vision tower.
+            references_RCHW: float [R, 4, h', w'], *unscaled* VAE latents of the same pictures.
+            source_BCHW: float [B, 4, h, w], *scaled* latents of the source pictures, zeros for none.
+        """
+        patches_RNC = self.patchify(references_RCHW)
+        context_BLC, mask_BL = self.encoder(instructions, vision_RCHW, patches_RNC)
+        return Condition(context_BLC, mask_BL, source_BCHW)
+
+    def patchify(self, latents_RCHW: Tensor) -> Tensor:
+        """The DiT's own patch convolution without position table: [R, 4, h, w] -> [R, N, 1152]."""
+        conv = self.transformer.pos_embed.proj
+        weight, bias = conv.weight.to(latents_RCHW.device), conv.bias.to(latents_RCHW.device)  # DiT may be off-loaded
+        padded = torch.cat([latents_RCHW, torch.zeros_like(latents_RCHW)], dim=1).to(weight)  # no source beside it
+        return F.conv2d(padded, weight, bias, stride=conv.stride).flatten(2).transpose(1, 2)
+
+    def denoise(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """Noise estimate and variance interpolation, [B, 8, h, w], of noisy latents x at model times t (0..999, float)."""
+        latents = torch.cat([x_BCHW, condition.source_BCHW.to(x_BCHW)], dim=1)  # [B, 8, h, w]
+        return self.transformer(
+            latents.to(self.transformer.dtype),
+            encoder_hidden_states=condition.context_BLC.to(self.transformer.dtype),
+            encoder_attention_mask=condition.mask_BL,
+            timestep=t_B.to(self.timestep_dtype).float(),
+            return_dict=False,
+        )[0]
+
+    @property
+    def null_context(self) -> Tensor:
+        """Float [max_tokens, text width]: what a dropped prompt reads."""
+        return self.encoder.fusion.null_context
+
+    @property
+    def timestep_dtype(self) -> torch.dtype:
+        """The dtype timesteps are rounded to, a fact of the weights (see `MIGEFusion`)."""
+        return getattr(torch, self.encoder.fusion.config.timestep_dtype)

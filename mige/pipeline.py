@@ -1,0 +1,326 @@
+"""MIGEPipeline: prompts and pictures in, pictures out, as a diffusers pipeline.
+
+    pipe = MIGEPipeline.from_pretrained("output/pretrained_models/mige", dtype=torch.bfloat16).to("cuda")
+    image = pipe("a<imagehere>in the jungle", [dog], seed=0).images[0]
+    image = pipe("make the sky night in<imagehere>", source=photo).images[0]
+    image = pipe("replace the pencil in<imagehere>with<imagehere>", [photo, pen], source=photo).images[0]
+
+Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], pictures a side of 8 h.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, SchedulerMixin
+from PIL import Image
+from torch import Tensor
+from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from mige import checkpoint, guidance, images, latents, sampler
+from mige.condition import Condition
+from mige.encoder import prepare_vision_tower
+from mige.fusion import MIGEFusion
+from mige.instruction import Instruction, full_text, tokenize
+from mige.model import MIGEModel
+from mige.records import TASKS, Task
+
+Picture = Image.Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its pictures. The source, if any, is one of the references (the same object)."""
+
+    task: Task
+    prompt: str
+    references: tuple[Picture, ...]
+    source: Picture | None = None
+    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no placeholder
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """All random numbers of one sample, standard normal, float32 on the CPU."""
+
+    latent: Tensor  # [4, h, w]
+    references: tuple[Tensor, ...]  # one [4, h', w'] a reference: the VAE posterior's
+    source: Tensor  # [4, h, w]: the posterior's of a source that is encoded apart from its reference
+
+
+class MIGEPipeline(DiffusionPipeline):
+    """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
+
+    The scheduler may be replaced by any diffusers scheduler that predicts epsilon.
+    """
+
+    model_cpu_offload_seq = "image_encoder->qformer->fusion->text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        transformer: PixArtTransformer2DModel,
+        text_encoder: T5EncoderModel,
+        image_encoder: Blip2VisionModel,
+        qformer: Blip2QFormerModel,
+        fusion: MIGEFusion,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        prepare_vision_tower(image_encoder)
+        self.register_modules(
+            vae=vae,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            image_encoder=image_encoder,
+            qformer=qformer,
+            fusion=fusion,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | dict | None = None, **kwargs) -> "MIGEPipeline":
+        """Load a checkpoint folder, or a model of the hub by name.
+
+        Args:
+            dtype: a half-precision dtype is taken as the weights were trained: VAE float32, vision tower in the dtype
+                its products ran in, the rest as given. A dict names the dtype of each part, as in diffusers.
+
+        Raises CheckpointError if a part, a key or a shape is not as its config says.
+        """
+        folder = Path(path) if Path(path).is_dir() or Path(path).is_absolute() else Path(cls.download(str(path)))
+        checkpoint.verify(folder)
+        if isinstance(dtype, torch.dtype) and dtype.itemsize < 4:
+            trained = getattr(torch, MIGEFusion.load_config(folder / "fusion")["vision_dtype"])
+            dtype = {"default": dtype, "vae": torch.float32, "image_encoder": trained}
+        return super().from_pretrained(str(folder), dtype=dtype, **kwargs)
+
+    @property
+    def model(self) -> MIGEModel:
+        """The parts that compute, as the one module that training uses."""
+        return MIGEModel(self.image_encoder, self.qformer, self.fusion, self.text_encoder, self.transformer)
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures the DiT was trained on, and of all references (512)."""
+        return self.transformer.config.sample_size * latents.downscale(self.vae)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        references: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        source: Picture | Sequence[Picture] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        source_guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        output_type: str = "pil",
+        on_step: sampler.OnStep | None = None,
+    ) -> ImagePipelineOutput:
+        """Generate or edit. The task follows from the pictures: no source, subject-driven generation; a source that is
+        the only picture, editing; else subject-driven editing, with the source among the references.
+
+        Args:
+            prompt: one, or a list; `<imagehere>` stands for the references, in order.
+            references: pictures of the prompt; a list of lists for several prompts.
+            source: the picture to edit; a list for several prompts.
+            height, width: of the output in pixels, multiples of 16; the native size by default.
+            num_inference_steps, guidance_scale, source_guidance_scale: the official ones of the task by default.
+            seed: of the noise; for several prompts one each, or one that all samples share.
+            output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
+            on_step: called after every step with (step, latent, estimate of the final latent).
+
+        Raises ValueError for placeholders that don't match the references and for sizes off the grid.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        many = len(prompts)
+        references = [references or []] if isinstance(prompt, str) else references or [[]] * many
+        sources = [source] * many if source is None or isinstance(source, Picture) else list(source)
+        seeds = [seed] * many if isinstance(seed, int) else list(seed)
+        if not many == len(references) == len(sources) == len(seeds):
+            counts = f"{len(references)} lists of references, {len(sources)} sources, {len(seeds)} seeds"
+            raise ValueError(f"{many} prompts need as many of each, got {counts}")
+        samples = [make_sample(p, r, s) for p, r, s in zip(prompts, references, sources, strict=True)]
+        size = height or self.native_size, width or self.native_size
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        noise = [self.draw_noise(s, g, *size) for s, g in zip(samples, generators, strict=True)]
+        result = self.run(
+            samples,
+            noise,
+            steps=num_inference_steps,
+            text_guidance=guidance_scale,
+            source_guidance=source_guidance_scale,
+            on_step=on_step,
+        )
+        if output_type == "latent":
+            return ImagePipelineOutput(images=result)
+        pixels = self.decode(result)
+        pictures = images.to_pil(pixels) if output_type == "pil" else (pixels / 2 + 0.5).clamp(0, 1)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of the latent of an output of this size; raises ValueError for a size off the grid (16 px)."""
+        cell = latents.downscale(self.vae)
+        grid = cell * self.transformer.config.patch_size
+        if height < grid or width < grid or height % grid or width % grid:
+            raise ValueError(f"height and width must be multiples of {grid} px, got {height} x {width}")
+        return self.vae.config.latent_channels, height // cell, width // cell
+
+    def draw_noise(self, sample: Sample, generator: torch.Generator, height: int, width: int) -> SampleNoise:
+        """The sample's random numbers from its own generator, in a fixed order, on the CPU: alike on every device."""
+        latent = self.latent_shape(height, width)
+        shape = latent if sample.task is Task.EDIT else self.latent_shape(self.native_size, self.native_size)
+        return SampleNoise(
+            torch.randn(latent, generator=generator),
+            tuple(torch.randn(shape, generator=generator) for _ in sample.references),
+            torch.randn(latent, generator=generator),
+        )
+
+    @torch.no_grad()
+    def run(
+        self,
+        samples: Sequence[Sample],
+        noise: Sequence[SampleNoise],
+        *,
+        steps: int | None = None,
+        text_guidance: float | None = None,
+        source_guidance: float | None = None,
+        on_step: sampler.OnStep | None = None,
+    ) -> Tensor:
+        """Samples of one task -> final latents, float32 [B, 4, h, w]. The settings default to the official ones."""
+        task = samples[0].task
+        if any(sample.task is not task for sample in samples):
+            raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
+        official = TASKS[task]
+        text_guidance = official.guidance if text_guidance is None else text_guidance
+        source_guidance = official.source_guidance if source_guidance is None else source_guidance
+        chosen = guidance.branches(task, text_guidance, source_guidance)
+        condition = self.encode(samples, noise)  # once: it does not depend on the timestep
+        stacked = guidance.stack(condition, chosen, self.model.null_context.to(condition.context_BLC))
+        model = self.model
+
+        def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
+            repeated = x_BCHW.repeat(len(chosen), 1, 1, 1)
+            output = model.denoise(repeated, t.expand(len(repeated)), stacked)  # [branches * B, 8, h, w]
+            return guidance.combine(output[:, : x_BCHW.shape[1]], chosen)
+
+        start = torch.stack([n.latent for n in noise]).to(self._execution_device)
+        solve = self.scheduler.sample if isinstance(self.scheduler, sampler.DPMSolver2M) else self._foreign_sample
+        steps = steps or official.steps
+        with self.progress_bar(total=steps) as progress:
+
+            def advance(step: int, x: Tensor, x0: Tensor) -> None:
+                progress.update()
+                if on_step is not None:
+                    on_step(step, x, x0)
+
+            return solve(denoise, start, steps, advance)
+
+    def _foreign_sample(self, denoise, start: Tensor, steps: int, on_step: sampler.OnStep) -> Tensor:
+        return sampler.run_scheduler(self.scheduler, denoise, start, steps, on_step)
+
+    def encode(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Condition:
+        """Pictures and prompts of one task -> condition."""
+        instructions = [self.instruct(sample) for sample in samples]
+        unscaled = self._encode_references(samples, noise)  # [R, 4, h', w']
+        source_BCHW = self._encode_sources(samples, noise, unscaled)
+        slots = _slots(samples, instructions)
+        vision_RCHW = self._vision_pixels(samples)
+        return self.model.encode(instructions, _into(slots, vision_RCHW), _into(slots, unscaled), source_BCHW)
+
+    def instruct(self, sample: Sample) -> Instruction:
+        """Token ids of a sample's prompt; raises ValueError if its placeholders don't match its references."""
+        instruction = tokenize(full_text(sample.task, sample.prompt, sample.edit_type), self.tokenizer)
+        rewritten = sample.task is Task.EDIT and instruction.pictures >= 1 == len(sample.references)
+        if instruction.pictures != len(sample.references) and not rewritten:
+            raise ValueError(
+                f"prompt {sample.prompt!r}: {instruction.pictures} <imagehere>, {len(sample.references)} references; "
+                "write one for each reference (at most 88 words are read)"
+            )
+        return instruction
+
+    def _vision_pixels(self, samples: Sequence[Sample]) -> Tensor:
+        """All references as the vision tower takes them, [R, 3, 224, 224]."""
+        side = self.image_encoder.config.image_size
+        pixels = [images.vision_pixels(picture, side) for sample in samples for picture in sample.references]
+        return _stack(pixels, (3, side, side)).to(self._execution_device)
+
+    def _encode_references(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Tensor:
+        """Unscaled latents of all references, [R, 4, h', w']: the native size, or the output's where they are edited."""
+        draws = [draw for sample_noise in noise for draw in sample_noise.references]
+        if not draws:
+            return torch.zeros(0, *noise[0].latent.shape, device=self._execution_device)
+        fit = images.letterbox if TASKS[samples[0].task].letterbox else images.center_crop
+        return self._posterior([p for sample in samples for p in sample.references], fit, draws)
+
+    def _encode_sources(self, samples: Sequence[Sample], noise: Sequence[SampleNoise], references: Tensor) -> Tensor:
+        """Scaled latents of the pictures to edit, [B, 4, h, w]; zeros where a picture is made from nothing.
+
+        An edit reads one posterior sample as its reference and as its source; a subject edit draws a second one.
+        """
+        if samples[0].task is Task.SUBJECT:
+            return torch.zeros(len(samples), *noise[0].latent.shape, device=self._execution_device)
+        if samples[0].task is Task.EDIT:
+            return latents.scale(self.vae, references)
+        sources = self._posterior([s.source for s in samples], images.center_crop, [n.source for n in noise])
+        return latents.scale(self.vae, sources)
+
+    def _posterior(
+        self, pictures: Sequence[Picture], fit: Callable[[Picture, int, int], Picture], draws: Sequence[Tensor]
+    ) -> Tensor:
+        """One sample of the VAE's posterior of each picture, fitted to the size of its draw."""
+        height, width = (side * latents.downscale(self.vae) for side in draws[0].shape[1:])
+        pixels = torch.stack([images.to_pixels(fit(picture, height, width)) for picture in pictures])
+        moments = latents.encode(self.vae, pixels.to(self._execution_device))
+        return moments.sample(torch.stack(list(draws)).to(self._execution_device))
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Final latents -> pixels, float32 [B, 3, H, W], about [-1, 1]."""
+        return latents.decode(self.vae, latents_BCHW).float()
+
+
+def make_sample(
+    prompt: str, references: Sequence[Picture], source: Picture | None, edit_type: str | None = None
+) -> Sample:
+    """A sample whose task follows from its pictures; raises ValueError if the source is not among the references."""
+    if source is None:
+        return Sample(Task.SUBJECT, prompt, tuple(references))
+    references = tuple(references) or (source,)
+    if not any(reference is source for reference in references):
+        raise ValueError("the source must be among the references: <imagehere> stands for it too")
+    task = Task.EDIT if len(references) == 1 else Task.SUBJECT_EDIT
+    return Sample(task, prompt, references, source, edit_type)
+
+
+def _slots(samples: Sequence[Sample], instructions: Sequence[Instruction]) -> list[int | None]:
+    """For every picture slot of the instructions, the number of its reference among all; None for an empty slot.
+
+    Only an edit has empty ones: a prompt that mentions the picture again, as the official rewriting makes of two of
+    Emu Edit's, reads an all-zero picture there.
+    """
+    slots, first = [], 0
+    for sample, instruction in zip(samples, instructions, strict=True):
+        many = len(sample.references)
+        slots += [first + slot if slot < many else None for slot in range(instruction.pictures)]
+        first += many
+    return slots
+
+
+def _into(slots: Sequence[int | None], values_R: Tensor) -> Tensor:
+    """[R, ...] -> [slots, ...], zeros in the empty ones."""
+    if not slots:
+        return values_R
+    zero = torch.zeros_like(values_R[0])
+    return torch.stack([zero if slot is None else values_R[slot] for slot in slots])
+
+
+def _stack(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(list(tensors)) if tensors else torch.zeros(0, *shape)

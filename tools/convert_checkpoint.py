@@ -1,0 +1,72 @@
+"""Convert official weight files into a checkpoint folder, accounting for every key.
+
+    # the released weights
+    python tools/convert_checkpoint.py release --model model.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl \\
+        --output output/pretrained_models/mige
+    # the files that training starts from
+    python tools/convert_checkpoint.py training --pixart PixArt-XL-2-512x512.pth --eva eva_vit_g.pth \\
+        --blip2 blip2_pretrained_flant5xxl.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl --output output/pretrained_models/start
+
+Prints a line a key (official name -> ours); a file with a missing, unexpected or misshapen key is refused.
+--t5 needs only the tokenizer for `release`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from mige import config, convert
+from mige.checkpoint import verify, whole_folder
+from mige.pipeline import MIGEPipeline
+from mige.sampler import DPMSolver2M
+
+CONFIG = Path(__file__).parent.parent / "configs" / "mige_512.py"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    release = kinds.add_parser("release", help="the released model.pth")
+    release.add_argument("--model", type=Path, required=True, help="model.pth")
+    training = kinds.add_parser("training", help="the files training starts from")
+    for name in ("pixart", "eva", "blip2"):
+        training.add_argument(f"--{name}", type=Path, required=True)
+    training.add_argument("--seed", type=int, default=0, help="of what starts fresh: feature fusion, null context")
+    for kind in (release, training):
+        kind.add_argument("--vae", type=Path, required=True, help="folder in diffusers' layout")
+        kind.add_argument("--t5", type=Path, required=True, help="folder of t5-v1_1-xxl")
+        kind.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+        kind.add_argument("--config", type=Path, default=CONFIG, help="sizes (default: %(default)s)")
+        kind.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as in the files")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    sizes = config.load(args.config)
+    if args.kind == "release":
+        parts, report = convert.from_release(sizes, args.model, args.vae)
+    else:
+        parts, report = convert.from_training_files(
+            sizes, pixart=args.pixart, eva=args.eva, blip2=args.blip2, t5_dir=args.t5, vae_dir=args.vae, seed=args.seed
+        )
+    print("\n".join(report))
+    if args.dtype:
+        for name in parts.keys() - {"vae"}:
+            parts[name].to(getattr(torch, args.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(args.t5)
+    pipeline = MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
+    with whole_folder(args.output) as folder:
+        pipeline.save_pretrained(folder, max_shard_size="2GB")
+        verify(folder)
+    print(f"{args.output}: {len(report)} keys accounted for")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (convert.CheckpointError, config.ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")

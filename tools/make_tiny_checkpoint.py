@@ -1,0 +1,69 @@
+"""Write a tiny, seeded, untrained model in the *official* file layout, so that the demo and tests convert real files.
+
+    python tools/make_tiny_checkpoint.py output/tiny_official
+
+makes model.pth (as released), vae/ (diffusers' layout), t5/ (config, weights, spiece.model); sizes of configs/tiny.py.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from mige import config, convert
+from mige.checkpoint import whole_folder
+from mige.parts import build_parts
+
+EXTRA_IDS = 100  # T5's sentinel tokens come after the sentencepiece vocabulary
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """A sentencepiece model with T5's special ids, trained on sentences of the kind that prompts are made of."""
+    subjects = "cat dog cup flower rocket pencil astronaut pagoda teapot backpack toy car bear vase person".split()
+    places = ["in the jungle", "on the beach", "in the snow", "on a wooden table", "in front of a mountain", "at night"]
+    verbs = ["replace the", "remove the", "add a", "make the sky dark above the", "change the colour of the"]
+    templates = ["a {} {} next to a {}", "follow the instruction to edit the image: " + "{1} {0} and the {2}"]
+    sentences = [
+        template.format(subject, middle, other)
+        for subject, other in itertools.permutations(subjects, 2)
+        for template, middles in zip(templates, (places, verbs), strict=True)
+        for middle in middles
+    ]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=vocab_size - EXTRA_IDS,
+            hard_vocab_limit=False,
+            model_type="unigram",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny.py")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sizes = config.load(args.config).model
+    torch.manual_seed(args.seed)
+    parts = build_parts(sizes)
+    with whole_folder(args.folder) as folder:
+        released = dict(state_dict=convert.to_official(parts), optimizer={}, scheduler={}, epoch=0)
+        torch.save(released, folder / "model.pth")
+        parts["vae"].save_pretrained(folder / "vae")
+        parts["text_encoder"].save_pretrained(folder / "t5")
+        write_tokenizer(folder / "t5" / "spiece.model", sizes.text_encoder["vocab_size"])
+    print(f"{args.folder}: tiny, untrained model in the official layout")
+
+
+if __name__ == "__main__":
+    main()
