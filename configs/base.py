@@ -14,7 +14,8 @@ model = dict(
     image_encoder=dict(hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True),
     qformer=dict(
         max_position_embeddings=512,
-        cross_attention_frequency=2, layer_norm_eps=1e-12,
+        cross_attention_frequency=2,
+        layer_norm_eps=1e-12,
         hidden_act="gelu",
         use_qformer_text_input=False,
     ),

@@ -273,7 +273,9 @@ def from_training_files(
     fill(parts, state)
     parts["vae"] = load_vae(vae_dir)
     report += [str(piece) for piece in pieces(parts) if not re.fullmatch(_FRESH, piece.official[0])]
-    report += [f"fresh, seed {seed}  ->  {p.part}/{p.key}" for p in pieces(parts) if re.fullmatch(_FRESH, p.official[0])]
+    report += [
+        f"fresh, seed {seed}  ->  {p.part}/{p.key}" for p in pieces(parts) if re.fullmatch(_FRESH, p.official[0])
+    ]
     return parts, report
 
 

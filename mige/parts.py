@@ -20,7 +20,6 @@ from mige.config import ConfigError, ModelConfig
 from mige.encoder import prepare_vision_tower
 from mige.fusion import MIGEFusion
 
-
 _BUILDERS = {
     "transformer": lambda sizes: _call(PixArtTransformer2DModel, sizes, "transformer"),
     "text_encoder": lambda sizes: T5EncoderModel(_library_config(T5Config, sizes, "text_encoder")),

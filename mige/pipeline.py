@@ -8,6 +8,7 @@
 Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], pictures a side of 8 h.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,22 @@ class MIGEPipeline(DiffusionPipeline):
 
         Raises CheckpointError if a part, a key or a shape is not as its config says.
         """
-        folder = Path(path) if Path(path).is_dir() or Path(path).is_absolute() else Path(cls.download(str(path)))
+        folder = cls.locate(path)
         checkpoint.verify(folder)
         if isinstance(dtype, torch.dtype) and dtype.itemsize < 4:
             trained = getattr(torch, MIGEFusion.load_config(folder / "fusion")["vision_dtype"])
             dtype = {"default": dtype, "vae": torch.float32, "image_encoder": trained}
-        return super().from_pretrained(str(folder), dtype=dtype, **kwargs)
+        pipeline = super().from_pretrained(str(folder), dtype=dtype, **kwargs)
+        pipeline.transformer.pos_embed.to(
+            pipeline.transformer.dtype
+        )  # the table is computed in float32, trained in this
+        return pipeline
+
+    @classmethod
+    def locate(cls, path: str | Path) -> Path:
+        """The folder of a checkpoint: `path` itself if it is one, else the hub's model of that name, downloaded."""
+        is_hub_name = not Path(path).parent.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        return Path(cls.download(str(path))) if is_hub_name else Path(path)
 
     @property
     def model(self) -> MIGEModel:
@@ -149,7 +160,10 @@ class MIGEPipeline(DiffusionPipeline):
         samples = [make_sample(p, r, s) for p, r, s in zip(prompts, references, sources, strict=True)]
         size = height or self.native_size, width or self.native_size
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        noise = [self.draw_noise(s, g, *size) for s, g in zip(samples, generators, strict=True)]
+        noise = [
+            self.draw_noise(sample.task, len(sample.references), generator, *size)
+            for sample, generator in zip(samples, generators, strict=True)
+        ]
         result = self.run(
             samples,
             noise,
@@ -173,15 +187,22 @@ class MIGEPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be multiples of {grid} px, got {height} x {width}")
         return self.vae.config.latent_channels, height // cell, width // cell
 
-    def draw_noise(self, sample: Sample, generator: torch.Generator, height: int, width: int) -> SampleNoise:
-        """The sample's random numbers from its own generator, in a fixed order, on the CPU: alike on every device."""
+    def draw_noise(
+        self, task: Task, references: int, generator: torch.Generator, height: int, width: int
+    ) -> SampleNoise:
+        """A sample's random numbers from its own CPU generator, in a fixed order: alike on every device."""
         latent = self.latent_shape(height, width)
-        shape = latent if sample.task is Task.EDIT else self.latent_shape(self.native_size, self.native_size)
+        shape = self.reference_shape(task, height, width)
         return SampleNoise(
             torch.randn(latent, generator=generator),
-            tuple(torch.randn(shape, generator=generator) for _ in sample.references),
+            tuple(torch.randn(shape, generator=generator) for _ in range(references)),
             torch.randn(latent, generator=generator),
         )
+
+    def reference_shape(self, task: Task, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of a reference's latent: an edit's is the output's, other references have the native size."""
+        size = (height, width) if task is Task.EDIT else (self.native_size, self.native_size)
+        return self.latent_shape(*size)
 
     @torch.no_grad()
     def run(

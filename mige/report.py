@@ -33,8 +33,8 @@ TASK_NAMES = {
 class Case:
     """One row of a report: what went in, what was asked for, what came out.
 
-    `inputs` are (label, picture) pairs. A picture labelled "source" stands outside the text; the others are the references,
-    and the k-th `<imagehere>` of the instruction means the k-th of them.
+    `inputs` are (label, picture) pairs. A picture labelled "source" stands outside the text; the others are the
+    references, and the k-th `<imagehere>` of the instruction means the k-th of them.
     """
 
     title: str
@@ -60,6 +60,7 @@ def contact_sheet(cases: Sequence[Case], path: Path, *, note: str = "", tile: in
     """
     _require_cases(cases)
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = _Columns(tile, most_inputs=max(len(case.inputs) for case in cases))
     per_sheet = max(1, min(ROWS_PER_SHEET, SHEET_HEIGHT // (columns.row_height + GAP)))
     sheets = [cases[start : start + per_sheet] for start in range(0, len(cases), per_sheet)]
@@ -218,17 +219,19 @@ figure > a { display: block; border-radius: .4rem; background: var(--well); over
 figure img { display: block; width: 100%; height: auto; max-height: 32rem; object-fit: contain; }
 figcaption { margin-top: .3rem; color: var(--muted); font-size: .8rem; }
 .inputs { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; align-content: start; }
-.inputs img { aspect-ratio: 1; }
+.inputs:has(> :only-child) { grid-template-columns: minmax(0, 1fr); }
+.inputs figure:not(:only-child) img { aspect-ratio: 1; }
 .instruction { margin: .5rem 0; font-size: 1.1rem; line-height: 1.9; white-space: pre-line; }
 .detail { margin: 0; color: var(--muted); font-size: .8rem; }
 .chip { display: inline-flex; align-items: center; vertical-align: middle; height: 1.7rem; padding-right: .45rem;
   border: 1px solid var(--rule); border-radius: .4rem; background: var(--well); overflow: hidden; color: var(--accent);
   font-size: .8rem; font-weight: 600; line-height: 1; text-decoration: none; }
+.whole { white-space: nowrap; }
 .chip img { width: 1.7rem; height: 1.7rem; object-fit: cover; }
 .chip b { padding-left: .45rem; font-weight: 600; }
 @media (min-width: 60rem) {
   body { padding: 3rem 2.5rem 6rem; }
-  article { grid-template-columns: 5fr 5fr 6fr; gap: 1.75rem; padding: 1.5rem; }
+  article { grid-template-columns: 6fr 5fr 6fr; gap: 1.75rem; padding: 1.5rem; }
   .inputs { order: -1; }
   .inputs:has(> :nth-child(5)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 }
@@ -314,7 +317,8 @@ def _instruction(text: str, references: Sequence[tuple[str, str]]) -> str:
             chip = f'<a class="chip" href="{link}"><img src="{link}" alt="{escape(label)}"><b>{number}</b></a>'
         else:
             chip = f'<span class="chip"><b>{number}</b></span>'
-        html += [chip, escape(words)]
+        stop = re.match(r"[^\w\s]{0,3}", words).group()  # a comma stays on the line of its chip
+        html += [f'<span class="whole">{chip}{escape(stop)}</span>', escape(words[len(stop) :])]
     return "".join(html)
 
 
@@ -329,7 +333,7 @@ def _output(picture: Picture, folder: Path) -> tuple[str, tuple[int, int]]:
 
 
 def _store(image: Image.Image, folder: Path, suffix: str = ".jpg") -> tuple[str, tuple[int, int]]:
-    """Save a picture under a name made of its pixels, so one shared by many cases is kept once; return link and size."""
+    """Save a picture under a name made of its pixels, so that one shared by many cases is kept once: link and size."""
     name = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16] + suffix
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():

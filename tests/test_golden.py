@@ -162,7 +162,7 @@ def test_guided_sampling(name, task, steps, text, source):
 @pytest.mark.parametrize("steps", [6, 10, 20, 50, 60])
 def test_the_solver_alone(steps):
     got = DPMSolver2M().sample(lambda x, t: 0.98 * x - 0.05 * torch.cos(2 * x + 0.01 * t), GOLDEN["solver.z"], steps)
-    assert (got - GOLDEN[f"solver.out{steps}"]).abs().max() <= 1e-6
+    close(got, f"solver.out{steps}", 1e-6)  # the same bits where exp rounds as on the machine of the reference
 
 
 @pytest.mark.parametrize("steps", [20, 50, 60])
@@ -171,7 +171,7 @@ def test_the_schedules(steps):
     assert torch.equal(grid.model_time, GOLDEN[f"schedule{steps}.t_model"])
     assert torch.equal(grid.model_time.bfloat16().float(), GOLDEN[f"schedule{steps}.t_model_bf16"].float())
     for name, got in (("alpha", grid.alpha), ("sigma", grid.sigma), ("lambda", grid.lam)):
-        assert torch.equal(got, GOLDEN[f"schedule{steps}.{name}"]), name
+        torch.testing.assert_close(got, GOLDEN[f"schedule{steps}.{name}"], rtol=1e-6, atol=2e-7)  # exp: see above
 
 
 def test_losses_and_gradients():
@@ -195,7 +195,10 @@ def test_losses_and_gradients():
     assert len(wanted) == 11
     for name in wanted:
         official = name.removeprefix("out.gradnorm.")
-        ours = [grads[p.part, p.key] for p in convert.pieces(parts) if official in p.official and p.key in
-                dict(parts[p.part].named_parameters())]
+        ours = [
+            grads[p.part, p.key]
+            for p in convert.pieces(parts)
+            if official in p.official and p.key in dict(parts[p.part].named_parameters())
+        ]
         close(torch.cat([g.flatten() for g in ours]).norm().reshape(GOLDEN[name].shape), name)
     net.zero_grad()

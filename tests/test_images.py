@@ -174,6 +174,23 @@ def test_truncated_files_are_refused(tmp_path, monkeypatch, suffix, kept, tolera
         open_image(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged metadata
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tif", "bmp", "jp2", "avif", "ppm"])
+def test_damaged_files_raise_nothing_else(tmp_path, suffix):
+    path = saved(noise(24, 24), tmp_path / f"a.{suffix}")
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, min(len(whole), 400), 4):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert open_image(path).mode == "RGB"
+        except BadImageError:
+            refused += 1
+    assert refused
+
+
 def test_files_that_are_no_pictures(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("GET /picture.png 404")

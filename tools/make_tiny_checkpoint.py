@@ -21,7 +21,23 @@ EXTRA_IDS = 100  # T5's sentinel tokens come after the sentencepiece vocabulary
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
     """A sentencepiece model with T5's special ids, trained on sentences of the kind that prompts are made of."""
-    subjects = "cat dog cup flower rocket pencil astronaut pagoda teapot backpack toy car bear vase person".split()
+    subjects = [
+        "cat",
+        "dog",
+        "cup",
+        "flower",
+        "rocket",
+        "pencil",
+        "astronaut",
+        "pagoda",
+        "teapot",
+        "backpack",
+        "toy",
+        "car",
+        "bear",
+        "vase",
+        "person",
+    ]
     places = ["in the jungle", "on the beach", "in the snow", "on a wooden table", "in front of a mountain", "at night"]
     verbs = ["replace the", "remove the", "add a", "make the sky dark above the", "change the colour of the"]
     templates = ["a {} {} next to a {}", "follow the instruction to edit the image: " + "{1} {0} and the {2}"]

@@ -1,0 +1,96 @@
+"""Run MIGE on a file of records, or on one case from the command line.
+
+    python infer_scripts/infer.py --model output/pretrained_models/mige --records example_data/subject.json
+    python infer_scripts/infer.py --model output/pretrained_models/mige \\
+        --prompt "replace the cup in<imagehere>with the<imagehere>" \\
+        --reference coffee.jpg flower.jpg --source coffee.jpg --output output/my_cup
+
+Finished records are skipped on a second run. Nothing runs until every record is found good; with --keep-going the good
+ones run, the bad ones go to failures.jsonl, and the exit code is 3.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from mige import inference, records
+from mige.convert import CheckpointError
+from mige.pipeline import MIGEPipeline
+
+SOME_FAILED = 3
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub")
+    parser.add_argument("--records", nargs="+", type=Path, help=".json or .jsonl files")
+    parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
+    parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
+    parser.add_argument("--reference", nargs="+", default=[], help="one case: the pictures, in order")
+    parser.add_argument("--source", help="one case: the picture to edit")
+    parser.add_argument("--task", type=records.Task, choices=list(records.Task), help="insist on this task")
+    parser.add_argument("--output", type=Path, default=Path("output/infer"), help="run folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="default: 50 subject-driven, 60 edits")
+    parser.add_argument("--guidance", type=float, help="text guidance (default: 7 subject-driven, 5 edits)")
+    parser.add_argument("--source-guidance", type=float, help="default: 1")
+    parser.add_argument("--height", type=int, help="multiple of 16 px (default: the model's)")
+    parser.add_argument("--width", type=int, help="multiple of 16 px (default: the model's)")
+    parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--offload", action="store_true", help="keep each part on the GPU only while it computes")
+    parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
+    parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
+    parser.add_argument("--note", default="", help="a line on top of the result pages")
+    args = parser.parse_args()
+    if (args.records is None) == (args.prompt is None):
+        parser.error("give either --records or --prompt")
+    return args
+
+
+def read(args: argparse.Namespace) -> records.Report:
+    if args.records:
+        return records.read_records(args.records, root=args.root, task=args.task)
+    row = {"multi_prompt": args.prompt, "entity_path": args.reference, "source_path": [args.source] * bool(args.source)}
+    root = args.root or Path()
+    record, findings = records.make_record(row, where="command line", root=root, default_id="image", task=args.task)
+    return records.Report([record] if record else [], findings)
+
+
+def main() -> int:
+    args = parse()
+    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    settings = inference.Settings(
+        args.model,
+        dtype,
+        args.seed,
+        args.steps,
+        args.guidance,
+        args.source_guidance,
+        args.height,
+        args.width,
+        args.noise,
+    )
+    model = MIGEPipeline.locate(args.model)
+    report = inference.check(read(args), model)
+    if report.findings:
+        print(report.text(), file=sys.stderr)
+    if report.faults:
+        if not args.keep_going or not report.records:
+            return 1
+        print(f"listed in {inference.write_failures(report, args.output)}", file=sys.stderr)
+    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
+    inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)
+    print(f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}")
+    return SOME_FAILED if report.faults else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (inference.RunError, CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,322 @@
+"""A run: records through the pipeline into a folder that can be looked at, resumed and sent to somebody.
+
+The folder holds config.json, images/<id>.png, results.jsonl (a line a finished record), failures.jsonl where records
+were bad, contact_sheet.png and index.html.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import mige
+from mige import checkpoint, images
+from mige.fusion import MIGEFusion
+from mige.instruction import check_lengths
+from mige.pipeline import MIGEPipeline, Sample, SampleNoise
+from mige.records import TASKS, Record, Report, Task
+from mige.report import Case, contact_sheet, html_page
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says which records and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run's pictures look like. None: the official value of the record's task."""
+
+    model: str  # checkpoint folder or hub name
+    dtype: str  # of the weights: float32, bfloat16, float16
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    source_guidance: float | None = None
+    height: int | None = None  # pixels; None: the model's native size
+    width: int | None = None
+    noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
+
+    def __post_init__(self):
+        if self.noise not in ("record", "official"):
+            raise ValueError(f"noise must be 'record' or 'official', got {self.noise!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def check(report: Report, model: Path) -> Report:
+    """Everything that can be wrong, found before weights load: pictures and prompt lengths of the report's records.
+
+    Targets are not needed for inference and not opened. Returns a report whose records are all fit to run. Raises
+    CheckpointError if the model folder is not whole.
+    """
+    checkpoint.verify(model)
+    fusion = MIGEFusion.load_config(model / "fusion")
+    tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
+    findings = list(report.findings)
+    findings += images.check_images([replace(record, target=None) for record in report.records])
+    findings += check_lengths(report.records, tokenizer, fusion["num_queries"], fusion["max_tokens"])
+    bad = {finding.where for finding in findings if finding.fatal}
+    return Report([record for record in report.records if record.where not in bad], findings)
+
+
+def run(
+    records: Sequence[Record],
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    folder: Path,
+    *,
+    batch_size: int | None = None,
+    note: str = "",
+) -> None:
+    """Run the records that the folder has no picture of yet, then write the pages.
+
+    Args:
+        records: checked (see `check`); any mixture of tasks.
+        batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
+        note: a line shown on top of the pages.
+
+    Raises RunError if the folder was made with other settings or other records of the same ids, or memory is short.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    _claim(folder, settings)
+    results = _Results(folder, records)
+    todo = [record for record in records if record.id not in results.lines]
+    size = settings.height or pipeline.native_size, settings.width or pipeline.native_size
+    pipeline.latent_shape(*size)  # dies here if the size is off the grid
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo) as bar:
+        for task in Task:
+            batch = batch_size or TASKS[task].batch_size
+            pending = [record for record in todo if record.task is task]
+            every = [record for record in records if record.task is task]
+            for chunk, noise in _draw(pipeline, settings, every, pending, batch, size):
+                _run_chunk(pipeline, settings, chunk, noise, results, bar)
+    _write_pages(records, results, settings, folder, note)
+
+
+_BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+
+
+def _run_chunk(
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    chunk: Sequence[Record],
+    noise: Sequence[SampleNoise],
+    results: "_Results",
+    bar: tqdm,
+) -> None:
+    task = chunk[0].task
+    steps = settings.steps or TASKS[task].steps
+    started = time.perf_counter()
+    try:
+        final = pipeline.run(
+            [_load(record) for record in chunk],
+            noise,
+            steps=steps,
+            text_guidance=settings.guidance,
+            source_guidance=settings.source_guidance,
+            on_step=lambda *_: bar.update(len(chunk) / steps),
+        )
+        pictures = images.to_pil(pipeline.decode(final))
+    except torch.OutOfMemoryError as error:
+        names = ", ".join(record.id for record in chunk)
+        most = max(len(record.references) for record in chunk)
+        raise RunError(
+            f"out of memory on {names} ({len(chunk)} at a time, up to {most} references each): "
+            "give a smaller --batch-size, size or number of references"
+        ) from error
+    pipeline.maybe_free_model_hooks()
+    seconds = (time.perf_counter() - started) / len(chunk)
+    for record, picture in zip(chunk, pictures, strict=True):
+        results.add(record, picture, {**_resolved(settings, task), "size": picture.size, "seconds": round(seconds, 3)})
+
+
+def _load(record: Record) -> Sample:
+    """Open a record's pictures, each once: the source is the same object as its reference."""
+    opened = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
+    source = None if record.source is None else opened[record.source]
+    references = tuple(opened[path] for path in record.references)
+    return Sample(record.task, record.prompt, references, source, record.edit_type)
+
+
+def _resolved(settings: Settings, task: Task) -> dict[str, Any]:
+    official = TASKS[task]
+    return {
+        "seed": settings.seed,
+        "steps": settings.steps or official.steps,
+        "guidance": official.guidance if settings.guidance is None else settings.guidance,
+        "source_guidance": official.source_guidance if settings.source_guidance is None else settings.source_guidance,
+    }
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+def record_generator(seed: int, record_id: str) -> torch.Generator:
+    """A CPU generator that belongs to one record: no result depends on batch size, order or skipped records."""
+    digest = hashlib.sha256(f"{seed}:{record_id}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _draw(
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    every: Sequence[Record],
+    pending: Sequence[Record],
+    batch: int,
+    size: tuple[int, int],
+) -> Iterator[tuple[list[Record], list[SampleNoise]]]:
+    """Chunks of records of one task with their noise."""
+    if settings.noise == "official":
+        yield from _draw_official(pipeline, settings.seed, every, pending, batch, size)
+        return
+    for chunk in _chunks(pending, batch):
+        generators = [record_generator(settings.seed, record.id) for record in chunk]
+        yield (
+            chunk,
+            [
+                pipeline.draw_noise(record.task, len(record.references), generator, *size)
+                for record, generator in zip(chunk, generators, strict=True)
+            ],
+        )
+
+
+def _draw_official(
+    pipeline: MIGEPipeline,
+    seed: int,
+    every: Sequence[Record],
+    pending: Sequence[Record],
+    batch: int,
+    size: tuple[int, int],
+) -> Iterator[tuple[list[Record], list[SampleNoise]]]:
+    """The released scripts' noise: latents a whole chunk at once from the device's generator, seeded once a run.
+
+    Chunks are cut from all records, finished ones too, so that resuming does not shift anything. The VAE's noise comes
+    from the CPU generator after the scripts' 30 unused draws; there, building the model consumed that generator as well,
+    which depends on library versions, so only the latents are the released ones.
+    """
+    on_cpu = torch.Generator().manual_seed(seed)
+    for _ in range(30):
+        torch.randn(1, 4, 512, 512, generator=on_cpu)
+    device = pipeline._execution_device
+    on_device = torch.Generator(device).manual_seed(seed)
+    wanted = {record.id for record in pending}
+    for chunk in _chunks(every, batch):
+        start = torch.randn(len(chunk), *pipeline.latent_shape(*size), generator=on_device, device=device).cpu()
+        posterior = [pipeline.draw_noise(record.task, len(record.references), on_cpu, *size) for record in chunk]
+        noise = [replace(p, latent=latent) for p, latent in zip(posterior, start, strict=True)]
+        kept = [(record, n) for record, n in zip(chunk, noise, strict=True) if record.id in wanted]
+        if kept:
+            yield [record for record, _ in kept], [n for _, n in kept]
+
+
+def _chunks(records: Sequence[Record], size: int) -> Iterator[list[Record]]:
+    for first in range(0, len(records), size):
+        yield list(records[first : first + size])
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    """Write config.json, or find it equal: a folder never mixes settings."""
+    config = folder / "config.json"
+    ours = asdict(settings)
+    if config.exists():
+        theirs = json.loads(config.read_text())["settings"]
+        differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
+        if differing:
+            raise RunError(f"{folder} holds a run with other settings ({'; '.join(differing)}): use another --output")
+        return
+    versions = {"mige": mige.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
+    write_text(config, json.dumps({"settings": ours, "versions": versions}, indent=2) + "\n")
+
+
+class _Results:
+    """results.jsonl: a line a record, written after its picture; the truth about what is finished."""
+
+    def __init__(self, folder: Path, records: Sequence[Record]):
+        self.folder, self.path = folder, folder / "results.jsonl"
+        self.lines = {line["id"]: line for line in self._read() if (folder / line["image"]).is_file()}
+        for record in records:
+            line = self.lines.get(record.id)
+            if line and line["record"] != _identity(record):
+                raise RunError(
+                    f"{record.where}: {self.path} has a finished {record.id!r} with another prompt or other pictures: "
+                    "use another --output or another id"
+                )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines.values())
+        write_text(self.path, text)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        *whole, rest = self.path.read_text().split("\n")  # a line without its end was cut off by a kill
+        if rest:
+            print(f"{self.path}: the last line is incomplete, its record runs again")
+        return [json.loads(line) for line in whole]
+
+    def add(self, record: Record, picture: images.Image.Image, facts: Mapping[str, Any]) -> None:
+        name = f"images/{record.id}.png"
+        images.save_image(picture, self.folder / name)
+        line = {"id": record.id, "task": record.task, "image": name, "record": _identity(record), **facts}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines[record.id] = line
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    return {
+        "prompt": record.prompt,
+        "references": [str(path) for path in record.references],
+        "source": None if record.source is None else str(record.source),
+    }
+
+
+def write_failures(report: Report, folder: Path) -> Path:
+    """failures.jsonl: a line a fault. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"where": f.where, "problem": f.problem, "remedy": f.remedy} for f in report.faults]
+    path = folder / "failures.jsonl"
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_pages(records: Sequence[Record], results: _Results, settings: Settings, folder: Path, note: str) -> None:
+    cases = [_case(record, results.lines[record.id], folder) for record in records]
+    summary = {"model": settings.model, "seed": str(settings.seed), "weights": settings.dtype, "mige": mige.__version__}
+    contact_sheet(cases, folder / "contact_sheet.png", note=note)
+    html_page(cases, folder, title="MIGE results", note=note, summary=summary)
+
+
+def _case(record: Record, line: Mapping[str, Any], folder: Path) -> Case:
+    inputs = tuple((f"picture {n}", path) for n, path in enumerate(record.references, start=1))
+    detail = f"seed {line['seed']}, {line['steps']} steps, guidance {line['guidance']:g}"
+    if record.task is not Task.SUBJECT:
+        detail += f", source guidance {line['source_guidance']:g}"
+    detail += f", {line['seconds']:.1f} s"
+    return Case(record.id, record.task, record.prompt, inputs, folder / line["image"], detail)
