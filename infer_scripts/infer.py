@@ -11,6 +11,7 @@ ones run, the bad ones go to failures.jsonl, and the exit code is 3.
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -62,18 +63,8 @@ def read(args: argparse.Namespace) -> records.Report:
 
 def main() -> int:
     args = parse()
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    settings = inference.Settings(
-        args.model,
-        dtype,
-        args.seed,
-        args.steps,
-        args.guidance,
-        args.source_guidance,
-        args.height,
-        args.width,
-        args.noise,
-    )
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
     model = MIGEPipeline.locate(args.model)
     report = inference.check(read(args), model)
     if report.findings:
@@ -82,7 +73,7 @@ def main() -> int:
         if not args.keep_going or not report.records:
             return 1
         print(f"listed in {inference.write_failures(report, args.output)}", file=sys.stderr)
-    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
     inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)
     print(f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}")

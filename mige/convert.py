@@ -1,8 +1,8 @@
 """Official weight files -> our parts: a printable table, and an account of every key.
 
-Two ways in: the released `model.pth` (`from_release`), and the five files training starts from (`from_training_files`).
+Two ways in: the released `model.pth` (`from_release`), and the files training starts from (`from_training_files`).
 A file with a missing, unexpected or misshapen key is refused, naming all of them; surplus that is known to be in the
-public files (BLIP-2's text parts, EVA's fortieth block) is listed. Pickles load with `weights_only=True`, memory-mapped.
+public files (BLIP-2's text parts, EVA's fortieth block) is listed. Pickles load with `weights_only=True`, mapped.
 """
 
 import pickle
@@ -71,7 +71,7 @@ _RULES: dict[str, list[tuple[str, str | tuple[str, ...], tuple[int, int] | None]
         (r"encoder\.layers\.(\d+)\.layer_norm([12])" + _WB, "visual_encoder.blocks.{0}.norm{1}.{2}", None),
         (r"encoder\.layers\.(\d+)\.self_attn\.qkv\.weight", "visual_encoder.blocks.{0}.attn.qkv.weight", None),
         (
-            r"encoder\.layers\.(\d+)\.self_attn\.qkv\.bias",  # the key bias does not exist in EVA: zeros between the two
+            r"encoder\.layers\.(\d+)\.self_attn\.qkv\.bias",  # EVA has no key bias: zeros between the two
             ("visual_encoder.blocks.{0}.attn.q_bias", "visual_encoder.blocks.{0}.attn.v_bias"),
             None,
         ),

@@ -51,7 +51,7 @@ class Diffusion:
         return self.tables[name].to(t_B.device)[t_B].float().reshape(-1, 1, 1, 1)
 
     def add_noise(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """x_t from scaled latents and standard normal noise, float [B, C, h, w]; t: int64 [B] in 0..T-1. [DDPM] eq. 4."""
+        """x_t from scaled latents and normal noise, float [B, C, h, w]; t: int64 [B] in 0..T-1. [DDPM] eq. 4."""
         return self.at("sqrt_abar", t_B) * x0_BCHW + self.at("sqrt_one_minus_abar", t_B) * noise_BCHW
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:

@@ -1,4 +1,6 @@
-"""Feature fusion: what the Q-Former sees of a picture, completed by what the VAE keeps of it (MIGE, arXiv 2502.21291, "multimodal encoder").
+"""Feature fusion: what the Q-Former sees of a picture, completed by what the VAE keeps of it.
+
+Source: MIGE, arXiv 2502.21291, the multimodal encoder.
 
 Shapes: R pictures, Q query tokens a picture, N patches of the VAE latent, C channels.
 """
@@ -80,7 +82,7 @@ class MIGEFusion(ModelMixin, ConfigMixin):
         self.initialise()
 
     def initialise(self) -> None:
-        """Fresh weights as training starts from them: `fusion.out` zero, truncated normal 0.02 for the other matrices."""
+        """Fresh weights, as training starts from: `fusion.out` zero, the other matrices truncated normal 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -91,5 +93,5 @@ class MIGEFusion(ModelMixin, ConfigMixin):
         nn.init.normal_(self.null_context, std=self.config.text_width**-0.5)
 
     def forward(self, tokens_RQC: Tensor, patches_RNC: Tensor) -> Tensor:
-        """Q-Former tokens [R, Q, width] and VAE patch features [R, N, patch_width] -> text tokens [R, Q, text_width]."""
+        """Q-Former tokens [R, Q, width] and VAE patches [R, N, patch_width] -> text tokens [R, Q, text_width]."""
         return self.text_proj(self.fusion(tokens_RQC, patches_RNC))

@@ -203,7 +203,7 @@ def _draw_official(
     """The released scripts' noise: latents a whole chunk at once from the device's generator, seeded once a run.
 
     Chunks are cut from all records, finished ones too, so that resuming does not shift anything. The VAE's noise comes
-    from the CPU generator after the scripts' 30 unused draws; there, building the model consumed that generator as well,
+    from the CPU generator after the scripts' 30 unused draws; there, building the model consumed that generator too,
     which depends on library versions, so only the latents are the released ones.
     """
     on_cpu = torch.Generator().manual_seed(seed)
@@ -314,7 +314,10 @@ def _write_pages(records: Sequence[Record], results: _Results, settings: Setting
 
 
 def _case(record: Record, line: Mapping[str, Any], folder: Path) -> Case:
-    inputs = tuple((f"picture {n}", path) for n, path in enumerate(record.references, start=1))
+    inputs = tuple(
+        (f"picture {n}" + (", source" if path == record.source else ""), path)
+        for n, path in enumerate(record.references, start=1)
+    )
     detail = f"seed {line['seed']}, {line['steps']} steps, guidance {line['guidance']:g}"
     if record.task is not Task.SUBJECT:
         detail += f", source guidance {line['source_guidance']:g}"

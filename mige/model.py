@@ -75,7 +75,7 @@ class MIGEModel(nn.Module):
         return F.conv2d(padded, weight, bias, stride=conv.stride).flatten(2).transpose(1, 2)
 
     def denoise(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """Noise estimate and variance interpolation, [B, 8, h, w], of noisy latents x at model times t (0..999, float)."""
+        """Noise estimate and variance mix [B, 8, h, w] of noisy latents x at model times t, float in 0..999."""
         latents = torch.cat([x_BCHW, condition.source_BCHW.to(x_BCHW)], dim=1)  # [B, 8, h, w]
         return self.transformer(
             latents.to(self.transformer.dtype),

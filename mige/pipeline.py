@@ -98,9 +98,7 @@ class MIGEPipeline(DiffusionPipeline):
             trained = getattr(torch, MIGEFusion.load_config(folder / "fusion")["vision_dtype"])
             dtype = {"default": dtype, "vae": torch.float32, "image_encoder": trained}
         pipeline = super().from_pretrained(str(folder), dtype=dtype, **kwargs)
-        pipeline.transformer.pos_embed.to(
-            pipeline.transformer.dtype
-        )  # the table is computed in float32, trained in this
+        pipeline.transformer.pos_embed.to(pipeline.transformer.dtype)  # its table is computed in float32
         return pipeline
 
     @classmethod
@@ -274,7 +272,7 @@ class MIGEPipeline(DiffusionPipeline):
         return _stack(pixels, (3, side, side)).to(self._execution_device)
 
     def _encode_references(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Tensor:
-        """Unscaled latents of all references, [R, 4, h', w']: the native size, or the output's where they are edited."""
+        """Unscaled latents of all references, [R, 4, h', w']: the native size, or the output's if it is edited."""
         draws = [draw for sample_noise in noise for draw in sample_noise.references]
         if not draws:
             return torch.zeros(0, *noise[0].latent.shape, device=self._execution_device)

@@ -128,7 +128,8 @@ def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, Picture]], y: i
 
 def _draw_text(draw: ImageDraw.ImageDraw, case: Case, y: int, columns: _Columns) -> None:
     numbers = iter(range(1, len(MARKER.findall(case.instruction)) + 1))
-    instruction = MARKER.sub(lambda _: f"[{next(numbers)}]", case.instruction)
+    spaced = " ".join(MARKER.sub(lambda _: f" [{next(numbers)}] ", case.instruction).split())
+    instruction = re.sub(r" (?=[.,;:!?])", "", spaced)
     x, width, bottom = columns.text_x, columns.text_width, y + columns.row_height
     title = _wrap(case.title, columns.heading, width, lines=1)
     task = _wrap(TASK_NAMES.get(case.task, case.task), columns.small, width, lines=1)

@@ -5,7 +5,8 @@
         --output output/pretrained_models/mige
     # the files that training starts from
     python tools/convert_checkpoint.py training --pixart PixArt-XL-2-512x512.pth --eva eva_vit_g.pth \\
-        --blip2 blip2_pretrained_flant5xxl.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl --output output/pretrained_models/start
+        --blip2 blip2_pretrained_flant5xxl.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl \\
+        --output output/pretrained_models/start
 
 Prints a line a key (official name -> ours); a file with a missing, unexpected or misshapen key is refused.
 --t5 needs only the tokenizer for `release`.
