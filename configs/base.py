@@ -31,3 +31,45 @@ model = dict(
     fusion=dict(num_heads=8, eps=1e-6),
     vae=dict(scaling_factor=0.18215, latent_channels=4, act_fn="silu"),
 )
+
+data = dict(
+    sets=[],
+    size=512,
+    features=None,
+    skip_bad=False,
+    workers=4,
+    drop_text=0.05,
+    drop_source=0.05,
+    drop_both=0.05,
+)
+
+# The official recipe, for weights in float32 under mixed precision; the rate is for 256 samples a step.
+train = dict(
+    start=None,
+    tokenizer=None,
+    seed=0,
+    steps=100_000,
+    batch_size=8,
+    accumulate=1,
+    learning_rate=1e-5,
+    lr_batch=256,
+    warmup=1000,
+    weight_decay=0.03,
+    betas=[0.9, 0.999],
+    eps=1e-10,
+    clip=0.01,
+    optimizer="adamw",
+    weights="float32",
+    trainable="full",
+    lora_rank=16,
+    gradient_checkpointing=["transformer"],
+    compile=False,
+    ema=None,
+    log_every=10,
+    checkpoint_every=1000,
+    keep_checkpoints=2,
+    sample_every=0,
+    sample_records=[],
+    sample_steps=None,
+    trackers=["tensorboard"],
+)

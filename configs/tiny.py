@@ -22,13 +22,15 @@ model = dict(
         patch_size=14,
     ),
     qformer=dict(
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         hidden_size=32,
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=72,
         encoder_hidden_size=48,
     ),
-    text_encoder=dict(vocab_size=512, d_model=40, d_kv=8, num_heads=4, d_ff=56, num_layers=3),
+    text_encoder=dict(dropout_rate=0.0, vocab_size=512, d_model=40, d_kv=8, num_heads=4, d_ff=56, num_layers=3),
     fusion=dict(
         num_queries=3,
         width=32,
@@ -46,4 +48,22 @@ model = dict(
         norm_num_groups=8,
         sample_size=128,
     ),
+)
+
+data = dict(sets=[dict(file="example_data/train.jsonl", weight=1.0)], size=128, workers=0)
+
+train = dict(
+    start="output/pretrained_models/mige-tiny",
+    steps=20,
+    batch_size=2,
+    learning_rate=1e-3,
+    warmup=5,
+    clip=1.0,
+    gradient_checkpointing=[],
+    log_every=5,
+    checkpoint_every=10,
+    sample_every=20,
+    sample_records=["example_data/subject.json", "example_data/edit.json", "example_data/subject_edit.json"],
+    sample_steps=10,
+    trackers=[],
 )

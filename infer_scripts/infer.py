@@ -49,6 +49,12 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.records is None) == (args.prompt is None):
         parser.error("give either --records or --prompt")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
@@ -69,10 +75,12 @@ def main() -> int:
     report = inference.check(read(args), model)
     if report.findings:
         print(report.text(), file=sys.stderr)
+    if report.faults and not (args.keep_going and report.records):
+        return 1
+    inference.check_folder(args.output, settings, report.records)
+    listed = inference.write_failures(report, args.output)
     if report.faults:
-        if not args.keep_going or not report.records:
-            return 1
-        print(f"listed in {inference.write_failures(report, args.output)}", file=sys.stderr)
+        print(f"listed in {listed}", file=sys.stderr)
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
     inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)

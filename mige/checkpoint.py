@@ -4,8 +4,9 @@ The libraries only warn about a missing weight and fill it with random numbers; 
 """
 
 import json
-import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; name another folder or remove it")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -72,19 +73,17 @@ def _part_faults(cls: type[nn.Module], folder: Path) -> list[str]:
         return ["expected config.json and *.safetensors files"]
     try:
         found = {key: shape for file in files for key, shape in _header(file).items()}
-        listed = [file for path in folder.glob("*.index.json") for file in _read_json(path)["weight_map"].values()]
-    except (SafetensorError, CheckpointError) as error:
+        listed = [file for path in folder.glob("*.index.json") for file in _read_json(path, "weight_map").values()]
+        part = _build(cls, _read_json(folder / "config.json"))
+    except CheckpointError as error:
         return [f"damaged: {error}"]
-    with torch.device("meta"):
-        if hasattr(cls, "config_class") and cls.config_class is not None:
-            part = cls(cls.config_class.from_pretrained(folder))
-        else:
-            part = cls.from_config(cls.load_config(folder))
-    names = dict(part.named_parameters()) | dict(part.named_buffers())  # a tied tensor by its first name
+    tensors = dict(part.named_parameters()) | dict(part.named_buffers())  # a tied tensor by its first name
     saved = part.state_dict(keep_vars=True)
-    expected = {key: tuple(t.shape) for key, t in names.items() if key in saved}
+    expected = {key: tuple(t.shape) for key, t in tensors.items() if key in saved}
     aliases = saved.keys() - expected.keys()
-    faults = [f"missing file {name}" for name in sorted(set(listed) - {file.name for file in files})]
+    names = {file.name for file in files}
+    faults = [f"missing file {name}" for name in set(listed) - names]
+    faults += [f"{name} is in no index" for name in names - set(listed) if re.search(r"-\d+-of-\d+", name)]
     faults += [f"missing {key}" for key in expected.keys() - found.keys()]
     faults += [f"unexpected {key}" for key in found.keys() - expected.keys() - aliases]
     faults += [
@@ -95,6 +94,16 @@ def _part_faults(cls: type[nn.Module], folder: Path) -> list[str]:
     return sorted(faults)
 
 
+def _build(cls: type[nn.Module], config: dict) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            if hasattr(cls, "config_class") and cls.config_class is not None:  # a class of transformers
+                return cls(cls.config_class.from_dict(config))
+            return cls.from_config(config)
+    except Exception as error:  # the libraries raise anything, from AssertionError to NotImplementedError
+        raise CheckpointError(f"config.json: {cls.__name__} refuses it: {error}") from error
+
+
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -103,8 +112,14 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{file.name}: {error}") from error
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, *keys: str) -> dict:
+    """The object in a JSON file, or the one below the given keys."""
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected an object" + "".join(f" with the key {key!r}" for key in keys))
+    return data

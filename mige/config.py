@@ -6,7 +6,7 @@ A config file holds data only. `load("configs/mige_512.py", ["model.transformer.
 import ast
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ class ModelConfig:
     vae: Mapping[str, Any]  # diffusers AutoencoderKL
 
     def __post_init__(self):
+        for section in dataclasses.fields(self):
+            value = getattr(self, section.name)
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"model.{section.name}: expected a dict, got {value!r}")
+        try:
+            self._check_widths()
+        except KeyError as error:
+            raise ConfigError(f"model: a section lacks the key {error}") from error
+
+    def _check_widths(self) -> None:
         dit, vision, qformer, fusion = self.transformer, self.image_encoder, self.qformer, self.fusion
         width = dit["num_attention_heads"] * dit["attention_head_dim"]
         latent = self.vae["latent_channels"]
@@ -43,11 +53,89 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    sets: Sequence[Mapping[str, Any]]  # file, weight (views of each record an epoch), and if need be root, task
+    size: int  # side of the square pictures, px
+    features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
+    skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
+    workers: int  # data-loading processes a GPU
+    drop_text: float  # share of samples that lose their text only
+    drop_source: float  # ... their source only
+    drop_both: float  # ... both
+
+    def __post_init__(self):
+        for number, one in enumerate(self.sets):
+            known = {"file", "weight", "root", "task"}
+            _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
+            _refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained."""
+
+    start: str | None  # checkpoint folder to start from; None: fresh weights
+    tokenizer: str | None  # tokenizer folder, for fresh weights
+    seed: int
+    steps: int  # optimiser steps
+    batch_size: int  # samples a process and micro-batch
+    accumulate: int  # micro-batches a step
+    learning_rate: float  # at `lr_batch` samples a step
+    lr_batch: int  # the rate is scaled by sqrt(samples a step / lr_batch)
+    warmup: int  # steps of linear warm-up, then constant
+    weight_decay: float  # on every trained value
+    betas: Sequence[float]
+    eps: float
+    clip: float  # largest gradient norm
+    optimizer: str  # adamw; adamw_bf16 (stochastic rounding, torchao); adamw_8bit (bitsandbytes)
+    weights: str  # dtype of the trained weights: float32, bfloat16
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT)
+    lora_rank: int
+    gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
+    compile: bool  # torch.compile of the repeated blocks
+    ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
+    log_every: int  # steps
+    checkpoint_every: int  # steps
+    keep_checkpoints: int  # the newest N stay
+    sample_every: int  # steps; 0: never
+    sample_records: Sequence[str]  # record files, sampled at these steps
+    sample_steps: int | None  # solver steps for them; None: the official ones
+    trackers: Sequence[str]  # tensorboard, wandb, ...
+
+    def __post_init__(self):
+        _one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit"))
+        _one_of("train.weights", self.weights, ("float32", "bfloat16"))
+        _one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora"))
+        for part in self.gradient_checkpointing:
+            _one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}, expected at least 1")
+        if self.start is None and self.tokenizer is None:
+            raise ConfigError("train.start is None: fresh weights need train.tokenizer, a tokenizer folder")
+        if self.start is None and self.trainable == "lora":
+            raise ConfigError("train.trainable is 'lora', but train.start is None: adapters need trained weights below")
+        if self.optimizer == "adamw_bf16" and self.weights != "bfloat16":
+            raise ConfigError("train.optimizer is 'adamw_bf16', but train.weights is not 'bfloat16'")
+        if self.trainable == "lora" and self.ema is not None:
+            raise ConfigError("train.ema averages whole models; set it to None for 'lora'")
+        if self.sample_every and not self.sample_records:
+            raise ConfigError("train.sample_every is set, but train.sample_records names no file")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole config file."""
 
     model: ModelConfig
-    origin: str = field(default="", compare=False)  # the file, for messages
+    data: DataConfig
+    train: TrainConfig
+
+    def dump(self) -> dict[str, Any]:
+        """Plain dicts, for JSON."""
+        return dataclasses.asdict(self)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -57,13 +145,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such config file")
-    data = mmengine.Config.fromfile(str(path)).to_dict()
+    try:
+        data = mmengine.Config.fromfile(str(path)).to_dict()
+    except Exception as error:  # a config file is Python, so anything can go wrong in it
+        raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
     for override in overrides:
         _override(data, override, str(path))
-    known = {f.name for f in dataclasses.fields(Config)} - {"origin"}
-    _refuse_unknown(data.keys() - known, str(path), known)
-    _refuse_missing(known - data.keys(), str(path))
-    return Config(model=_section(ModelConfig, data["model"], f"{path}: model"), origin=str(path))
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    _refuse_unknown(data.keys() - sections.keys(), str(path), sections.keys())
+    _refuse_missing(sections.keys() - data.keys(), str(path))
+    return Config(**{name: _section(cls, data[name], f"{path}: {name}") for name, cls in sections.items()})
 
 
 def _section(cls: type, data: Any, where: str):
@@ -97,6 +188,11 @@ def _override(data: dict, override: str, where: str) -> None:
         data[last] = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # not Python syntax: plain text, as in mode=full
         data[last] = text
+
+
+def _one_of(name: str, got: str, known: Sequence[str]) -> None:
+    if got not in known:
+        raise ConfigError(f"{name} is {got!r}, expected one of {', '.join(known)}")
 
 
 def _agree(name: str, got: int, other: str, expected: int) -> None:

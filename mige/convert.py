@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from mige.config import Config
 from mige.parts import build_parts
@@ -107,7 +108,7 @@ _COMPUTED = (_POSITION_TABLE, _POSITION_IDS)
 _SURPLUS = {
     "pixart": r"pos_embed|y_embedder\.y_embedding",
     "eva": r"blocks\.39\..+|(norm|fc_norm|head)\..+",
-    "blip2": r"Qformer\.(cls\..+|bert\.embeddings\.(word_embeddings|position_embeddings)\..+"
+    "blip2": r"Qformer\.(cls\..+|bert\.embeddings\.(position_ids|(word_embeddings|position_embeddings)\..+)"
     r"|bert\.encoder\.layer\.\d+\.(intermediate|output)\..+)|visual_encoder\..+|t5_model\..+",
 }
 _FRESH = r"FFM\..+|y_embedder\.y_embedding"  # what training starts without
@@ -118,7 +119,9 @@ def pieces(parts: Mapping[str, nn.Module]) -> Iterator[Piece]:
     for part, rules in _RULES.items():
         for key in parts[part].state_dict() if part in parts else ():
             matches = ((re.fullmatch(pattern, key), official, rows) for pattern, official, rows in rules)
-            match, official, rows = next(found for found in matches if found[0])
+            match, official, rows = next((found for found in matches if found[0]), (None, "", None))
+            if match is None:
+                raise CheckpointError(f"{part}/{key}: the released model has no such tensor; check the config")
             names = (official,) if isinstance(official, str) else official
             yield Piece(part, key, tuple(name.format(*match.groups()) for name in names), rows)
 
@@ -149,9 +152,10 @@ def read_weights(path: Path, *wrappers: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, it holds more than tensors or is damaged: {error}") from error
-    except (RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:  # torch's message goes on to advise switching the protection off
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: refused, it holds more than tensors or is damaged: {reason}") from error
+    except Exception as error:  # damaged bytes make the unpickler raise anything, from KeyError to UnicodeDecodeError
         raise CheckpointError(f"{path}: cannot be read as a PyTorch file (damaged or truncated?): {error}") from error
     for key in wrappers:
         if not isinstance(data, dict) or key not in data:
@@ -203,7 +207,7 @@ def to_official(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The way back: an official state dict from our parts (the inverse of `fill`), on the CPU."""
     state: dict[str, Tensor] = {}
     for piece in pieces(parts):
-        tensor = parts[piece.part].state_dict()[piece.key]
+        tensor = parts[piece.part].state_dict()[piece.key].cpu()
         if len(piece.official) == 2:
             query_bias, _, value_bias = tensor.chunk(3)
             state |= dict(zip(piece.official, (query_bias.clone(), value_bias.clone()), strict=True))
@@ -235,7 +239,7 @@ def from_release(config: Config, model_pth: Path, vae_dir: Path) -> tuple[dict[s
     check_keys(state, official_shapes(parts), str(model_pth))
     _check_computed(parts, state, model_pth)
     fill(parts, state)
-    parts["vae"] = load_vae(vae_dir)
+    parts["vae"] = load_vae(vae_dir, parts["vae"])
     computed = [f"{key}  ->  computed, compared" for key in _COMPUTED]
     return parts, [*map(str, pieces(parts)), *computed]
 
@@ -265,13 +269,14 @@ def from_training_files(
     conv = state["x_embedder.proj.weight"]
     state["x_embedder.proj.weight"] = torch.cat([conv, torch.zeros_like(conv)], dim=1)
     state |= _fresh_fusion(config, seed)
-    t5, info = T5EncoderModel.from_pretrained(t5_dir, dtype="auto", output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise CheckpointError(f"{t5_dir}: not a T5 encoder of this size: {sorted(map(str, info['missing_keys']))}")
+    with _loading(t5_dir):
+        t5, info = T5EncoderModel.from_pretrained(t5_dir, dtype="auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise CheckpointError(f"{t5_dir}: the T5 encoder lacks {sorted(info['missing_keys'])}")
     state |= {f"t5_model.{key}": value for key, value in t5.state_dict().items()}
     check_keys(state, {k: v for k, v in official_shapes(parts).items() if k not in _COMPUTED}, "all files together")
     fill(parts, state)
-    parts["vae"] = load_vae(vae_dir)
+    parts["vae"] = load_vae(vae_dir, parts["vae"])
     report += [str(piece) for piece in pieces(parts) if not re.fullmatch(_FRESH, piece.official[0])]
     report += [
         f"fresh, seed {seed}  ->  {p.part}/{p.key}" for p in pieces(parts) if re.fullmatch(_FRESH, p.official[0])
@@ -279,14 +284,46 @@ def from_training_files(
     return parts, report
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """A VAE in diffusers' layout (sd-vae-ft-ema), float32. Raises CheckpointError if keys are missing."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: expected a VAE in diffusers' layout, found no config.json")
-    vae, info = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:
-        raise CheckpointError(f"{folder}: the VAE lacks {sorted(info['missing_keys'])}")
+def load_vae(folder: Path, expected: AutoencoderKL) -> AutoencoderKL:
+    """A VAE in diffusers' layout (sd-vae-ft-ema), float32, of the sizes and scale of `expected` (may be on "meta").
+
+    Raises CheckpointError if it cannot be loaded, lacks weights or is another VAE.
+    """
+    with _loading(folder):
+        vae, info = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    lacks, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if lacks or surplus:
+        raise CheckpointError(f"{folder}: not the VAE its config says: it lacks {lacks}, and has besides {surplus}")
+    check_keys(vae.state_dict(), {key: tuple(t.shape) for key, t in expected.state_dict().items()}, str(folder))
+    got, scale = vae.config.scaling_factor, expected.config.scaling_factor
+    if got != scale:
+        raise CheckpointError(f"{folder}: the VAE's scaling_factor is {got}, expected {scale}; is it the right VAE?")
     return vae
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """T5's tokenizer. Raises CheckpointError if it is not T5's: the library makes one up where its file is damaged."""
+    with _loading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        special = tokenizer.pad_token_id, tokenizer.eos_token_id
+        unknown = tokenizer.unk_token_id in tokenizer("a", add_special_tokens=False).input_ids
+    if special != (0, 1) or unknown or len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"{folder}: not T5's tokenizer ({len(tokenizer)} tokens, expected at most {vocab_size}); "
+            "is spiece.model there and whole?"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Whatever a library raises for a damaged folder as CheckpointError. A missing one it would seek on the hub."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: expected a folder with a config.json")
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
 
 
 def _comes_from(official: str) -> str:
@@ -317,6 +354,9 @@ def _check_computed(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor],
     table = _position_table(parts["transformer"])
     if not torch.allclose(state[_POSITION_TABLE].float(), table, atol=1e-2):  # the file may be bfloat16
         raise CheckpointError(f"{path}: {_POSITION_TABLE} is not the sine-cosine table of shape {list(table.shape)}")
+    positions = state[_POSITION_IDS]
+    if not torch.equal(positions.flatten(), torch.arange(positions.numel())):
+        raise CheckpointError(f"{path}: {_POSITION_IDS} does not count from 0 to {positions.numel() - 1}")
     if not torch.equal(state["t5_model.shared.weight"], state["t5_model.encoder.embed_tokens.weight"]):
         raise CheckpointError(f"{path}: the two copies of T5's embedding differ; they are one tensor in the model")
 

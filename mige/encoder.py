@@ -14,17 +14,21 @@ from mige.fusion import MIGEFusion
 from mige.instruction import Instruction
 
 _PAD = 0  # T5's padding token; its embedding fills masked positions
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def prepare_vision_tower(tower: Blip2VisionModel) -> None:
     """Bring a freshly loaded tower into the state the released model was trained with.
 
-    The last norm has eps 1e-5 (the class takes the blocks' 1e-6). In half precision the embeddings stay in float32, so
-    that under autocast the residual stream is float32 and only the matrix products are half.
+    The last norm has eps 1e-5 (the class takes the blocks' 1e-6). In half precision the embeddings and norms stay in
+    float32, so that under autocast the residual stream is float32 and only the matrix products are half.
     """
     tower.post_layernorm.eps = 1e-5
-    if _matrix_dtype(tower) in (torch.float16, torch.bfloat16):
+    if _matrix_dtype(tower) in _HALF:
         tower.embeddings.float()
+        for module in tower.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()
 
 
 def _matrix_dtype(tower: Blip2VisionModel) -> torch.dtype:
@@ -74,10 +78,9 @@ class MultimodalEncoder(nn.Module):
         return self.fusion(tokens_RQC, patches_RNC)
 
     def look(self, vision_RCHW: Tensor) -> Tensor:
-        """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408], in the precision it was trained with."""
+        """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408], matrix products in the weights' dtype."""
         dtype = _matrix_dtype(self.image_encoder)
-        trained = getattr(torch, self.fusion.config.vision_dtype)
-        with torch.autocast(vision_RCHW.device.type, trained, enabled=dtype == trained != torch.float32):
+        with torch.autocast(vision_RCHW.device.type, dtype, enabled=dtype in _HALF):
             return self.image_encoder(vision_RCHW.to(self.image_encoder.dtype)).last_hidden_state
 
     def interleave(self, instructions: Sequence[Instruction], pictures_RQC: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,17 @@ def run(
         batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
         note: a line shown on top of the pages.
 
-    Raises RunError if the folder was made with other settings or other records of the same ids, or memory is short.
+    Raises RunError where `check_folder` does, if memory is short and if a picture comes out as NaN; ValueError for a
+    size off the grid.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    size = pipeline.output_size(settings.height, settings.width)
+    check_folder(folder, settings, records)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    _claim(folder, settings)
-    results = _Results(folder, records)
+    _write_config(folder, settings)
+    results = _Results(folder)
     todo = [record for record in records if record.id not in results.lines]
-    size = settings.height or pipeline.native_size, settings.width or pipeline.native_size
-    pipeline.latent_shape(*size)  # dies here if the size is off the grid
     pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo) as bar:
         for task in Task:
@@ -117,6 +120,7 @@ def _run_chunk(
     bar: tqdm,
 ) -> None:
     task = chunk[0].task
+    names = ", ".join(record.id for record in chunk)
     steps = settings.steps or TASKS[task].steps
     started = time.perf_counter()
     try:
@@ -130,12 +134,13 @@ def _run_chunk(
         )
         pictures = images.to_pil(pipeline.decode(final))
     except torch.OutOfMemoryError as error:
-        names = ", ".join(record.id for record in chunk)
         most = max(len(record.references) for record in chunk)
         raise RunError(
             f"out of memory on {names} ({len(chunk)} at a time, up to {most} references each): "
             "give a smaller --batch-size, size or number of references"
         ) from error
+    except ValueError as error:
+        raise RunError(f"{names}: {error}") from error
     pipeline.maybe_free_model_hooks()
     seconds = (time.perf_counter() - started) / len(chunk)
     for record, picture in zip(chunk, pictures, strict=True):
@@ -200,7 +205,7 @@ def _draw_official(
     batch: int,
     size: tuple[int, int],
 ) -> Iterator[tuple[list[Record], list[SampleNoise]]]:
-    """The released scripts' noise: latents a whole chunk at once from the device's generator, seeded once a run.
+    """The released scripts' noise: latents a whole chunk at once from the device's generator, seeded once a task.
 
     Chunks are cut from all records, finished ones too, so that resuming does not shift anything. The VAE's noise comes
     from the CPU generator after the scripts' 30 unused draws; there, building the model consumed that generator too,
@@ -229,51 +234,57 @@ def _chunks(records: Sequence[Record], size: int) -> Iterator[list[Record]]:
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 
-def _claim(folder: Path, settings: Settings) -> None:
-    """Write config.json, or find it equal: a folder never mixes settings."""
-    config = folder / "config.json"
-    ours = asdict(settings)
+def check_folder(folder: Path, settings: Settings, records: Sequence[Record]) -> None:
+    """Raise RunError if the folder holds a run with other settings or other records of the same ids. Writes nothing."""
+    config, ours = folder / "config.json", asdict(settings)
     if config.exists():
-        theirs = json.loads(config.read_text())["settings"]
+        theirs = json.loads(config.read_text("utf-8")).get("settings", {})
         differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if differing:
             raise RunError(f"{folder} holds a run with other settings ({'; '.join(differing)}): use another --output")
+    finished = _finished(folder)
+    for record in records:
+        if record.id in finished and finished[record.id]["record"] != _identity(record):
+            raise RunError(
+                f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other pictures: "
+                "use another --output or another id"
+            )
+
+
+def _write_config(folder: Path, settings: Settings) -> None:
+    """config.json: the settings, and the versions that the run began with."""
+    if (folder / "config.json").exists():
         return
     versions = {"mige": mige.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    write_text(config, json.dumps({"settings": ours, "versions": versions}, indent=2) + "\n")
+    config = {"settings": asdict(settings), "versions": versions}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of results.jsonl by id, without those that have lost their picture."""
+    path = folder / "results.jsonl"
+    if not path.exists():
+        return {}
+    *whole, _ = path.read_bytes().split(b"\n")  # a last line without its end was cut by a kill: its record runs again
+    lines = map(json.loads, whole)
+    return {line["id"]: line for line in lines if (folder / line["image"]).is_file()}
 
 
 class _Results:
     """results.jsonl: a line a record, written after its picture; the truth about what is finished."""
 
-    def __init__(self, folder: Path, records: Sequence[Record]):
+    def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "results.jsonl"
-        self.lines = {line["id"]: line for line in self._read() if (folder / line["image"]).is_file()}
-        for record in records:
-            line = self.lines.get(record.id)
-            if line and line["record"] != _identity(record):
-                raise RunError(
-                    f"{record.where}: {self.path} has a finished {record.id!r} with another prompt or other pictures: "
-                    "use another --output or another id"
-                )
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines.values())
-        write_text(self.path, text)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        *whole, rest = self.path.read_text().split("\n")  # a line without its end was cut off by a kill
-        if rest:
-            print(f"{self.path}: the last line is incomplete, its record runs again")
-        return [json.loads(line) for line in whole]
+        self.lines = _finished(folder)
+        write_text(self.path, _json_lines(self.lines.values()))
 
     def add(self, record: Record, picture: images.Image.Image, facts: Mapping[str, Any]) -> None:
         name = f"images/{record.id}.png"
         images.save_image(picture, self.folder / name)
         line = {"id": record.id, "task": record.task, "image": name, "record": _identity(record), **facts}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_json_lines([line]))
             file.flush()
             os.fsync(file.fileno())
         self.lines[record.id] = line
@@ -282,25 +293,33 @@ class _Results:
 def _identity(record: Record) -> dict[str, Any]:
     return {
         "prompt": record.prompt,
+        "edit_type": record.edit_type,
         "references": [str(path) for path in record.references],
         "source": None if record.source is None else str(record.source),
     }
 
 
 def write_failures(report: Report, folder: Path) -> Path:
-    """failures.jsonl: a line a fault. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"where": f.where, "problem": f.problem, "remedy": f.remedy} for f in report.faults]
+    """failures.jsonl: a line a fault; without faults, one of an earlier run is removed. Returns its path."""
     path = folder / "failures.jsonl"
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if report.faults:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [{"where": f.where, "problem": f.problem, "remedy": f.remedy} for f in report.faults]
+        write_text(path, _json_lines(lines))
+    else:
+        path.unlink(missing_ok=True)
     return path
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -57,11 +57,18 @@ def point_at_source(text: str, edit_type: str | None = None) -> str:
 
 
 def full_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
-    """Prefix and prompt as the model reads them, placeholders in lower case."""
+    """Prefix and prompt as the model reads them in inference, placeholders in lower case."""
     settings = TASKS[task]
     if task is Task.EDIT:
         prompt = point_at_source(prompt, edit_type)
     return clean(settings.prefix + prompt) if settings.clean_prefix else settings.prefix + clean(prompt)
+
+
+def training_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
+    """The same in training: another prefix for subject-driven samples, and never cleaned."""
+    if task is Task.EDIT:
+        prompt = point_at_source(prompt, edit_type)
+    return TASKS[task].training_prefix + clean(prompt)
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Instruction:
@@ -90,13 +97,12 @@ def _check_length(
     text = full_text(record.task, record.prompt, record.edit_type)
     instruction = tokenize(text, tokenizer)
     findings = []
-    written = record.prompt.lower().count(PLACEHOLDER)
-    if written > instruction.pictures:
-        problem = f"only {instruction.pictures} of {written} {PLACEHOLDER} are within the first {MAX_WORDS} words"
+    read, given = instruction.pictures, len(record.references)
+    if read < given:
+        problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
         findings.append(Finding(record.where, problem, "shorten the prompt", fatal=True))
-    extra = instruction.pictures - len(record.references)
-    if not written and extra > 0:
-        problem = f"it mentions the picture {instruction.pictures} times; {extra} mention(s) read an empty picture"
+    if (extra := read - given) > 0:
+        problem = f"it mentions the picture {read} times; {extra} mention(s) read an empty picture"
         findings.append(Finding(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:

@@ -16,6 +16,15 @@ from mige.encoder import MultimodalEncoder
 from mige.fusion import MIGEFusion
 from mige.instruction import Instruction
 
+MODEL_PREFIXES = {
+    "image_encoder": "encoder.image_encoder.",
+    "qformer": "encoder.qformer.",
+    "fusion": "encoder.fusion.",
+    "text_encoder": "encoder.text_encoder.",
+    "transformer": "transformer.",
+}
+"""Where the parts of a checkpoint folder sit in the model's state dict."""
+
 
 class MIGEModel(nn.Module):
     """Encoder and DiT. `forward` is the training pass; inference calls `encode` once and `denoise` at every step."""
@@ -84,6 +93,37 @@ class MIGEModel(nn.Module):
             timestep=t_B.to(self.timestep_dtype).float(),
             return_dict=False,
         )[0]
+
+    def freeze(self, trainable: str) -> None:
+        """Choose what trains: "full" all but the vision tower, "text_encoder_frozen" not T5 either, "lora" nothing.
+
+        The tower's last norm trains with "full", as in the released weights. Call before the optimiser is built.
+        """
+        self.requires_grad_(trainable != "lora")
+        tower = self.encoder.image_encoder
+        tower.embeddings.requires_grad_(False)
+        tower.encoder.requires_grad_(False)
+        if trainable == "text_encoder_frozen":
+            self.encoder.text_encoder.requires_grad_(False)
+
+    def checkpoint_gradients(self, parts: Sequence[str]) -> None:
+        """Recompute the blocks' activations in the backward pass: of the "transformer", the "text_encoder", or both."""
+        if "transformer" in parts:
+            self.transformer.enable_gradient_checkpointing()
+        if "text_encoder" in parts:
+            self.encoder.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_blocks(self) -> None:
+        """torch.compile every repeated block by itself: short compile times, one graph a kind of block."""
+        encoder = self.encoder
+        for blocks in (
+            self.transformer.transformer_blocks,
+            encoder.text_encoder.encoder.block,
+            encoder.image_encoder.encoder.layers,
+            encoder.qformer.encoder.layer,
+        ):
+            for block in blocks:
+                block.compile()
 
     @property
     def null_context(self) -> Tensor:

@@ -21,12 +21,12 @@ from mige.encoder import prepare_vision_tower
 from mige.fusion import MIGEFusion
 
 _BUILDERS = {
-    "transformer": lambda sizes: _call(PixArtTransformer2DModel, sizes, "transformer"),
-    "text_encoder": lambda sizes: T5EncoderModel(_library_config(T5Config, sizes, "text_encoder")),
-    "image_encoder": lambda sizes: Blip2VisionModel(_library_config(Blip2VisionConfig, sizes, "image_encoder")),
-    "qformer": lambda sizes: Blip2QFormerModel(_library_config(Blip2QFormerConfig, sizes, "qformer")),
-    "fusion": lambda sizes: _call(MIGEFusion, sizes, "fusion"),
-    "vae": lambda sizes: _call(AutoencoderKL, sizes, "vae").float(),
+    "transformer": lambda sizes: PixArtTransformer2DModel(**sizes),
+    "text_encoder": lambda sizes: T5EncoderModel(_library_config(T5Config, sizes)),
+    "image_encoder": lambda sizes: Blip2VisionModel(_library_config(Blip2VisionConfig, sizes)),
+    "qformer": lambda sizes: Blip2QFormerModel(_library_config(Blip2QFormerConfig, sizes)),
+    "fusion": lambda sizes: MIGEFusion(**sizes),
+    "vae": lambda sizes: AutoencoderKL(**sizes).float(),
 }
 PARTS = tuple(_BUILDERS)
 """Names of the neural parts, as in the checkpoint folder."""
@@ -42,13 +42,13 @@ def build_parts(
     """The neural parts with fresh weights, keyed by their names in the checkpoint folder, in evaluation mode.
 
     On the "meta" device they are shapes only (non-persistent buffers included: don't run them). The VAE is float32
-    whatever `dtype`. Raises ConfigError for an argument a library class does not know.
+    whatever `dtype`. Raises ConfigError for an argument a library class does not know or accept.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            parts = {name: _BUILDERS[name](getattr(config, name)).eval() for name in only}
+            parts = {name: _build(name, getattr(config, name)) for name in only}
     finally:
         torch.set_default_dtype(default)
     if "image_encoder" in parts:
@@ -56,16 +56,16 @@ def build_parts(
     return parts
 
 
-def _call(cls: type, arguments: Mapping[str, Any], section: str) -> nn.Module:
+def _build(name: str, sizes: Mapping[str, Any]) -> nn.Module:
     try:
-        return cls(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"model.{section}: {cls.__name__} refuses its arguments: {error}") from error
+        return _BUILDERS[name](sizes).eval()
+    except Exception as error:  # the libraries raise anything, from AssertionError to NotImplementedError
+        raise ConfigError(f"model.{name}: its class refuses these arguments: {error}") from error
 
 
-def _library_config(cls: type[PretrainedConfig], arguments: Mapping[str, Any], section: str) -> PretrainedConfig:
+def _library_config(cls: type[PretrainedConfig], arguments: Mapping[str, Any]) -> PretrainedConfig:
     """transformers configs swallow unknown keys, so they are compared with the attributes of a default config."""
     unknown = [key for key in arguments if not hasattr(cls(), key)]
     if unknown:
-        raise ConfigError(f"model.{section}: {cls.__name__} knows no key(s) {unknown}")
+        raise TypeError(f"{cls.__name__} knows no key(s) {unknown}")
     return cls(**arguments)

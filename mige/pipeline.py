@@ -9,12 +9,19 @@ Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], picture
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SchedulerMixin,
+)
 from PIL import Image
 from torch import Tensor
 from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -23,9 +30,9 @@ from mige import checkpoint, guidance, images, latents, sampler
 from mige.condition import Condition
 from mige.encoder import prepare_vision_tower
 from mige.fusion import MIGEFusion
-from mige.instruction import Instruction, full_text, tokenize
-from mige.model import MIGEModel
-from mige.records import TASKS, Task
+from mige.instruction import MAX_WORDS, Instruction, full_text, tokenize
+from mige.model import MODEL_PREFIXES, MIGEModel
+from mige.records import TASKS, Task, placeholders
 
 Picture = Image.Image
 
@@ -43,11 +50,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """All random numbers of one sample, standard normal, float32 on the CPU."""
+    """All randomness of one sample; tensors are standard normal, float32 on the CPU."""
 
     latent: Tensor  # [4, h, w]
     references: tuple[Tensor, ...]  # one [4, h', w'] a reference: the VAE posterior's
     source: Tensor  # [4, h, w]: the posterior's of a source that is encoded apart from its reference
+    step_seed: int  # of what a stochastic scheduler draws at its steps
 
 
 class MIGEPipeline(DiffusionPipeline):
@@ -112,6 +120,20 @@ class MIGEPipeline(DiffusionPipeline):
         """The parts that compute, as the one module that training uses."""
         return MIGEModel(self.image_encoder, self.qformer, self.fusion, self.text_encoder, self.transformer)
 
+    def with_weights(self, state: Mapping[str, Tensor]) -> "MIGEPipeline":
+        """A pipeline of the same parts that holds a whole `MIGEModel` state dict (gathered, where it was sharded)."""
+        parts = {}
+        for name, prefix in MODEL_PREFIXES.items():
+            part = getattr(self, name)
+            with torch.device("meta"):
+                fresh = part.from_config(part.config) if isinstance(part, ModelMixin) else type(part)(part.config)
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            fresh.load_state_dict(own, assign=True)
+            if name == "text_encoder":
+                fresh.tie_weights()
+            parts[name] = fresh
+        return MIGEPipeline(**(self.components | parts))
+
     @property
     def native_size(self) -> int:
         """Side in pixels of the pictures the DiT was trained on, and of all references (512)."""
@@ -147,16 +169,18 @@ class MIGEPipeline(DiffusionPipeline):
 
         Raises ValueError for placeholders that don't match the references and for sizes off the grid.
         """
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         many = len(prompts)
         references = [references or []] if isinstance(prompt, str) else references or [[]] * many
         sources = [source] * many if source is None or isinstance(source, Picture) else list(source)
         seeds = [seed] * many if isinstance(seed, int) else list(seed)
-        if not many == len(references) == len(sources) == len(seeds):
+        if not many or not many == len(references) == len(sources) == len(seeds):
             counts = f"{len(references)} lists of references, {len(sources)} sources, {len(seeds)} seeds"
-            raise ValueError(f"{many} prompts need as many of each, got {counts}")
+            raise ValueError(f"{many} prompts need as many of each, and at least one, got {counts}")
         samples = [make_sample(p, r, s) for p, r, s in zip(prompts, references, sources, strict=True)]
-        size = height or self.native_size, width or self.native_size
+        size = self.output_size(height, width)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = [
             self.draw_noise(sample.task, len(sample.references), generator, *size)
@@ -170,12 +194,17 @@ class MIGEPipeline(DiffusionPipeline):
             source_guidance=source_guidance_scale,
             on_step=on_step,
         )
-        if output_type == "latent":
-            return ImagePipelineOutput(images=result)
-        pixels = self.decode(result)
-        pictures = images.to_pil(pixels) if output_type == "pil" else (pixels / 2 + 0.5).clamp(0, 1)
+        if output_type != "latent":
+            pixels = self.decode(result)
+            result = images.to_pil(pixels) if output_type == "pil" else (pixels / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures)
+        return ImagePipelineOutput(images=result)
+
+    def output_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width with the native size for None; raises ValueError for a size off the grid."""
+        size = tuple(self.native_size if side is None else side for side in (height, width))
+        self.latent_shape(*size)
+        return size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape of the latent of an output of this size; raises ValueError for a size off the grid (16 px)."""
@@ -195,6 +224,7 @@ class MIGEPipeline(DiffusionPipeline):
             torch.randn(latent, generator=generator),
             tuple(torch.randn(shape, generator=generator) for _ in range(references)),
             torch.randn(latent, generator=generator),
+            int(torch.randint(2**63 - 1, (), generator=generator)),
         )
 
     def reference_shape(self, task: Task, height: int, width: int) -> tuple[int, int, int]:
@@ -231,8 +261,7 @@ class MIGEPipeline(DiffusionPipeline):
             return guidance.combine(output[:, : x_BCHW.shape[1]], chosen)
 
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        solve = self.scheduler.sample if isinstance(self.scheduler, sampler.DPMSolver2M) else self._foreign_sample
-        steps = steps or official.steps
+        steps = official.steps if steps is None else steps
         with self.progress_bar(total=steps) as progress:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
@@ -240,10 +269,10 @@ class MIGEPipeline(DiffusionPipeline):
                 if on_step is not None:
                     on_step(step, x, x0)
 
-            return solve(denoise, start, steps, advance)
-
-    def _foreign_sample(self, denoise, start: Tensor, steps: int, on_step: sampler.OnStep) -> Tensor:
-        return sampler.run_scheduler(self.scheduler, denoise, start, steps, on_step)
+            if isinstance(self.scheduler, sampler.DPMSolver2M):
+                return self.scheduler.sample(denoise, start, steps, advance)
+            generators = [torch.Generator().manual_seed(n.step_seed) for n in noise]
+            return sampler.run_scheduler(self.scheduler, denoise, start, steps, generators, advance)
 
     def encode(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Condition:
         """Pictures and prompts of one task -> condition."""
@@ -257,11 +286,12 @@ class MIGEPipeline(DiffusionPipeline):
     def instruct(self, sample: Sample) -> Instruction:
         """Token ids of a sample's prompt; raises ValueError if its placeholders don't match its references."""
         instruction = tokenize(full_text(sample.task, sample.prompt, sample.edit_type), self.tokenizer)
-        rewritten = sample.task is Task.EDIT and instruction.pictures >= 1 == len(sample.references)
-        if instruction.pictures != len(sample.references) and not rewritten:
+        read, given = instruction.pictures, len(sample.references)
+        rewritten = sample.task is Task.EDIT and not placeholders(sample.prompt)
+        if read < given or (read > given and not rewritten):
             raise ValueError(
-                f"prompt {sample.prompt!r}: {instruction.pictures} <imagehere>, {len(sample.references)} references; "
-                "write one for each reference (at most 88 words are read)"
+                f"prompt {sample.prompt!r}: {read} <imagehere>, {given} references; "
+                f"write one for each reference (at most {MAX_WORDS} words are read)"
             )
         return instruction
 

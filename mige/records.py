@@ -35,10 +35,11 @@ class Task(StrEnum):
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How the official inference runs one task."""
+    """How the official code runs one task; all but `training_prefix` is about inference."""
 
     prefix: str  # stands before the prompt
     clean_prefix: bool  # whether the prefix goes through the caption cleaner together with the prompt
+    training_prefix: str  # stands before the cleaned prompt in training, as it is
     steps: int  # solver steps
     guidance: float  # text guidance
     source_guidance: float  # guidance towards the source picture
@@ -51,6 +52,8 @@ TASKS: dict[Task, TaskSettings] = {
         prefix="Follow the text instruction to generate an image with the given objects' images, "
         "preserving the subject's identity:\n ",
         clean_prefix=True,
+        training_prefix="Follow the text instruction to generate an image with the given objects, "
+        "preserving the subject's identity:\n ",
         steps=50,
         guidance=7.0,
         source_guidance=1.0,
@@ -60,6 +63,7 @@ TASKS: dict[Task, TaskSettings] = {
     Task.EDIT: TaskSettings(
         prefix="Follow the instruction to edit the image:\n ",
         clean_prefix=False,
+        training_prefix="Follow the instruction to edit the image:\n ",
         steps=60,
         guidance=5.0,
         source_guidance=1.0,
@@ -69,6 +73,7 @@ TASKS: dict[Task, TaskSettings] = {
     Task.SUBJECT_EDIT: TaskSettings(
         prefix="Subject-driven editing:\n ",
         clean_prefix=True,
+        training_prefix="Subject-driven editing:\n ",
         steps=60,
         guidance=5.0,
         source_guidance=1.0,

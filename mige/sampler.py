@@ -37,8 +37,7 @@ def time_grid(steps: int, betas: Tensor, device: torch.device | str = "cpu") -> 
     log(alpha) is interpolated linearly between the training times. `betas`: float64 [T]. The last point (model time 0)
     is arrived at but never evaluated. Raises ValueError if steps < 1.
     """
-    if steps < 1:
-        raise ValueError(f"the sampler needs at least 1 step, got {steps}")
+    _require_steps(steps)
     train_steps = len(betas)
     log_alpha = (0.5 * torch.log(1 - betas.double()).cumsum(0)).float()
     train_time = torch.linspace(0, 1, train_steps + 1, dtype=torch.float32)[1:]
@@ -85,7 +84,8 @@ def dpm_solver_pp_2m(denoise: Denoise, noise: Tensor, grid: Grid, on_step: OnSte
 class DPMSolver2M(SchedulerMixin, ConfigMixin):
     """The solver above as the pipeline's `scheduler` part; its config can seed any diffusers scheduler.
 
-    `EulerDiscreteScheduler.from_config(pipe.scheduler.config)` carries the noise schedule over.
+    `EulerDiscreteScheduler.from_config(pipe.scheduler.config)` carries the noise schedule over, and with `clip_sample` that
+    latents are not clipped as if they were pixels.
     """
 
     order = 1
@@ -98,9 +98,11 @@ class DPMSolver2M(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         prediction_type: str = "epsilon",
+        clip_sample: bool = False,
     ):
         if beta_schedule != "linear" or prediction_type != "epsilon":
             raise ValueError(f"expected linear betas and epsilon prediction, got {beta_schedule} and {prediction_type}")
+        self.register_to_config(_use_default_values=[])  # or another class's from_config would skip our defaults
         self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
 
     def sample(self, denoise: Denoise, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
@@ -114,17 +116,19 @@ def run_scheduler(
     denoise: Denoise,
     noise: Tensor,
     steps: int,
+    generators: list[torch.Generator],
     on_step: OnStep | None = None,
-    generator: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Sample with any diffusers scheduler that predicts epsilon (Euler, DDIM, UniPC, ...) in place of our solver.
 
-    `generator` feeds the stochastic ones, one a sample. Raises ValueError for another prediction type.
+    `generators`, one a sample, feed the stochastic ones. Raises ValueError for another prediction type or steps < 1.
     """
-    if scheduler.config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"MIGE predicts epsilon, the scheduler wants {scheduler.config.prediction_type}")
+    wanted = scheduler.config.get("prediction_type")
+    if wanted != "epsilon":
+        raise ValueError(f"MIGE predicts epsilon, {type(scheduler).__name__} expects {wanted}")
+    _require_steps(steps)
     accepted = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if "generator" in accepted else {}
+    extra = {"generator": generators} if "generator" in accepted else {}
     scheduler.set_timesteps(steps, device=noise.device)
     x = noise * scheduler.init_noise_sigma
     for i, time in enumerate(scheduler.timesteps):
@@ -134,3 +138,8 @@ def run_scheduler(
         if on_step is not None:
             on_step(i, x, getattr(result, "pred_original_sample", x))
     return x
+
+
+def _require_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"the sampler needs at least 1 step, got {steps}")

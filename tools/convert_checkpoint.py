@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from safetensors import SafetensorError
 
 from mige import config, convert
 from mige.checkpoint import verify, whole_folder
@@ -48,6 +48,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     sizes = config.load(args.config)
+    with whole_folder(args.output) as folder:
+        report = write(args, sizes, folder)
+    print(f"{args.output}: {len(report)} keys accounted for")
+
+
+def write(args: argparse.Namespace, sizes: config.Config, folder: Path) -> list[str]:
+    """Convert into `folder`, check it, and give back the report."""
+    tokenizer = convert.load_tokenizer(args.t5, sizes.model.text_encoder["vocab_size"])
     if args.kind == "release":
         parts, report = convert.from_release(sizes, args.model, args.vae)
     else:
@@ -58,16 +66,16 @@ def main() -> None:
     if args.dtype:
         for name in parts.keys() - {"vae"}:
             parts[name].to(getattr(torch, args.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(args.t5)
+    stored = parts["image_encoder"].state_dict()
     pipeline = MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
-    with whole_folder(args.output) as folder:
-        pipeline.save_pretrained(folder, max_shard_size="2GB")
-        verify(folder)
-    print(f"{args.output}: {len(report)} keys accounted for")
+    parts["image_encoder"].load_state_dict(stored, assign=True)  # the pipeline has made some of it float32, to run
+    pipeline.save_pretrained(folder, max_shard_size="2GB")
+    verify(folder)
+    return report
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (convert.CheckpointError, config.ConfigError, OSError) as error:
+    except (convert.CheckpointError, config.ConfigError, OSError, SafetensorError) as error:  # the last: disk full
         sys.exit(f"error: {error}")

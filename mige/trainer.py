@@ -1,0 +1,379 @@
+"""The training loop, on accelerate: one process or many, DDP, FSDP2 or DeepSpeed ZeRO-2.
+
+A step is a pure function of the weights, the seed and the step's number: data, noise, times and dropout are drawn from
+(seed, sample counter), the networks' own dropout from (seed, micro-batch, process). So a run that was killed and
+resumed equals one that never stopped, bit for bit.
+"""
+
+import json
+import logging
+import signal
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from mige import inference, latents, training_state
+from mige.config import Config
+from mige.dataset import Counters, Dropout, JointDataset, Mixture, TrainingBatch, collate
+from mige.diffusion import Diffusion, Loss
+from mige.images import check_images
+from mige.lora import add_lora, save_lora
+from mige.optimizers import build_optimizer, learning_rate
+from mige.parts import build_parts
+from mige.pipeline import MIGEPipeline
+from mige.progress import Metrics, forget_after, forward_flops, matrix_rate, useful_flops, write_line
+from mige.records import Finding, Record, Report, Task, read_records
+from mige.sampler import DPMSolver2M
+from mige.training_state import TrainingError
+
+PREEMPTED = 75
+"""Exit code after SIGTERM: the checkpoint is saved, start the same command again (EX_TEMPFAIL)."""
+
+log = logging.getLogger("mige")
+
+
+class Trainer:
+    """A run in a folder: config.json, metrics.jsonl, log.txt, checkpoints/, samples/."""
+
+    def __init__(self, config: Config, run: Path):
+        self.config, self.run_folder = config, run
+        settings = config.train
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=settings.accumulate,
+            log_with=list(settings.trackers) or None,
+            project_dir=run,
+        )
+        self.device = self.accelerator.device
+        self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
+        self.step, self.stopping = 0, False
+        self._open_run()
+        self.pipeline = load_start(config, self.device)
+        self.dataset = load_dataset(config, self.pipeline)
+        self.diffusion = Diffusion()
+        self._prepare()
+
+    def _open_run(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            handlers = [logging.StreamHandler(), logging.FileHandler(self.run_folder / "log.txt")]
+            logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers, force=True)
+            inference.write_text(self.run_folder / "config.json", json.dumps(self.config.dump(), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("mige")
+
+    def _prepare(self) -> None:
+        """Freeze, compile, wrap; the VAE stays outside the trained model."""
+        settings = self.config.train
+        self.pipeline.vae.to(self.device).requires_grad_(False)
+        model = self.pipeline.model
+        model.freeze(settings.trainable)
+        if settings.trainable == "lora":
+            add_lora(model.transformer, settings.lora_rank)
+        model.checkpoint_gradients(settings.gradient_checkpointing)
+        if settings.compile:
+            model.compile_blocks()
+        model.train()
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+        else:
+            model.to(self.device)
+        self.plain, self.work, self.queries = model, {}, self.pipeline.fusion.config.num_queries
+        optimizer = build_optimizer(settings, model.parameters())
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = None
+        if settings.ema is not None:
+            self.ema = EMAModel(self.trained, decay=settings.ema)
+            self.ema.to(device=self.device, dtype=torch.float32)  # in bfloat16 its small changes would be lost
+            self.accelerator.register_for_checkpointing(self.ema)
+        many = sum(p.numel() for p in self.trained)
+        log.info("%s trained values, %d samples a step", f"{many:,}", self.samples_a_step)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, resume: Path | None = None) -> int:
+        """Train to the last step; returns 0, or PREEMPTED after SIGTERM. `resume`: a checkpoint; None: the newest."""
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            self._resume(resume)
+            return self._loop()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.accelerator.end_training()
+
+    def _stop(self, *_) -> None:
+        self.stopping = True
+
+    def _loop(self) -> int:
+        settings, main = self.config.train, self.accelerator.is_main_process
+        metrics, batches = Metrics(), iter(self._loader())
+        rate = matrix_rate(self.device)
+        bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
+        while self.step < settings.steps:
+            norm = self._train_step(batches, metrics)
+            self.step += 1
+            bar.update()
+            if self.step % settings.log_every == 0:
+                self._log(metrics, norm, rate)
+            last = self.step == settings.steps
+            stop = self._anyone_stopping()
+            if self.step % settings.checkpoint_every == 0 or last or stop:
+                self._save()
+            if settings.sample_every and (self.step % settings.sample_every == 0 or last):
+                self._sample()
+            if stop and not last:
+                log.info("SIGTERM: saved at step %d", self.step)
+                return PREEMPTED
+        bar.close()
+        return 0
+
+    def _loader(self) -> DataLoader:
+        settings, accelerator = self.config.train, self.accelerator
+        counters = Counters(
+            batch=settings.batch_size,
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+            accumulate=settings.accumulate,
+            start=self.step,
+        )
+        workers = self.config.data.workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=counters,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def _train_step(self, batches, metrics: Metrics) -> float:
+        """One optimiser step; returns the gradient norm before clipping."""
+        settings = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, self.step, self.samples_a_step)
+        for micro in range(settings.accumulate):
+            batch = next(batches).to(self.device)
+            with self.accelerator.accumulate(self.model):
+                self._seed_dropout(micro)
+                loss = self._loss(batch)
+                self._watch(batch, loss, metrics)
+                self.accelerator.backward(loss.total.mean())
+                if self.accelerator.sync_gradients:
+                    norm = float(self.accelerator.clip_grad_norm_(self.trained, settings.clip))
+                    self._require_finite(norm, batch)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trained)
+        return norm
+
+    def _seed_dropout(self, micro: int) -> None:
+        """The networks' own dropout (Q-Former, T5) restarts from a known state in every micro-batch."""
+        number = (self.step * self.config.train.accumulate + micro) * self.accelerator.num_processes
+        torch.manual_seed((self.config.train.seed << 32) + number + self.accelerator.process_index)
+
+    def _loss(self, batch: TrainingBatch) -> Loss:
+        x0, references, source = batch.latents(self.pipeline.vae)
+        x_t = self.diffusion.add_noise(x0, batch.noise_BCHW, batch.time_B)
+        with self.accelerator.autocast():
+            output = self._forward(self.model, batch, x_t, references, source)
+        return self.diffusion.loss(output, x0, x_t, batch.noise_BCHW, batch.time_B)
+
+    @staticmethod
+    def _forward(model: nn.Module, batch: TrainingBatch, x_t: Tensor, references: Tensor, source: Tensor) -> Tensor:
+        return model(
+            x_t,
+            batch.time_B.float(),
+            batch.instructions,
+            batch.vision_RCHW,
+            references,
+            source,
+            batch.drop_text_B,
+            batch.drop_source_B,
+        )
+
+    # ---- watching ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, batch: TrainingBatch, loss: Loss, metrics: Metrics) -> None:
+        """Collect the losses of all processes; stop everyone if one is not finite."""
+        tasks = torch.tensor([list(Task).index(record.task) for record in batch.records], device=self.device)
+        mine = torch.stack([loss.mse, loss.vb, tasks.float(), batch.time_B.float()]).detach()
+        mse, vb, task, time = self.accelerator.gather(mine.T.contiguous()).T.cpu()
+        if not (mse + vb).isfinite().all():
+            bad = (~loss.total.isfinite()).tolist()
+            ids = [record.id for record, is_bad in zip(batch.records, bad, strict=True) if is_bad]
+            self._fail("the loss is not finite", ids)
+        metrics.add(mse, vb, task, time, len(self.diffusion.tables["log_beta"]))
+        metrics.work += sum(self._work(i.length(self.queries), i.pictures) for i in batch.instructions)
+
+    def _work(self, context: int, pictures: int) -> float:
+        """Useful FLOPs of one sample of this process."""
+        if (context, pictures) not in self.work:
+            side = self.config.data.size // latents.downscale(self.pipeline.vae)
+            tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
+            self.work[context, pictures] = useful_flops(
+                forward_flops(self.plain, tokens, context, pictures), self.config.train.trainable
+            )
+        return self.work[context, pictures]
+
+    def _require_finite(self, norm: float, batch: TrainingBatch) -> None:
+        if norm != norm or norm == float("inf"):
+            self._fail("the gradient is not finite", [record.id for record in batch.records])
+
+    def _fail(self, problem: str, ids: list[str]) -> None:
+        good = training_state.finished(self.run_folder)
+        raise TrainingError(
+            f"step {self.step}: {problem}; records of process {self.accelerator.process_index}: "
+            f"{', '.join(ids) or 'none of them'}; last good checkpoint: {good[-1] if good else 'none'}. "
+            "Look at these records, lower the learning rate or use a wider dtype, then resume"
+        )
+
+    def _log(self, metrics: Metrics, norm: float, rate: float | None) -> None:
+        settings = self.config.train
+        work = metrics.work_a_second()
+        line = metrics.line(
+            step=self.step,
+            samples=self.step * self.samples_a_step,
+            epoch=self.step * self.samples_a_step / len(self.dataset),
+            lr=learning_rate(settings, self.step - 1, self.samples_a_step),
+            grad_norm=norm,
+        )
+        if rate is not None:
+            line |= {"mfu": work / rate, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        if self.accelerator.is_main_process:
+            write_line(self.run_folder / "metrics.jsonl", line)
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=self.step)
+
+    def _sample(self) -> None:
+        """The fixed records through the present weights, into samples/step-N of the run."""
+        settings = self.config.train
+        if self.accelerator.is_main_process:
+            records = read_records([Path(file) for file in settings.sample_records]).require()
+            model = self.accelerator.unwrap_model(self.model)
+            model.eval()
+            name = f"{self.run_folder.name}, step {self.step}"
+            how = inference.Settings(model=name, dtype=settings.weights, steps=settings.sample_steps)
+            folder = self.run_folder / "samples" / f"step-{self.step:08d}"
+            inference.run(records, self.pipeline, how, folder)
+            model.train()
+        self.accelerator.wait_for_everyone()
+
+    # ---- saving and resuming -----------------------------------------------------------------------------------------
+
+    def _fixed(self) -> dict:
+        """What decides which sample comes when."""
+        return {
+            "seed": self.config.train.seed,
+            "samples_a_step": self.samples_a_step,
+            "epoch_samples": len(self.dataset),
+        }
+
+    def _resume(self, checkpoint: Path | None) -> None:
+        whole = training_state.finished(self.run_folder)
+        checkpoint = checkpoint or (whole[-1] if whole else None)
+        if checkpoint is not None:
+            self.step = training_state.restore(self.accelerator, checkpoint, self._fixed())
+            log.info("resumed from %s", checkpoint)
+        if self.accelerator.is_main_process:
+            forget_after(self.run_folder / "metrics.jsonl", self.step)
+
+    def _save(self) -> None:
+        saved = training_state.save(
+            self.accelerator,
+            self.run_folder,
+            self.step,
+            self._fixed(),
+            self._export,
+            self.config.train.keep_checkpoints,
+        )
+        log.info("saved %s", saved)
+
+    def _export(self, folder: Path) -> None:
+        """The weights for inference: a pipeline folder of the averaged weights if there are any, or the adapters."""
+        if self.ema is not None:
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+        state = self.accelerator.get_state_dict(self.model)  # gathered, by all processes, where it is sharded
+        if self.accelerator.is_main_process:
+            if self.config.train.trainable == "lora":
+                save_lora(self.plain.transformer, folder / "lora")
+            else:
+                self.pipeline.with_weights(state).save_pretrained(folder / "model")
+        if self.ema is not None:
+            self.ema.restore(self.trained)
+
+    def _anyone_stopping(self) -> bool:
+        flag = torch.tensor([self.stopping], device=self.device)
+        return bool(self.accelerator.gather(flag).any())
+
+
+def load_start(config: Config, device: torch.device) -> MIGEPipeline:
+    """The pipeline that training starts from: a checkpoint folder, or fresh weights from the seed.
+
+    Trained parts are in `train.weights`, the frozen vision tower on a GPU in the dtype it was trained with, the VAE in
+    float32.
+    """
+    settings = config.train
+    dtype = getattr(torch, settings.weights)
+    tower = dtype if device.type == "cpu" else getattr(torch, config.model.fusion["vision_dtype"])
+    if settings.start is not None:
+        dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": tower}
+        return MIGEPipeline.from_pretrained(settings.start, dtype=dtypes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        parts = build_parts(config.model, dtype=dtype)
+    parts["image_encoder"].to(tower)
+    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    return MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
+
+
+def load_dataset(config: Config, pipeline: MIGEPipeline) -> JointDataset:
+    """Read and check all records. Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them."""
+    data = config.data
+    sets = []
+    for one in data.sets:
+        task = None if one.get("task") is None else Task(one["task"])
+        root = None if one.get("root") is None else Path(one["root"])
+        sets.append(check_set(read_records([Path(one["file"])], root=root, task=task), data.skip_bad))
+    store = None
+    if data.features is not None:
+        from mige.features import open_store
+
+        store = open_store(Path(data.features), vae=pipeline.vae, size=data.size)
+        wanted = {path for records in sets for record in records for path in (record.target, *record.references)}
+        if missing := store.missing(sorted(wanted)):
+            raise TrainingError(
+                f"{data.features} lacks {len(missing)} of {len(wanted)} pictures, the first {missing[0]}: "
+                "run tools/extract_features.py on the same records again"
+            )
+    return JointDataset(
+        Mixture(sets, [one["weight"] for one in data.sets]),
+        pipeline.tokenizer,
+        seed=config.train.seed,
+        size=data.size,
+        latent_shape=pipeline.latent_shape(data.size, data.size),
+        vision_size=pipeline.image_encoder.config.image_size,
+        features=store,
+        dropout=Dropout(data.drop_text, data.drop_source, data.drop_both),
+    )
+
+
+def check_set(report: Report, skip_bad: bool) -> list[Record]:
+    """A file's records, all fit to train on; pictures are decoded once (in threads)."""
+    findings = list(report.findings) + check_images(report.records)
+    for record in report.records:
+        if record.target is None:
+            findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
+    bad = {finding.where for finding in findings if finding.fatal}
+    checked = Report([record for record in report.records if record.where not in bad], findings)
+    if checked.findings:
+        log.warning("%s", checked.text())
+    return checked.records if skip_bad else checked.require()

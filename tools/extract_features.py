@@ -1,0 +1,90 @@
+"""Encode every picture of the given records once, into a store of VAE moments that training reads.
+
+    python tools/extract_features.py --model output/pretrained_models/mige --records train.json --output output/features
+    accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, or machines
+
+A second run encodes what is missing and what has changed. Pictures that cannot be used are listed in failures.jsonl of
+the store; the others are done and the exit code is 3 (under `accelerate launch` with several processes, 1). See
+docs/features.md.
+"""
+
+import argparse
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+from mige import checkpoint, features, latents
+from mige.convert import CheckpointError
+from mige.inference import write_failures
+from mige.pipeline import MIGEPipeline
+from mige.records import Report, read_records
+
+SOME_FAILED = 3
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", nargs="+", type=Path, required=True, help=".json or .jsonl files")
+    parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub; its VAE is used")
+    parser.add_argument("--output", type=Path, required=True, help="the store")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
+    parser.add_argument("--dtype", choices=features.DTYPES, default="float32", help="stored (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes opening pictures, for each GPU")
+    parser.add_argument("--device", help="default: a GPU for each process where there are any")
+    return parser.parse_args()
+
+
+def load_vae(model: Path) -> tuple[AutoencoderKL, int]:
+    """The checkpoint's VAE in float32, and the side of the pictures the model was trained on."""
+    checkpoint.verify(model)
+    vae = AutoencoderKL.from_pretrained(model / "vae").float().eval()
+    return vae, PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * latents.downscale(vae)
+
+
+def main() -> int:
+    args = parse()
+    # Shares may end hours apart, and all wait for the last one.
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=30))
+    pictures = features.distinct_pictures(read_records(args.records, root=args.root).require())
+    vae, native = load_vae(MIGEPipeline.locate(args.model))
+    root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
+    settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
+    findings = features.extract(
+        features.create_store(args.output, **settings),
+        vae.to(args.device or state.device),
+        pictures,
+        process=state.process_index,
+        processes=state.num_processes,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        progress=state.is_main_process,
+    )
+    findings = gather_object(findings)
+    if state.is_main_process:
+        report(features.create_store(args.output, **settings), pictures, Report(findings=findings), args.output)
+    state.wait_for_everyone()  # a launcher stops all processes when one ends with a failure
+    return SOME_FAILED if findings and state.is_main_process else 0
+
+
+def report(store: features.FeatureStore, pictures: dict[Path, str], failures: Report, folder: Path) -> None:
+    there = len(pictures) - len(store.missing(pictures))
+    print(f"{folder}: {there:,} of {len(pictures):,} pictures, {len(store):,} in all, "
+          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes a picture")  # fmt: skip
+    path = write_failures(failures, folder)
+    if failures.findings:
+        print(f"{len(failures.findings)} could not be used, listed in {path}", file=sys.stderr)
+        print("\n".join(map(str, failures.findings[:20])), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

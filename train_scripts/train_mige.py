@@ -1,0 +1,35 @@
+"""Train MIGE from a config file.
+
+    python train_scripts/train_mige.py configs/mige_512.py --run output/runs/mine
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml train_scripts/train_mige.py configs/mige_512.py ...
+
+The same command again goes on from the newest checkpoint of the run. SIGTERM saves and exits with code 75. Any value of
+the config can be set on the command line: train.steps=200 data.features=output/features
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mige import config
+from mige.convert import CheckpointError
+from mige.records import BadRecordsError
+from mige.trainer import Trainer
+from mige.training_state import TrainingError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--run", type=Path, required=True, help="run folder, made or gone on with")
+    parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
+    args = parser.parse_args()
+    return Trainer(config.load(args.config, args.overrides), args.run).run(args.resume)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (config.ConfigError, BadRecordsError, CheckpointError, TrainingError) as error:
+        sys.exit(f"error: {error}")
