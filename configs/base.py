@@ -11,7 +11,7 @@ model = dict(
         norm_elementwise_affine=False,
         norm_eps=1e-6,
     ),
-    image_encoder=dict(hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True),
+    image_encoder=dict(hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True, initializer_range=0.02),
     qformer=dict(
         max_position_embeddings=512,
         cross_attention_frequency=2,

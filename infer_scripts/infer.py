@@ -14,10 +14,13 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 
 from mige import inference, records
 from mige.convert import CheckpointError
+from mige.lora import merge_lora
 from mige.pipeline import MIGEPipeline
 
 SOME_FAILED = 3
@@ -25,7 +28,11 @@ SOME_FAILED = 3
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="checkpoint folder (of a training run too: checkpoints/step-.../model), or a name on the hub",
+    )
     parser.add_argument("--records", nargs="+", type=Path, help=".json or .jsonl files")
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
     parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
@@ -41,9 +48,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="multiple of 16 px (default: the model's)")
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--offload", action="store_true", help="keep each part on the GPU only while it computes")
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
+    parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
     parser.add_argument("--note", default="", help="a line on top of the result pages")
     args = parser.parse_args()
@@ -69,10 +77,13 @@ def read(args: argparse.Namespace) -> records.Report:
 
 def main() -> int:
     args = parse()
+    diffusers.utils.logging.disable_progress_bar()  # loading takes seconds; the run has its own bar
+    transformers.utils.logging.disable_progress_bar()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
     model = MIGEPipeline.locate(args.model)
     report = inference.check(read(args), model)
+    inference.check_size(settings, model)
     if report.findings:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
@@ -82,6 +93,8 @@ def main() -> int:
     if report.faults:
         print(f"listed in {listed}", file=sys.stderr)
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
+    if args.lora:
+        pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
     pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
     inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)
     print(f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}")

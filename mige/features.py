@@ -39,7 +39,7 @@ VERSION = 1
 FIT = "center_crop"  # training crops every picture so: targets, sources and references
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
-_ENTRY = np.dtype(
+ENTRY = np.dtype(
     [
         ("key", "S16"),  # hash of the picture's path below the store's root
         ("size", "<u8"),  # of the picture's file when it was extracted, bytes
@@ -49,7 +49,8 @@ _ENTRY = np.dtype(
         ("crc", "<u4"),  # CRC-32 of the row
     ]
 )
-_PLACED = np.dtype([*_ENTRY.descr, ("part", "<u4"), ("row", "<u8")])
+"""An entry of an index file."""
+_PLACED = np.dtype([*ENTRY.descr, ("part", "<u4"), ("row", "<u8")])
 
 
 class StoreError(ValueError):
@@ -284,10 +285,10 @@ class FeatureStore:
         index = self._parts[number]
         rows = index.with_suffix(".rows")
         rows_bytes = rows.stat().st_size if rows.exists() else 0
-        count = min(index.stat().st_size // _ENTRY.itemsize, rows_bytes // self.meta.row_bytes)
-        entries = np.fromfile(index, _ENTRY, count)
+        count = min(index.stat().st_size // ENTRY.itemsize, rows_bytes // self.meta.row_bytes)
+        entries = np.fromfile(index, ENTRY, count)
         placed = np.empty(count, _PLACED)
-        for name in _ENTRY.names:
+        for name in ENTRY.names:
             placed[name] = entries[name]
         placed["part"], placed["row"] = number, np.arange(count)
         return placed
@@ -509,7 +510,7 @@ class _PartWriter:
         """Append rows [len(batch), 2, C, h, w] and, once they are on the disk, their entries."""
         if not batch:
             return
-        entries = np.array([self._entry(picture, row) for picture, row in zip(batch, rows, strict=True)], _ENTRY)
+        entries = np.array([self._entry(picture, row) for picture, row in zip(batch, rows, strict=True)], ENTRY)
         # Unbuffered: a failed write must not be tried again when the file is closed.
         self.files = self.files or [self.path.with_suffix(end).open("xb", buffering=0) for end in (".rows", ".index")]
         for file, data in zip(self.files, (rows, entries), strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -38,13 +39,14 @@ class Settings:
     """Everything that decides what a run's pictures look like. None: the official value of the record's task."""
 
     model: str  # checkpoint folder or hub name
-    dtype: str  # of the weights: float32, bfloat16, float16
+    dtype: str  # of the weights: float32, bfloat16
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
     source_guidance: float | None = None
     height: int | None = None  # pixels; None: the model's native size
     width: int | None = None
+    lora: str | None = None  # folder of adapters added to the model
     noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
 
     def __post_init__(self):
@@ -52,6 +54,16 @@ class Settings:
             raise ValueError(f"noise must be 'record' or 'official', got {self.noise!r}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def check_size(settings: Settings, model: Path) -> None:
+    """Raise ValueError if the model cannot make pictures of the settings' size; reads its configs only."""
+    blocks = AutoencoderKL.load_config(model / "vae")["block_out_channels"]
+    grid = 2 ** (len(blocks) - 1) * PixArtTransformer2DModel.load_config(model / "transformer")["patch_size"]
+    for name in ("height", "width"):
+        side = getattr(settings, name)
+        if side is not None and (side < grid or side % grid):
+            raise ValueError(f"{name} must be a multiple of {grid} px, got {side}")
 
 
 def check(report: Report, model: Path) -> Report:
@@ -94,6 +106,8 @@ def run(
     size = pipeline.output_size(settings.height, settings.width)
     check_folder(folder, settings, records)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    for half_written in (folder / "images").glob(".*.part"):  # of a killed run
+        half_written.unlink()
     _write_config(folder, settings)
     results = _Results(folder)
     todo = [record for record in records if record.id not in results.lines]

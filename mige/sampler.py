@@ -84,8 +84,8 @@ def dpm_solver_pp_2m(denoise: Denoise, noise: Tensor, grid: Grid, on_step: OnSte
 class DPMSolver2M(SchedulerMixin, ConfigMixin):
     """The solver above as the pipeline's `scheduler` part; its config can seed any diffusers scheduler.
 
-    `EulerDiscreteScheduler.from_config(pipe.scheduler.config)` carries the noise schedule over, and with `clip_sample` that
-    latents are not clipped as if they were pixels.
+    `EulerDiscreteScheduler.from_config(pipe.scheduler.config)` carries the noise schedule over, and with
+    `clip_sample` that latents are not clipped as if they were pixels.
     """
 
     order = 1

@@ -51,6 +51,7 @@ class Settings:
     source: str  # a key of SOURCES
     inputs: tuple[str, ...]  # a hub name, or local files and folders
     split: str = "train"
+    name: str = ""  # how ids begin; empty: the source
     min_quality: int = 5  # Subjects200K: the least of each of its three scores, 0 to 5
 
 
@@ -508,6 +509,8 @@ def _source(settings: Settings) -> Source:
         raise SourceError(f"unknown source {settings.source!r}; use one of {', '.join(SOURCES)}")
     if settings.split not in source.splits:
         raise SourceError(f"{settings.source} has no split {settings.split!r}; use one of {', '.join(source.splits)}")
+    if settings.name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", settings.name):
+        raise SourceError(f"--name {settings.name!r} is unfit for ids; use 1 to 60 of A-Z a-z 0-9 _ -")
     if not settings.inputs:
         raise SourceError(f"{settings.source} cannot be streamed from the hub; give its extracted files in --input")
     return source
@@ -520,7 +523,7 @@ RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 
 def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
     """The lines of a row: records, and for each sample that is left out a line with its reason."""
-    name = f"{settings.source}-{settings.split}-{number:07d}"
+    name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
     album = Album(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
         samples = source.samples(row, album, settings)

@@ -23,6 +23,7 @@ from mige import inference, latents, training_state
 from mige.config import Config
 from mige.dataset import Counters, Dropout, JointDataset, Mixture, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
+from mige.features import open_store
 from mige.images import check_images
 from mige.lora import add_lora, save_lora
 from mige.optimizers import build_optimizer, learning_rate
@@ -62,8 +63,7 @@ class Trainer:
     def _open_run(self) -> None:
         if self.accelerator.is_main_process:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            handlers = [logging.StreamHandler(), logging.FileHandler(self.run_folder / "log.txt")]
-            logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers, force=True)
+            log_to(self.run_folder / "log.txt")
             inference.write_text(self.run_folder / "config.json", json.dumps(self.config.dump(), indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("mige")
@@ -315,6 +315,17 @@ class Trainer:
         return bool(self.accelerator.gather(flag).any())
 
 
+def log_to(path: Path) -> None:
+    """The run's own messages go to the terminal and to a file; accelerate's stay out of both."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    for handler in (logging.StreamHandler(), logging.FileHandler(path)):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
 def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     """The pipeline that training starts from: a checkpoint folder, or fresh weights from the seed.
 
@@ -345,8 +356,6 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> JointDataset:
         sets.append(check_set(read_records([Path(one["file"])], root=root, task=task), data.skip_bad))
     store = None
     if data.features is not None:
-        from mige.features import open_store
-
         store = open_store(Path(data.features), vae=pipeline.vae, size=data.size)
         wanted = {path for records in sets for record in records for path in (record.target, *record.references)}
         if missing := store.missing(sorted(wanted)):

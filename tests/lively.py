@@ -1,4 +1,4 @@
-"""A checkpoint in which every part does something: fresh towers of the libraries and a fresh fusion all but return 0."""
+"""A checkpoint in which every part does something: of fresh weights, the tower and the fusion all but return 0."""
 
 from pathlib import Path
 

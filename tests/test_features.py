@@ -40,6 +40,16 @@ def vae(tiny_model):
     return AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """A CPU's last bits depend on the number of threads: one here and in child processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
 def draw(path, seed, height=40, width=56):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
@@ -485,11 +495,10 @@ def arguments(records, model, output, *more):
 
 
 def launch(count, *args):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", count]
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    """On CPUs `accelerate launch` starts one process only; torch's launcher, which it uses for GPUs, starts `count`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
     command += [ROOT / "tools" / "extract_features.py", *args]
-    env = environment() | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    return subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
 
 
 def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_model):

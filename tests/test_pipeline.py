@@ -209,7 +209,7 @@ def test_a_second_mention_reads_an_empty_picture(pipe, photos):
 
 
 def test_what_each_task_reads_as_reference_and_source(pipe, photos):
-    """An edit reads one posterior sample twice; a subject edit draws two of the same picture; a subject has no source."""
+    """An edit reads one posterior sample twice; a subject edit draws two of one picture; a subject has no source."""
     cat, cup = photos[0], photos[3]
     factor = pipe.vae.config.scaling_factor
 
@@ -382,9 +382,9 @@ def test_what_else_is_refused(pipe, photos):
         pipe("add<imagehere>to<imagehere>", [cat, cup], photos[2], num_inference_steps=1)
     with pytest.raises(ValueError, match="must be of one task"):
         pipe(["a<imagehere>", "make it red"], [[cat], []], [None, cup], num_inference_steps=1)
-    with pytest.raises(ValueError, match="2 prompts need as many of each.*1 lists of references"):
+    with pytest.raises(ValueError, match=r"2 prompts need as many of each.*1 lists of references"):
         pipe(["a<imagehere>"] * 2, [[cat]])
-    with pytest.raises(ValueError, match="2 prompts need as many of each.*3 seeds"):
+    with pytest.raises(ValueError, match=r"2 prompts need as many of each.*3 seeds"):
         pipe(["a cat"] * 2, seed=[1, 2, 3])
     with pytest.raises(ValueError, match="at least one"):
         pipe([])

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("configs", "mige", "infer_scripts", "tools", "benchmarks", "docs")
+FOLDERS = ("configs", "mige", "infer_scripts", "train_scripts", "tools", "benchmarks", "docs")
 
 
 def tree() -> set[str]:

@@ -1,5 +1,7 @@
 """The solver against closed forms and against diffusers' own schedulers."""
 
+import itertools
+
 import diffusers
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_it_converges_to_the_exact_solution_with_second_order():
     for steps in (100, 200, 400, 800):
         got, exact = gaussian_run(steps, x, exact_grid(steps))
         errors.append(((got - exact).norm() / exact.norm()).item())
-    ratios = [a / b for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert errors[0] < 1e-2 and errors[-1] < 2e-4, errors
     assert all(3.4 < ratio < 4.6 for ratio in ratios), ratios
 

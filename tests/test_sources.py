@@ -316,8 +316,11 @@ def test_subjects200k(tmp_path, monkeypatch):
         "no quality scores": 1,
         "quality below 5": 1,
     }
-    script(monkeypatch, "subjects200k", "--input", file, "--output", tmp_path / "lenient", "--min-quality", 4)
-    assert summary(tmp_path / "lenient")["written"] == 5
+    lenient = tmp_path / "lenient"
+    script(monkeypatch, "subjects200k", "--input", file, "--output", lenient, "--min-quality", 4, "--name", "again")
+    assert summary(lenient)["written"] == 5
+    both = read_records([out / "records.jsonl", lenient / "records.jsonl"])
+    assert len(both.require()) == 8 and not both.notes, "two sets of one source, told apart by --name"
 
 
 def seed_folder(root):
@@ -403,6 +406,8 @@ def test_faults_of_the_call(tmp_path):
     assert "no such file or folder" in refused("magicbrush", tmp_path / "gone")
     assert "no annotations/*.jsonl" in refused("seed_data_edit", tmp_path / "d")
     assert "give its extracted files" in refused("seed_data_edit")
+    with pytest.raises(SourceError, match="'a b' is unfit for ids"):
+        prepare(Settings("magicbrush", ("x",), name="a b"), tmp_path / "out")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     assert "bad.parquet" in refused("magicbrush", tmp_path / "bad.parquet")
     (tmp_path / "s" / "annotations").mkdir(parents=True)

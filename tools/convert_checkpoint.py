@@ -16,7 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from mige import config, convert
@@ -41,12 +43,14 @@ def parse() -> argparse.Namespace:
         kind.add_argument("--t5", type=Path, required=True, help="folder of t5-v1_1-xxl")
         kind.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
         kind.add_argument("--config", type=Path, default=CONFIG, help="sizes (default: %(default)s)")
-        kind.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as in the files")
+        kind.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the files")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     sizes = config.load(args.config)
     with whole_folder(args.output) as folder:
         report = write(args, sizes, folder)

@@ -1,11 +1,10 @@
 """Encode every picture of the given records once, into a store of VAE moments that training reads.
 
     python tools/extract_features.py --model output/pretrained_models/mige --records train.json --output output/features
-    accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, or machines
+    accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, of one machine or more
 
-A second run encodes what is missing and what has changed. Pictures that cannot be used are listed in failures.jsonl of
-the store; the others are done and the exit code is 3 (under `accelerate launch` with several processes, 1). See
-docs/features.md.
+A second run encodes what is missing and what has changed. Pictures that cannot be used are listed in the store's
+failures.jsonl; the others are done and the exit code is 3 (launchers make it 1). See docs/features.md.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
@@ -51,7 +51,8 @@ def load_vae(model: Path) -> tuple[AutoencoderKL, int]:
 def main() -> int:
     args = parse()
     # Shares may end hours apart, and all wait for the last one.
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=30))
+    on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     pictures = features.distinct_pictures(read_records(args.records, root=args.root).require())
     vae, native = load_vae(MIGEPipeline.locate(args.model))
     root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))

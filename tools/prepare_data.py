@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to make or to go on with")
     parser.add_argument("--input", nargs="+", help="local files or folders, or a hub name (default: the source's own)")
     parser.add_argument("--split", default="train", help="magicbrush: train or dev (default: %(default)s)")
+    parser.add_argument("--name", default="", help="how ids begin, if not with the source (two sets of one source)")
     parser.add_argument("--limit", type=_positive, help="rows to read at most, over all runs")
     parser.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (%(default)s)")
     parser.add_argument("--min-quality", type=int, default=5, help="subjects200k: least of its scores (%(default)s)")
@@ -42,7 +43,7 @@ def main() -> None:
     hub = SOURCES[args.source].hub
     inputs = args.input or ([hub] if hub else [])
     resolved = tuple(str(Path(given).resolve()) if Path(given).exists() else given for given in inputs)
-    settings = Settings(args.source, resolved, args.split, args.min_quality)
+    settings = Settings(args.source, resolved, args.split, args.name, args.min_quality)
     summary = prepare(settings, args.output, limit=args.limit, workers=args.workers)
     print(summary.text())
     print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was left out")

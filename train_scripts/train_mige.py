@@ -1,6 +1,6 @@
 """Train MIGE from a config file.
 
-    python train_scripts/train_mige.py configs/mige_512.py --run output/runs/mine
+    python train_scripts/train_mige.py configs/mige_512.py --output output/runs/mine
     accelerate launch --config_file configs/accelerate/fsdp2.yaml train_scripts/train_mige.py configs/mige_512.py ...
 
 The same command again goes on from the newest checkpoint of the run. SIGTERM saves and exits with code 75. Any value of
@@ -22,10 +22,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--run", type=Path, required=True, help="run folder, made or gone on with")
+    parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
     args = parser.parse_args()
-    return Trainer(config.load(args.config, args.overrides), args.run).run(args.resume)
+    return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
 
 
 if __name__ == "__main__":

@@ -21,4 +21,4 @@ machines="${MACHINES:-1}"
 exec accelerate launch --config_file "$file" \
     --num_processes "$((processes * machines))" --num_machines "$machines" --machine_rank "${RANK:-0}" \
     --main_process_ip "${MAIN_ADDRESS:-127.0.0.1}" --main_process_port "${MAIN_PORT:-29500}" \
-    train_scripts/train_mige.py "$config" --run "$run" "$@"
+    train_scripts/train_mige.py "$config" --output "$run" "$@"
