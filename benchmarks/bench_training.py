@@ -18,6 +18,7 @@ import torch
 
 from mige import config
 from mige.diffusion import Diffusion
+from mige.encoder import set_product_dtype
 from mige.instruction import Instruction
 from mige.lora import add_lora
 from mige.model import MIGEModel
@@ -46,7 +47,7 @@ class Bench:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         parts = build_parts(self.sizes.model, device=self.device, dtype=dtype, only=MODEL_PARTS)
         if on_gpu:
-            parts["image_encoder"].encoder.to(getattr(torch, self.sizes.model.fusion["vision_dtype"]))
+            set_product_dtype(parts["image_encoder"], getattr(torch, self.sizes.model.fusion["vision_dtype"]))
         self.model = MIGEModel(**parts)
         self.model.freeze(trainable)
         if trainable == "lora":

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mige import config
+from mige.encoder import set_product_dtype
 from mige.images import open_image
 from mige.parts import build_parts
 from mige.pipeline import MIGEPipeline
@@ -43,7 +44,7 @@ def random_pipeline(args: argparse.Namespace) -> MIGEPipeline:
     sizes = config.load(args.config).model
     parts = build_parts(sizes, device=args.device, dtype=getattr(torch, args.dtype))
     if args.dtype != "float32":
-        parts["image_encoder"].to(getattr(torch, sizes.fusion["vision_dtype"]))
+        set_product_dtype(parts["image_encoder"], getattr(torch, sizes.fusion["vision_dtype"]))
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     return MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
 

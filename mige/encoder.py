@@ -31,6 +31,13 @@ def prepare_vision_tower(tower: Blip2VisionModel) -> None:
                 module.float()
 
 
+def set_product_dtype(tower: Blip2VisionModel, dtype: torch.dtype) -> None:
+    """Keep the matrices of the blocks in this dtype; embeddings, norms and their residual stream stay as they are."""
+    for module in tower.encoder.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+
+
 def _matrix_dtype(tower: Blip2VisionModel) -> torch.dtype:
     return tower.encoder.layers[0].mlp.fc1.weight.dtype
 

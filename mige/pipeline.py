@@ -28,7 +28,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 
 from mige import checkpoint, guidance, images, latents, sampler
 from mige.condition import Condition
-from mige.encoder import prepare_vision_tower
+from mige.encoder import prepare_vision_tower, set_product_dtype
 from mige.fusion import MIGEFusion
 from mige.instruction import MAX_WORDS, Instruction, full_text, tokenize
 from mige.model import MODEL_PREFIXES, MIGEModel
@@ -102,11 +102,13 @@ class MIGEPipeline(DiffusionPipeline):
         """
         folder = cls.locate(path)
         checkpoint.verify(folder)
-        if isinstance(dtype, torch.dtype) and dtype.itemsize < 4:
-            trained = getattr(torch, MIGEFusion.load_config(folder / "fusion")["vision_dtype"])
-            dtype = {"default": dtype, "vae": torch.float32, "image_encoder": trained}
+        as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4
+        if as_trained:
+            dtype = {"default": dtype, "vae": torch.float32}
         pipeline = super().from_pretrained(str(folder), dtype=dtype, **kwargs)
         pipeline.transformer.pos_embed.to(pipeline.transformer.dtype)  # its table is computed in float32
+        if as_trained:
+            set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
         return pipeline
 
     @classmethod

@@ -23,6 +23,7 @@ from mige import inference, latents, training_state
 from mige.config import Config
 from mige.dataset import Counters, Dropout, JointDataset, Mixture, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
+from mige.encoder import set_product_dtype
 from mige.features import open_store
 from mige.images import check_images
 from mige.lora import add_lora, save_lora
@@ -334,16 +335,17 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     """
     settings = config.train
     dtype = getattr(torch, settings.weights)
-    tower = dtype if device.type == "cpu" else getattr(torch, config.model.fusion["vision_dtype"])
     if settings.start is not None:
-        dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": tower}
-        return MIGEPipeline.from_pretrained(settings.start, dtype=dtypes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        parts = build_parts(config.model, dtype=dtype)
-    parts["image_encoder"].to(tower)
-    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-    return MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
+        pipeline = MIGEPipeline.from_pretrained(settings.start, dtype={"default": dtype, "vae": torch.float32})
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            parts = build_parts(config.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        pipeline = MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
+    if device.type != "cpu":
+        set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
+    return pipeline
 
 
 def load_dataset(config: Config, pipeline: MIGEPipeline) -> JointDataset:
