@@ -104,7 +104,7 @@ class MIGEPipeline(DiffusionPipeline):
         checkpoint.verify(folder)
         as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4
         if as_trained:
-            dtype = {"default": dtype, "vae": torch.float32}
+            dtype = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
         pipeline = super().from_pretrained(str(folder), dtype=dtype, **kwargs)
         pipeline.transformer.pos_embed.to(pipeline.transformer.dtype)  # its table is computed in float32
         if as_trained:

@@ -336,7 +336,7 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     settings = config.train
     dtype = getattr(torch, settings.weights)
     if settings.start is not None:
-        pipeline = MIGEPipeline.from_pretrained(settings.start, dtype={"default": dtype, "vae": torch.float32})
+        pipeline = MIGEPipeline.from_pretrained(settings.start, dtype=dtype)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)

@@ -393,10 +393,10 @@ def test_save_image_errors(tmp_path):
 
 
 def test_example_pictures():
-    report = read_records([EXAMPLES / f"{task}.json" for task in Task])
+    report = read_records([*(EXAMPLES / f"{task}.json" for task in Task), EXAMPLES / "train.jsonl"])
     assert check_images(report.require()) == []
     pictures = list((EXAMPLES / "images").iterdir())
-    used = {file for record in report.records for file in (*record.references, record.source) if file}
+    used = {file for record in report.records for file in (*record.references, record.source, record.target) if file}
     assert set(pictures) == used
     assert all(max(open_image(path).size) <= 640 for path in pictures)
     assert sum(path.stat().st_size for path in pictures) < 1_500_000

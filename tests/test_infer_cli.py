@@ -322,14 +322,14 @@ def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--height", "100"], "multiples of 16 px, got 100 x 128"),
+        (["--height", "100"], "height must be a multiple of 16 px, got 100"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_be(model, tmp_path, arguments, told):
     run = tmp_path / "run"
     done = infer("--model", model, "--records", FILES[0], "--output", run, *arguments)
-    assert done.returncode == 1 and f"error: {told}" in done.stderr.replace("height and width must be ", "")
+    assert done.returncode == 1 and f"error: {told}" in done.stderr
     assert not run.exists()  # still free for a run with good ones
 
 

@@ -18,10 +18,11 @@ import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
 
-from mige import sources
+from mige import preparing, sources
 from mige.images import check_images, open_image
+from mige.preparing import prepare
 from mige.records import Task, read_records
-from mige.sources import LeftOut, Settings, SourceError, edit_prompt, prepare, subject_prompt
+from mige.sources import LeftOut, Settings, SourceError, edit_prompt, subject_prompt
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "prepare_data.py"
 IMAGE, TEXT = datasets.Image(), Value("string")
@@ -424,7 +425,7 @@ def test_other_settings_lost_records_and_a_second_writer_are_refused(tmp_path):
     prepare(settings, out, progress=False)
     with pytest.raises(SourceError, match="min_quality: 5 there, 3 now"):
         prepare(Settings("instructpix2pix", (str(file),), min_quality=3), out)
-    with sources._sole_writer(out), pytest.raises(SourceError, match="another run is writing"):
+    with preparing._sole_writer(out), pytest.raises(SourceError, match="another run is writing"):
         prepare(settings, out)
     os.truncate(out / "records.jsonl", 5)
     with pytest.raises(SourceError, match=r"records.jsonl has 5 bytes, summary.json speaks of \d+"):
@@ -494,7 +495,7 @@ def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files)
         deaths += child.exitcode == -signal.SIGKILL
     assert deaths >= 6 and child.exitcode == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_commit", None)  # nothing is left to do
+        patch.setattr(preparing, "_commit", None)  # nothing is left to do
         prepare(three_files, out, progress=False)
     leftover = {name for name in contents(out) if name.endswith(".part")}
     assert {k: v for k, v in contents(out).items() if k not in leftover} == contents(once)

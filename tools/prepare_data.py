@@ -16,7 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from mige.sources import RECORDS, SKIPPED, SOURCES, Settings, SourceError, prepare
+from mige.preparing import RECORDS, SKIPPED, prepare
+from mige.sources import SOURCES, Settings, SourceError
 
 
 def parse() -> argparse.Namespace:
