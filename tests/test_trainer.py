@@ -41,7 +41,7 @@ def build(model: Path, run: Path, *more: str) -> Trainer:
 def command(model: Path, run: Path, *more: str) -> list[str]:
     text = [o.replace("dict(file=", "{'file': ").replace(", weight=1.0)", ", 'weight': 1.0}") for o in
             overrides(model, *more)]  # fmt: skip
-    return ["train_scripts/train_mige.py", "configs/tiny.py", *text, "--output", str(run)]
+    return ["train_scripts/train_mige.py", "configs/tiny.py", text[0], "--output", str(run), *text[1:]]
 
 
 def start(model: Path, run: Path, *more: str) -> subprocess.Popen:

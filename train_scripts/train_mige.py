@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
     return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
 
 
