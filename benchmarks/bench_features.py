@@ -1,6 +1,6 @@
 """The store of moments: bytes a picture, rates of writing and reading, a large index, what float16 does to the loss.
 
-    python benchmarks/bench_features.py --folder /tmp/bench    # needs no weights; a CPU is enough
+    python benchmarks/bench_features.py --folder output/bench    # needs no weights; a CPU is enough
 
 Rows are those of 512 px pictures; the VAE in front of them is a tiny one, so the rate of writing is no VAE's.
 """
