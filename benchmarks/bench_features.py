@@ -18,7 +18,8 @@ from PIL import Image
 
 from mige import config
 from mige.diffusion import Diffusion
-from mige.features import ENTRY, FeatureStore, create_store, extract, open_store
+from mige.extraction import extract
+from mige.features import ENTRY, FeatureStore, create_store, open_store
 from mige.parts import build_parts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"

@@ -57,6 +57,7 @@ class DataConfig:
     """What is trained on."""
 
     sets: Sequence[Mapping[str, Any]]  # file, weight (views of each record an epoch), and if need be root, task
+    world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
     size: int  # side of the square pictures, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
     skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
@@ -66,6 +67,8 @@ class DataConfig:
     drop_both: float  # ... both
 
     def __post_init__(self):
+        if self.world and (self.sets or self.features is not None):
+            raise ConfigError("data.world draws its own pictures: leave data.sets empty and data.features None")
         for number, one in enumerate(self.sets):
             known = {"file", "weight", "root", "task"}
             _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
@@ -85,16 +88,19 @@ class TrainConfig:
     learning_rate: float  # at `lr_batch` samples a step
     lr_batch: int  # the rate is scaled by sqrt(samples a step / lr_batch)
     warmup: int  # steps of linear warm-up, then constant
+    cooldown: int  # last steps, in which the rate falls linearly to zero; 0: constant to the end
     weight_decay: float  # on every trained value
     betas: Sequence[float]
     eps: float
     clip: float  # largest gradient norm
-    optimizer: str  # adamw; adamw_bf16 (stochastic rounding, torchao); adamw_8bit (bitsandbytes)
+    optimizer: str  # adamw; adamw_bf16 (stochastic rounding); adamw_8bit (bitsandbytes); muon (and adamw)
     weights: str  # dtype of the trained weights: float32, bfloat16
-    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT)
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); scratch (all)
+    noise_levels: int  # of every sample a step: the encoder's work is shared by them
+    snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    compile: bool  # torch.compile of the repeated blocks
+    compile: list[str]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
@@ -105,12 +111,15 @@ class TrainConfig:
     trackers: Sequence[str]  # tensorboard, wandb, ...
 
     def __post_init__(self):
-        _one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit"))
+        _one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit", "muon"))
         _one_of("train.weights", self.weights, ("float32", "bfloat16"))
-        _one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora"))
+        _one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora", "scratch"))
         for part in self.gradient_checkpointing:
             _one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for part in self.compile:
+            _one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer"))
+        at_least_one = ("steps", "batch_size", "accumulate", "noise_levels", "log_every", "checkpoint_every")
+        for name in (*at_least_one, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}, expected at least 1")
         if self.start is None and self.tokenizer is None:

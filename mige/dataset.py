@@ -84,18 +84,21 @@ class Mixture:
 class TrainingSample:
     """One sample before any network. Its pictures are the target, then the references.
 
-    Either `pixels` (float32 [1 + R, 3, H, W] in [-1, 1]) or `moments` (of [1 + R, 4, h, w]) is given.
+    Either `pixels` (float32 [1 + R, 3, H, W] in [-1, 1]) or `moments` (of [1 + R, 4, h, w]) is given; neither, nor
+    `vision`, where the pictures are drawn on the device.
     """
 
-    record: Record
+    id: str
+    task: Task
+    source: int | None  # which reference is the picture to edit
     instruction: Instruction
-    vision: Tensor  # float32 [R, 3, 224, 224]
+    vision: Tensor | None  # float32 [R, 3, 224, 224]
     pixels: Tensor | None
     moments: Moments | None
-    noise: Tensor  # float32 [4, h, w], of the diffusion
+    noise: Tensor  # float32 [K, 4, h, w], of the diffusion, at K noise levels
     posterior: Tensor  # float32 [1 + R, 4, h, w]: the VAE posterior's noise of every picture
     source_posterior: Tensor  # float32 [4, h, w]: of the source
-    time: int
+    times: tuple[int, ...]  # K of them
     drop_text: bool
     drop_source: bool
 
@@ -105,13 +108,15 @@ class TrainingBatch:
     """B samples, R references and P = B + R pictures, collated; `latents` makes the rest.
 
     Attributes:
-        pixels_PCHW, moments: as in `TrainingSample`, one of them None.
+        pixels_PCHW, moments, vision_RCHW: as in `TrainingSample`.
         target_B, reference_R, source_B: int64, places in the row of pictures; a sample without a source has -1.
+        noise_BCHW, time_B: K noise levels of every sample, the first of all samples first: [K B, ...].
     """
 
-    records: tuple[Record, ...]
+    ids: tuple[str, ...]
+    tasks: tuple[Task, ...]
     instructions: tuple[Instruction, ...]
-    vision_RCHW: Tensor
+    vision_RCHW: Tensor | None
     pixels_PCHW: Tensor | None
     moments: Moments | None
     noise_BCHW: Tensor
@@ -139,6 +144,7 @@ class TrainingBatch:
         if moments is None:
             with torch.no_grad():
                 moments = encode(vae, self.pixels_PCHW)
+                moments = Moments(moments.mean.float(), moments.std.float())
         unscaled_PCHW = moments.sample(self.posterior_PCHW)
         place_B = self.source_B.clamp(min=0)
         sources = Moments(moments.mean[place_B], moments.std[place_B]).sample(self.source_posterior_BCHW)
@@ -160,31 +166,34 @@ def collate(samples: Sequence[TrainingSample]) -> TrainingBatch:
     """Samples -> batch. An edit's source takes the posterior noise of its reference: one latent serves as both."""
     target, reference, source, source_posterior, first = [], [], [], [], 0
     for sample in samples:
-        record = sample.record
         target.append(first)
-        reference += range(first + 1, first + 1 + len(record.references))
-        place = -1 if record.source is None else 1 + record.references.index(record.source)
-        source.append(-1 if place < 0 else first + place)
-        source_posterior.append(sample.posterior[1] if record.task is Task.EDIT else sample.source_posterior)
-        first += 1 + len(record.references)
+        reference += range(first + 1, first + len(sample.posterior))
+        source.append(-1 if sample.source is None else first + 1 + sample.source)
+        source_posterior.append(sample.posterior[1] if sample.task is Task.EDIT else sample.source_posterior)
+        first += len(sample.posterior)
     with_moments = samples[0].moments is not None
     moments = [sample.moments for sample in samples if with_moments]
     return TrainingBatch(
-        records=tuple(sample.record for sample in samples),
+        ids=tuple(sample.id for sample in samples),
+        tasks=tuple(sample.task for sample in samples),
         instructions=tuple(sample.instruction for sample in samples),
-        vision_RCHW=torch.cat([sample.vision for sample in samples]),
-        pixels_PCHW=None if with_moments else torch.cat([sample.pixels for sample in samples]),
+        vision_RCHW=_cat([sample.vision for sample in samples]),
+        pixels_PCHW=_cat([sample.pixels for sample in samples]),
         moments=Moments(torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])) if moments else None,
-        noise_BCHW=torch.stack([sample.noise for sample in samples]),
+        noise_BCHW=torch.stack([sample.noise for sample in samples], dim=1).flatten(0, 1),
         posterior_PCHW=torch.cat([sample.posterior for sample in samples]),
         source_posterior_BCHW=torch.stack(source_posterior),
         target_B=torch.tensor(target),
         reference_R=torch.tensor(reference, dtype=torch.long),
         source_B=torch.tensor(source),
-        time_B=torch.tensor([sample.time for sample in samples]),
+        time_B=torch.tensor([sample.times for sample in samples]).T.flatten(),
         drop_text_B=torch.tensor([sample.drop_text for sample in samples]),
         drop_source_B=torch.tensor([sample.drop_source for sample in samples]),
     )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
 
 
 class JointDataset(Dataset):
@@ -196,7 +205,7 @@ class JointDataset(Dataset):
         size: side of the square pictures in pixels (512); `latent_shape`: of their latents (4, 64, 64).
         vision_size: side of the vision tower's pictures (224).
         features: a store of moments; None to return pixels, for the VAE to encode in the training step.
-        train_timesteps: T; times are drawn uniformly from 0..T-1.
+        train_timesteps: T; times are drawn uniformly from 0..T-1. noise_levels: times a sample.
     """
 
     def __init__(
@@ -210,6 +219,7 @@ class JointDataset(Dataset):
         vision_size: int,
         features: Features | None = None,
         dropout: Dropout | None = None,
+        noise_levels: int = 1,
         train_timesteps: int = 1000,
     ):
         for records in mixture.sets:
@@ -218,7 +228,8 @@ class JointDataset(Dataset):
                     raise ValueError(f'{record.where}: no target picture; training needs the field "image"')
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
         self.size, self.latent_shape, self.vision_size = size, latent_shape, vision_size
-        self.features, self.dropout, self.train_timesteps = features, dropout or Dropout(), train_timesteps
+        self.features, self.dropout = features, dropout or Dropout()
+        self.noise_levels, self.train_timesteps = noise_levels, train_timesteps
         self._epoch, self._order = -1, None
 
     def __len__(self) -> int:
@@ -236,10 +247,14 @@ class JointDataset(Dataset):
     def __getitem__(self, counter: int) -> TrainingSample:
         record = self.record(counter)
         paths = [record.target, *record.references]
-        generator = sample_generator(self.seed, counter)
-        time = int(torch.randint(self.train_timesteps, (), generator=generator))
-        drop_text, drop_source = self.dropout.draw(float(torch.rand((), generator=generator)))
-        noise, source_posterior, *posterior = torch.randn(2 + len(paths), *self.latent_shape, generator=generator)
+        chance = draw_chance(
+            sample_generator(self.seed, counter),
+            len(paths),
+            self.latent_shape,
+            self.dropout,
+            self.noise_levels,
+            self.train_timesteps,
+        )
         pictures = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
         pixels = moments = None
         if self.features is not None:
@@ -247,21 +262,44 @@ class JointDataset(Dataset):
         else:
             pixels = torch.stack([self._pixels(pictures.get(path) or images.open_image(path)) for path in paths])
         return TrainingSample(
-            record,
+            record.id,
+            record.task,
+            None if record.source is None else record.references.index(record.source),
             tokenize(training_text(record.task, record.prompt, record.edit_type), self.tokenizer),
             torch.stack([images.vision_pixels(pictures[path], self.vision_size) for path in record.references]),
             pixels,
             moments,
-            noise,
-            torch.stack(posterior),
-            source_posterior,
-            time,
-            drop_text,
-            drop_source,
+            **chance,
         )
 
     def _pixels(self, picture: images.Image.Image) -> Tensor:
         return images.to_pixels(images.center_crop(picture, self.size, self.size))
+
+
+def draw_chance(
+    generator: torch.Generator,
+    pictures: int,
+    latent_shape: tuple[int, int, int],
+    dropout: Dropout,
+    noise_levels: int,
+    train_timesteps: int,
+) -> dict:
+    """A sample's random numbers, by the names of `TrainingSample`'s fields, in a fixed order."""
+    times = [int(torch.randint(train_timesteps, (), generator=generator))]
+    drop_text, drop_source = dropout.draw(float(torch.rand((), generator=generator)))
+    noise, source_posterior, *posterior = torch.randn(2 + pictures, *latent_shape, generator=generator)
+    levels = [noise]
+    for _ in range(noise_levels - 1):
+        times.append(int(torch.randint(train_timesteps, (), generator=generator)))
+        levels.append(torch.randn(latent_shape, generator=generator))
+    return dict(
+        noise=torch.stack(levels),
+        posterior=torch.stack(posterior),
+        source_posterior=source_posterior,
+        times=tuple(times),
+        drop_text=drop_text,
+        drop_source=drop_source,
+    )
 
 
 class Counters(Sampler[list[int]]):

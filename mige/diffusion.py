@@ -3,6 +3,7 @@
 Equation numbers: [DDPM] arXiv 2006.11239, [iDDPM] arXiv 2102.09672. Letters: B samples, C latent channels, T = 1000.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -48,11 +49,20 @@ class Diffusion:
 
     def at(self, name: str, t_B: Tensor) -> Tensor:
         """A table's values at integer times [B], as float32 [B, 1, 1, 1]."""
-        return self.tables[name].to(t_B.device)[t_B].float().reshape(-1, 1, 1, 1)
+        return self._on(t_B.device)[name][t_B].float().reshape(-1, 1, 1, 1)
+
+    @functools.cache  # noqa: B019 - copying at each use would wait for the GPU's queue; a run has one Diffusion
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: table.to(device) for name, table in self.tables.items()}
 
     def add_noise(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """x_t from scaled latents and normal noise, float [B, C, h, w]; t: int64 [B] in 0..T-1. [DDPM] eq. 4."""
         return self.at("sqrt_abar", t_B) * x0_BCHW + self.at("sqrt_one_minus_abar", t_B) * noise_BCHW
+
+    def min_snr(self, t_B: Tensor, gamma: float) -> Tensor:
+        """Weights min(SNR, gamma) / SNR of the samples' losses, float32 [B] (arXiv 2303.09556, for noise estimates)."""
+        abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
+        return (gamma * (1 - abar) / abar).clamp(max=1).float()
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:
         """Hybrid loss of the network's output [B, 2C, h, w] (noise estimate, variance interpolation v). [iDDPM] eq. 16.

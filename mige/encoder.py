@@ -3,8 +3,10 @@
 Letters: B instructions, L positions, R pictures of all instructions, Q positions a picture, N patches, C channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,7 @@ class MultimodalEncoder(nn.Module):
         self.qformer = qformer
         self.fusion = fusion
         self.text_encoder = text_encoder
+        self.pad_to = 1
 
     def forward(
         self, instructions: Sequence[Instruction], vision_RCHW: Tensor, patches_RNC: Tensor
@@ -68,7 +71,8 @@ class MultimodalEncoder(nn.Module):
             vision_RCHW: float [R, 3, 224, 224], CLIP-normalised; R may be 0.
             patches_RNC: float [R, N, 1152], patch features of the pictures' unscaled VAE latents.
 
-        Returns context float [B, L, 4096] and mask int64 [B, L], L the longest instruction of the batch.
+        Returns context float [B, L, 4096] and mask int64 [B, L], L the longest instruction of the batch, rounded up to
+        a multiple of `pad_to` (a compiled model then sees few lengths; padding is masked).
         """
         pictures_RQC = self.see(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, pictures_RQC)
@@ -85,9 +89,12 @@ class MultimodalEncoder(nn.Module):
         return self.fusion(tokens_RQC, patches_RNC)
 
     def look(self, vision_RCHW: Tensor) -> Tensor:
-        """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408], matrix products in the weights' dtype."""
+        """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408].
+
+        Half-precision matrices decide the dtype of their products, whatever autocast runs around them.
+        """
         dtype = _matrix_dtype(self.image_encoder)
-        with torch.autocast(vision_RCHW.device.type, dtype, enabled=dtype in _HALF):
+        with torch.autocast(vision_RCHW.device.type, dtype) if dtype in _HALF else nullcontext():
             return self.image_encoder(vision_RCHW.to(self.image_encoder.dtype)).last_hidden_state
 
     def interleave(self, instructions: Sequence[Instruction], pictures_RQC: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,22 +105,42 @@ class MultimodalEncoder(nn.Module):
         room = sum(instruction.pictures for instruction in instructions)
         if room != len(pictures_RQC):
             raise ValueError(f"the instructions have room for {room} pictures, got {len(pictures_RQC)}")
-        pictures = iter(pictures_RQC)
-        rows = [self._splice(instruction, pictures, like=pictures_RQC) for instruction in instructions]
-        lengths_B = torch.tensor([len(row) for row in rows], device=pictures_RQC.device)
-        mask_BL = (torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]).long()
-        padded_BLC = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        pad_C = self._embed([_PAD], pictures_RQC)[0]
-        return torch.where(mask_BL[..., None].bool(), padded_BLC, pad_C), mask_BL
+        words, slots, mask = _upload(self._layout(instructions), pictures_RQC.device)  # each int64 [B, L]
+        embeds_BLC = self._embed(words, like=pictures_RQC)
+        if room:
+            tokens = pictures_RQC.flatten(0, 1)
+            no_picture = tokens.new_zeros(1, tokens.shape[1])  # the row that slot R x Q reads
+            spliced = F.embedding(slots, torch.cat([tokens, no_picture]), padding_idx=len(tokens))
+            embeds_BLC = torch.where((slots < len(tokens))[..., None], spliced, embeds_BLC)
+        return embeds_BLC, mask
 
-    def _splice(self, instruction: Instruction, pictures: Iterator[Tensor], like: Tensor) -> Tensor:
-        parts = [self._embed(instruction.segments[0], like)]
-        for segment in instruction.segments[1:]:
-            parts += [next(pictures), self._embed(segment, like)]
-        return torch.cat(parts)[: self.fusion.config.max_tokens]
+    def _layout(self, instructions: Sequence[Instruction]) -> np.ndarray:
+        """Word ids, places in the row of all picture tokens (R x Q where there is none) and mask, int64 [3, B, L]."""
+        many, limit = self.fusion.config.num_queries, self.fusion.config.max_tokens
+        none = many * sum(instruction.pictures for instruction in instructions)
+        rows, first = [], 0
+        for instruction in instructions:
+            words, slots = list(instruction.segments[0]), [none] * len(instruction.segments[0])
+            for segment in instruction.segments[1:]:
+                words += [_PAD] * many + list(segment)
+                slots += [*range(first, first + many), *[none] * len(segment)]
+                first += many
+            rows.append((words[:limit], slots[:limit]))
+        longest = max(len(words) for words, _ in rows)
+        longest = min(limit, longest + -longest % self.pad_to)
+        layout = np.zeros((3, len(rows), longest), dtype=np.int64)
+        layout[0], layout[1] = _PAD, none
+        for row, (words, slots) in enumerate(rows):
+            layout[:, row, : len(words)] = words, slots, np.ones(len(words))
+        return layout
 
-    def _embed(self, ids: Sequence[int], like: Tensor) -> Tensor:
-        """Word embeddings [len(ids), 4096], looked up where the table lies: it may be off the device just now."""
+    def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:
+        """Word embeddings [B, L, 4096], looked up where the table lies: it may be off the device just now."""
         table = self.text_encoder.get_input_embeddings().weight
-        ids = torch.tensor(ids, dtype=torch.long, device=table.device)
-        return F.embedding(ids, table).to(like.device, like.dtype)
+        return F.embedding(ids_BL.to(table.device), table).to(like.device, like.dtype)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """To the device; from pinned memory, since a plain copy would wait for the GPU's queue."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

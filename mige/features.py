@@ -18,7 +18,7 @@ import secrets
 import stat
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -27,13 +27,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from mige import images, latents
-from mige.images import BadImageError
+from mige import latents
 from mige.latents import Moments
-from mige.records import Finding, Record
 
 VERSION = 1
 FIT = "center_crop"  # training crops every picture so: targets, sources and references
@@ -88,7 +84,7 @@ def create_store(
     dtype: of the stored values, "float32" (exact) or "float16" (half the bytes, relative error up to 2^-11).
     Raises StoreError if a store with another VAE, size, fit or dtype is there.
     """
-    meta = replace(_make_meta(vae, size), dtype=dtype, root=_absolute(root))
+    meta = replace(_make_meta(vae, size), dtype=dtype, root=absolute(root))
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{secrets.token_hex(8)}.part"
     try:
@@ -119,7 +115,8 @@ def fingerprint(vae: AutoencoderKL) -> str:
     return sha.hexdigest()
 
 
-def _absolute(path: Path | str) -> str:
+def absolute(path: Path | str) -> str:
+    """The path from `/`, without `.` and `..`; touches no file."""
     return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and ask the disk
 
 
@@ -127,7 +124,7 @@ def _absolute(path: Path | str) -> str:
 
 
 @dataclass(frozen=True)
-class _Meta:
+class Meta:
     """The content of meta.json."""
 
     version: int
@@ -146,25 +143,26 @@ class _Meta:
 
     @property
     def row_bytes(self) -> int:
+        """Size of a row as stored."""
         return int(np.prod(self.row)) * DTYPES[self.dtype].itemsize
 
 
-def _make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> _Meta:
+def _make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
     height, width = (size, size) if isinstance(size, int) else size
     cell = latents.downscale(vae)
     if min(height, width) < cell or height % cell or width % cell:
         raise StoreError(f"pictures of {height} x {width} pixels, expected multiples of {cell}; give another size")
     shape = (vae.config.latent_channels, height // cell, width // cell)
-    return _Meta(VERSION, height, width, FIT, fingerprint(vae), shape, "float32", "")
+    return Meta(VERSION, height, width, FIT, fingerprint(vae), shape, "float32", "")
 
 
-def _read_meta(folder: Path) -> _Meta:
+def _read_meta(folder: Path) -> Meta:
     path = folder / "meta.json"
     try:
         values = json.loads(path.read_text("utf-8"))
         if values["version"] != VERSION:
             raise StoreError(f"{path}: version {values['version']}, expected {VERSION}; extract again")
-        meta = _Meta(**values | {"shape": tuple(values["shape"])})
+        meta = Meta(**values | {"shape": tuple(values["shape"])})
         if meta.dtype not in DTYPES or meta.row_bytes <= 0:
             raise ValueError(f"dtype {meta.dtype!r}, shape {meta.shape}")
     except (TypeError, KeyError, ValueError) as error:
@@ -174,7 +172,7 @@ def _read_meta(folder: Path) -> _Meta:
     return meta
 
 
-def _require_equal(folder: Path, found: _Meta, expected: _Meta) -> None:
+def _require_equal(folder: Path, found: Meta, expected: Meta) -> None:
     """Raise StoreError naming every difference; the root may differ."""
     theirs, ours = asdict(replace(found, root="")), asdict(replace(expected, root=""))
     differing = [f"{name} {theirs[name]} there, {ours[name]} expected" for name in ours if theirs[name] != ours[name]]
@@ -197,14 +195,14 @@ class FeatureStore:
     Raises StoreError if the root in meta.json is no folder any more and none is given.
     """
 
-    def __init__(self, folder: Path, meta: _Meta, root: Path | None = None):
+    def __init__(self, folder: Path, meta: Meta, root: Path | None = None):
         if root is None and not Path(meta.root).is_dir():
             raise StoreError(
                 f"{folder}: its pictures lay below {meta.root}, which is gone; if they moved, "
                 'open the store with their new root or write it to "root" in meta.json'
             )
         self.folder, self.meta = folder, meta
-        self.root = _absolute(meta.root if root is None else root)
+        self.root = absolute(meta.root if root is None else root)
         self._parts = sorted(folder.glob("*.index"))
         self._entries = _newest([self._whole_entries(number) for number in range(len(self._parts))])
         self._keys = np.ascontiguousarray(self._entries["key"])  # searchsorted would copy a field at every call
@@ -277,8 +275,8 @@ class FeatureStore:
         return hashlib.blake2b(os.fsencode(self._relative(path)), digest_size=16).digest()
 
     def _relative(self, path: Path) -> str:
-        absolute, prefix = _absolute(path), self.root.rstrip("/") + "/"
-        return absolute[len(prefix) :] if absolute.startswith(prefix) else os.path.relpath(absolute, self.root)
+        whole, prefix = absolute(path), self.root.rstrip("/") + "/"
+        return whole[len(prefix) :] if whole.startswith(prefix) else os.path.relpath(whole, self.root)
 
     def _whole_entries(self, number: int) -> np.ndarray:
         """The entries of a part that are whole and whose rows are, with their places."""
@@ -301,122 +299,11 @@ def _newest(entries: Sequence[np.ndarray]) -> np.ndarray:
     return joined[np.append(joined["key"][1:] != joined["key"][:-1], True)] if len(joined) else joined
 
 
-class NpyFolder:
-    """The official layout: `<stem of the picture>.npy`, float32 [2C, h, w], mean then std. Read only.
-
-    It does not say which VAE and crop made it. Two pictures of one stem would share a file: `missing`, given all
-    pictures of a run, refuses that, as does `read` among the pictures it has seen.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int]):
-        self.folder, self.shape = folder, shape
-        self._owners: dict[str, str] = {}  # stem -> the picture it stands for
-
-    def read(self, paths: Sequence[Path]) -> Moments:
-        """As `FeatureStore.read`; raises StoreError also for a file of another shape or dtype and for shared stems."""
-        rows = [self._load(path) for path in paths]
-        joined = torch.stack(rows) if rows else torch.zeros(0, 2, *self.shape)
-        return Moments(*joined.unbind(1))
-
-    def missing(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of the pictures without a file. Raises StoreError if two pictures have one stem."""
-        names = set(os.listdir(self.folder))  # noqa: PTH208 - names only, of perhaps millions
-        return [path for path in paths if self._file(path).name not in names]
-
-    def _load(self, path: Path) -> Tensor:
-        file = self._file(path)
-        try:
-            moments = np.load(file, allow_pickle=False)
-        except FileNotFoundError as error:
-            raise StoreError(f"{file}: no such file, for picture {path}; extract it") from error
-        except (ValueError, EOFError) as error:
-            raise StoreError(f"{file}, of picture {path}: damaged ({error}); extract it again") from error
-        expected = (2 * self.shape[0], *self.shape[1:])
-        if not isinstance(moments, np.ndarray) or moments.dtype != np.float32 or moments.shape != expected:
-            got = f"{moments.dtype} {list(moments.shape)}" if isinstance(moments, np.ndarray) else "an archive"
-            raise StoreError(
-                f"{file}, of picture {path}: {got}, expected float32 {list(expected)} (mean, std); "
-                "use the size and the VAE that it was extracted with"
-            )
-        return torch.from_numpy(moments.reshape(2, *self.shape))
-
-    def _file(self, path: Path) -> Path:
-        picture, stem = _absolute(path), Path(path).stem
-        if (owner := self._owners.setdefault(stem, picture)) != picture:
-            raise StoreError(
-                f"{self.folder}: {owner} and {picture} would share {stem}.npy, so one of them has the other's moments; "
-                "extract into a store with tools/extract_features.py"
-            )
-        return self.folder / f"{stem}.npy"
-
-
-# ---- extracting ------------------------------------------------------------------------------------------------------
-
-
-def distinct_pictures(records: Iterable[Record]) -> dict[Path, str]:
-    """Absolute path of every distinct picture (target, source, references) -> the first record that names it."""
-    named: dict[Path, str] = {}
-    for record in records:
-        for path in (record.target, record.source, *record.references):
-            if path is not None:
-                named.setdefault(Path(_absolute(path)), record.where)
-    return named
-
-
-def extract(
-    store: FeatureStore,
-    vae: AutoencoderKL,
-    pictures: Mapping[Path, str],
-    *,
-    process: int = 0,
-    processes: int = 1,
-    batch_size: int = 8,
-    workers: int = 0,
-    progress: bool = False,
-) -> list[Finding]:
-    """Encode this process's share of the pictures, those that the store lacks or that have changed.
-
-    Args:
-        store: made by `create_store` with this VAE; open it again to see what was added.
-        pictures: path -> where it comes from (see `distinct_pictures`), the same in all processes, of which this is
-            number `process`; every `processes`-th picture is its share.
-        batch_size: pictures at a time. Batches are filled up with zeros, as a network's last bits depend on the shape
-            of its input; so a multiple of 8 (see `latents.encode`) gives the same bits whatever was done before.
-        workers: processes that open pictures; 0: none.
-        progress: show a bar.
-
-    Returns what could not be encoded, a finding a picture. Raises StoreError if memory is short, OSError if writing
-    fails; all batches before are kept.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    share = list(pictures)[process::processes]
-    todo = store.missing(share) + store.changed(share)
-    loader = DataLoader(_Pictures(todo, store.meta), batch_size, num_workers=workers, collate_fn=list)
-    label = f"share {process + 1} of {processes}" if processes > 1 else None
-    findings = []
-    with (
-        _PartWriter(store, process) as part,
-        tqdm(total=len(share), initial=len(share) - len(todo), unit="picture", desc=label, disable=not progress) as bar,
-    ):
-        for batch in loader:
-            failed = [(picture.path, picture.error.problem, picture.error.remedy) for picture in batch if picture.error]
-            good = [picture for picture in batch if not picture.error]
-            rows = _encode(vae, good, batch_size, store.meta)
-            finite = np.isfinite(rows).all(axis=(1, 2, 3, 4))
-            part.add([picture for picture, kept in zip(good, finite, strict=True) if kept], rows[finite])
-            failed += [
-                (picture.path, f"its moments are not finite in {store.meta.dtype}", "store float32 or check the VAE")
-                for picture, kept in zip(good, finite, strict=True)
-                if not kept
-            ]
-            findings += [Finding(f"{pictures[path]}: {path}", *why) for path, *why in failed]
-            bar.update(len(batch))
-    return findings
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _File:
+class FileFacts:
     """What identifies the content of a picture's file."""
 
     size: int
@@ -425,6 +312,7 @@ class _File:
 
     @classmethod
     def of(cls, path: Path) -> Self:
+        """Reads the whole file; raises OSError."""
         status = path.stat()
         content = _digest(path) if stat.S_ISREG(status.st_mode) else 0  # a pipe would block for ever
         return cls(status.st_size, status.st_mtime_ns, content)
@@ -445,54 +333,7 @@ def _digest(path: Path) -> int:
         return int.from_bytes(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest(), "little")
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """An opened picture, float32 [3, H, W], and the file it came from; or why it could not be opened."""
-
-    path: Path
-    file: _File | None = None
-    pixels: Tensor | None = None
-    error: BadImageError | None = None
-
-
-class _Pictures(Dataset):
-    def __init__(self, paths: Sequence[Path], meta: _Meta):
-        self.paths, self.size = paths, (meta.height, meta.width)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> _Picture:
-        path = self.paths[index]
-        try:
-            file = _File.of(path)  # before it is opened: should it be replaced meanwhile, it counts as changed
-            pixels = images.to_pixels(images.center_crop(images.open_image(path), *self.size))
-        except BadImageError as error:
-            return _Picture(path, error=error)
-        except OSError as error:
-            remedy = "correct the path or its permissions, or fetch the picture"
-            return _Picture(path, error=BadImageError(path, f"cannot be read ({error.strerror})", remedy))
-        return _Picture(path, file, pixels)
-
-
-@torch.inference_mode()
-def _encode(vae: AutoencoderKL, batch: Sequence[_Picture], batch_size: int, meta: _Meta) -> np.ndarray:
-    """Rows [len(batch), 2, C, h, w] in the stored dtype."""
-    if not batch:
-        return np.empty((0, *meta.row), DTYPES[meta.dtype])
-    pixels = torch.zeros(batch_size, 3, meta.height, meta.width)
-    for place, picture in zip(pixels, batch, strict=False):
-        place.copy_(picture.pixels)
-    try:
-        moments = latents.encode(vae, pixels.to(vae.device))
-    except torch.OutOfMemoryError as error:
-        raise StoreError(f"out of memory with {batch_size} pictures at a time: give a smaller batch size") from error
-    rows = torch.stack([moments.mean, moments.std], dim=1)[: len(batch)].float().cpu().numpy()
-    with np.errstate(over="ignore"):  # values beyond float16 become infinite and are reported
-        return rows.astype(DTYPES[meta.dtype])
-
-
-class _PartWriter:
+class PartWriter:
     """A new part of a store, of a name nobody else uses; its files are made with the first rows."""
 
     def __init__(self, store: FeatureStore, process: int):
@@ -506,11 +347,11 @@ class _PartWriter:
         for file in self.files or ():
             file.close()
 
-    def add(self, batch: Sequence[_Picture], rows: np.ndarray) -> None:
-        """Append rows [len(batch), 2, C, h, w] and, once they are on the disk, their entries."""
-        if not batch:
+    def add(self, pictures: Sequence[tuple[Path, FileFacts]], rows: np.ndarray) -> None:
+        """Append rows [len(pictures), 2, C, h, w] and, once they are on the disk, their entries."""
+        if not pictures:
             return
-        entries = np.array([self._entry(picture, row) for picture, row in zip(batch, rows, strict=True)], ENTRY)
+        entries = np.array([self._entry(*picture, row) for picture, row in zip(pictures, rows, strict=True)], ENTRY)
         # Unbuffered: a failed write must not be tried again when the file is closed.
         self.files = self.files or [self.path.with_suffix(end).open("xb", buffering=0) for end in (".rows", ".index")]
         for file, data in zip(self.files, (rows, entries), strict=True):
@@ -519,10 +360,9 @@ class _PartWriter:
             except OSError as error:
                 raise OSError(error.errno, f"cannot write moments: {error.strerror}", file.name) from error
 
-    def _entry(self, picture: _Picture, row: np.ndarray) -> tuple:
-        file = picture.file
+    def _entry(self, path: Path, file: FileFacts, row: np.ndarray) -> tuple:
         return (
-            *(self.store.key(picture.path), file.size, file.mtime, file.digest),
+            *(self.store.key(path), file.size, file.mtime, file.digest),
             *(time.time_ns(), zlib.crc32(np.ascontiguousarray(row))),
         )
 
@@ -532,3 +372,62 @@ def _write(file, data: bytes) -> None:
     while left:
         left = left[file.write(left) :]
     os.fsync(file.fileno())
+
+
+# ---- the official layout ---------------------------------------------------------------------------------------------
+
+
+class NpyFolder:
+    """The official layout: `<stem of the picture>.npy`, float32 [2C, h, w], mean then std. Read only.
+
+    It does not say which VAE and crop made it. Two pictures of one stem would share a file: `missing`, given all
+    pictures of a run, refuses that, as does `read` among the pictures it has seen.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]):
+        self.folder, self.shape = folder, shape
+        self._owners: dict[str, str] = {}  # stem -> the picture it stands for
+
+    def read(self, paths: Sequence[Path]) -> Moments:
+        """As `FeatureStore.read`; raises StoreError also for a file of another shape or dtype and for shared stems."""
+        rows = [self._load(path) for path in paths]
+        joined = torch.stack(rows) if rows else torch.zeros(0, 2, *self.shape)
+        return Moments(*joined.unbind(1))
+
+    def missing(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of the pictures without a file.
+
+        Raises StoreError if two pictures have one stem, and if the first that is there has another shape or dtype.
+        """
+        names = set(os.listdir(self.folder))  # noqa: PTH208 - names only, of perhaps millions
+        paths = list(paths)
+        there = [self._file(path).name in names for path in paths]
+        if True in there:
+            self._load(paths[there.index(True)])
+        return [path for path, is_there in zip(paths, there, strict=True) if not is_there]
+
+    def _load(self, path: Path) -> Tensor:
+        file = self._file(path)
+        try:
+            moments = np.load(file, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise StoreError(f"{file}: no such file, for picture {path}; extract it") from error
+        except (ValueError, EOFError) as error:
+            raise StoreError(f"{file}, of picture {path}: damaged ({error}); extract it again") from error
+        expected = (2 * self.shape[0], *self.shape[1:])
+        if not isinstance(moments, np.ndarray) or moments.dtype != np.float32 or moments.shape != expected:
+            got = f"{moments.dtype} {list(moments.shape)}" if isinstance(moments, np.ndarray) else "an archive"
+            raise StoreError(
+                f"{file}, of picture {path}: {got}, expected float32 {list(expected)} (mean, std); "
+                "use the size and the VAE that it was extracted with"
+            )
+        return torch.from_numpy(moments.reshape(2, *self.shape))
+
+    def _file(self, path: Path) -> Path:
+        picture, stem = absolute(path), Path(path).stem
+        if (owner := self._owners.setdefault(stem, picture)) != picture:
+            raise StoreError(
+                f"{self.folder}: {owner} and {picture} would share {stem}.npy, so one of them has the other's moments; "
+                "extract into a store with tools/extract_features.py"
+            )
+        return self.folder / f"{stem}.npy"

@@ -27,7 +27,7 @@ from mige.fusion import MIGEFusion
 from mige.instruction import check_lengths
 from mige.pipeline import MIGEPipeline, Sample, SampleNoise
 from mige.records import TASKS, Record, Report, Task
-from mige.report import Case, contact_sheet, html_page
+from mige.report import Case, contact_sheet, html_page, write_text
 
 
 class RunError(RuntimeError):
@@ -54,6 +54,9 @@ class Settings:
             raise ValueError(f"noise must be 'record' or 'official', got {self.noise!r}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("model", "lora"):  # one folder, one spelling: "x/" and "./x" are "x"
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.normpath(folder))
 
 
 def check_size(settings: Settings, model: Path) -> None:
@@ -294,6 +297,7 @@ class _Results:
         write_text(self.path, _json_lines(self.lines.values()))
 
     def add(self, record: Record, picture: images.Image.Image, facts: Mapping[str, Any]) -> None:
+        """Save the picture, then the line; `facts`: further fields of it. Both are on the disk when this returns."""
         name = f"images/{record.id}.png"
         images.save_image(picture, self.folder / name)
         line = {"id": record.id, "task": record.task, "image": name, "record": _identity(record), **facts}
@@ -327,16 +331,6 @@ def write_failures(report: Report, folder: Path) -> Path:
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write_pages(records: Sequence[Record], results: _Results, settings: Settings, folder: Path, note: str) -> None:

@@ -26,6 +26,10 @@ MODEL_PREFIXES = {
 """Where the parts of a checkpoint folder sit in the model's state dict."""
 
 
+PARTS = ("transformer", "text_encoder", "image_encoder", "qformer")
+"""The parts with repeated blocks."""
+
+
 class MIGEModel(nn.Module):
     """Encoder and DiT. `forward` is the training pass; inference calls `encode` once and `denoise` at every step."""
 
@@ -52,10 +56,14 @@ class MIGEModel(nn.Module):
         drop_text_B: Tensor | bool = False,
         drop_source_B: Tensor | bool = False,
     ) -> Tensor:
-        """One training pass: encode, drop conditions, denoise -> [B, 8, h, w]; arguments as in `encode`, `denoise`."""
+        """One training pass: encode, drop conditions, denoise -> [K B, 8, h, w]; arguments as in `encode`, `denoise`.
+
+        `x_t_BCHW`, `t_B`: K noise levels of every sample, the first of all samples first: [K B, 4, h, w] and [K B].
+        """
         condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
         condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
-        return self.denoise(x_t_BCHW, t_B, condition)
+        levels = len(t_B) // len(instructions)
+        return self.denoise(x_t_BCHW, t_B, Condition.stack([condition] * levels))
 
     def encode(
         self,
@@ -95,14 +103,15 @@ class MIGEModel(nn.Module):
         )[0]
 
     def freeze(self, trainable: str) -> None:
-        """Choose what trains: "full" all but the vision tower, "text_encoder_frozen" not T5 either, "lora" nothing.
+        """Choose what trains: "scratch" all, "full" all but the vision tower, "text_encoder_frozen" neither
+        that nor T5, "lora" nothing.
 
         The tower's last norm trains with "full", as in the released weights. Call before the optimiser is built.
         """
         self.requires_grad_(trainable != "lora")
         tower = self.encoder.image_encoder
-        tower.embeddings.requires_grad_(False)
-        tower.encoder.requires_grad_(False)
+        tower.embeddings.requires_grad_(trainable == "scratch")
+        tower.encoder.requires_grad_(trainable == "scratch")
         if trainable == "text_encoder_frozen":
             self.encoder.text_encoder.requires_grad_(False)
 
@@ -113,17 +122,27 @@ class MIGEModel(nn.Module):
         if "text_encoder" in parts:
             self.encoder.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def compile_blocks(self) -> None:
-        """torch.compile every repeated block by itself: short compile times, one graph a kind of block."""
+    def compile_blocks(self, parts: Sequence[str]) -> None:
+        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block, soon compiled."""
+        if not parts:
+            return
+        torch._dynamo.config.recompile_limit = 64  # a graph a length of instruction
+        self.encoder.pad_to = 32
+        # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
+        self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
+        for block in self.blocks(parts):
+            block.compile()
+
+    def blocks(self, parts: Sequence[str] = PARTS) -> list[nn.Module]:
+        """The repeated blocks of these parts."""
         encoder = self.encoder
-        for blocks in (
-            self.transformer.transformer_blocks,
-            encoder.text_encoder.encoder.block,
-            encoder.image_encoder.encoder.layers,
-            encoder.qformer.encoder.layer,
-        ):
-            for block in blocks:
-                block.compile()
+        lists = {
+            "transformer": self.transformer.transformer_blocks,
+            "text_encoder": encoder.text_encoder.encoder.block,
+            "image_encoder": encoder.image_encoder.encoder.layers,
+            "qformer": encoder.qformer.encoder.layer,
+        }
+        return [block for part in parts for block in lists[part]]
 
     @property
     def null_context(self) -> Tensor:

@@ -93,6 +93,7 @@ class FolderAlbum:
     stem: str  # images/0012/magicbrush-train-0012345
 
     def store(self, name: str, cell: Any) -> Picture:
+        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; a picture of another format as PNG."""
         data = _bytes(cell, name)
         path = self._path(f"{name}{_suffix(data)}")
         image = _decode(data, path, name)
@@ -103,6 +104,7 @@ class FolderAlbum:
         return self._picture(path, image)
 
     def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+        """`<stem>_view0.jpg`, `<stem>_view1.jpg`, ..."""
         path = self._path("composite.raw")
         image = _decode(_bytes(cell, "image"), path, "image")
         path.unlink()
@@ -114,6 +116,7 @@ class FolderAlbum:
         return views
 
     def refer(self, path: Path) -> Picture:
+        """The picture where it lies, by its path relative to the output folder."""
         try:
             return self._picture(path, images.open_image(path))
         except images.BadImageError as error:

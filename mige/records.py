@@ -28,6 +28,8 @@ UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, no path or
 
 
 class Task(StrEnum):
+    """What is asked for; which of the three follows from the pictures of a record."""
+
     SUBJECT = "subject"
     EDIT = "edit"
     SUBJECT_EDIT = "subject_edit"
@@ -124,10 +126,12 @@ class Report:
 
     @property
     def faults(self) -> list[Finding]:
+        """What makes a record unusable."""
         return [finding for finding in self.findings if finding.fatal]
 
     @property
     def notes(self) -> list[Finding]:
+        """What is worth knowing and stops nothing."""
         return [finding for finding in self.findings if not finding.fatal]
 
     def text(self) -> str:
@@ -273,12 +277,15 @@ class _RowReader:
         self.findings: list[Finding] = []
 
     def fault(self, problem: str, remedy: str) -> None:
+        """Note what makes the row unusable."""
         self.findings.append(Finding(self.where, problem, remedy))
 
     def note(self, problem: str, remedy: str) -> None:
+        """Note what is odd but usable."""
         self.findings.append(Finding(self.where, problem, remedy, fatal=False))
 
     def identifier(self, default: str) -> str | None:
+        """The row's "id", else its "idx", else the default; further findings name it."""
         name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
         value = default if name is None else self.row[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -298,16 +305,19 @@ class _RowReader:
         return None if value is None else self._string(f'"{name}"', value)
 
     def prompt(self, name: str) -> str | None:
+        """A string that has to be there."""
         if name not in self.row:
             self.fault(f'no prompt: the field "{name}" is missing', f'add "{name}" with the instruction')
             return None
         return self._string(f'"{name}"', self.row[name])
 
     def path(self, name: str) -> Path | None:
+        """An optional path, put below the root."""
         value = self.text(name)
         return None if value is None else self.root / value
 
     def required_path(self, name: str) -> tuple[Path, ...] | None:
+        """A path that has to be there, as a list of one."""
         if self.row.get(name) is None:
             self.fault(
                 f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the picture'
@@ -316,6 +326,7 @@ class _RowReader:
         return None if path is None else (path,)
 
     def paths(self, name: str) -> tuple[Path, ...] | None:
+        """A list of paths, put below the root; absent and null are an empty one."""
         value = self.row.get(name)
         if value is None:
             return ()
@@ -326,6 +337,7 @@ class _RowReader:
         return None if None in texts else tuple(self.root / text for text in texts)
 
     def named_task(self) -> list[Task]:
+        """The task that the field "task" names: one or none."""
         name = self.text("task")
         if name is None:
             return []

@@ -254,7 +254,7 @@ def html_page(
     groups = [(task, list(group)) for task, group in groupby(ordered, key=lambda case: case.task)]
     sections = [_section(task, group, folder, f"task-{n}") for n, (task, group) in enumerate(groups, start=1)]
     page = folder / "index.html"
-    _write_text(page, _document(title, _header(title, note, summary, groups), sections))
+    write_text(page, _document(title, _header(title, note, summary, groups), sections))
     return page
 
 
@@ -342,16 +342,6 @@ def _store(image: Image.Image, folder: Path, suffix: str = ".jpg") -> tuple[str,
     return f"{folder.name}/{name}", image.size
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old page or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
@@ -375,3 +365,13 @@ def _fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image
         return image
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the old one or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -5,9 +5,14 @@ A step is a pure function of the weights, the seed and the step's number: data, 
 resumed equals one that never stopped, bit for bit.
 """
 
+import copy
 import json
 import logging
+import math
 import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -27,18 +32,31 @@ from mige.encoder import set_product_dtype
 from mige.features import open_store
 from mige.images import check_images
 from mige.lora import add_lora, save_lora
-from mige.optimizers import build_optimizer, learning_rate
+from mige.optimizers import build_optimizers, learning_rate
 from mige.parts import build_parts
 from mige.pipeline import MIGEPipeline
 from mige.progress import Metrics, forget_after, forward_flops, matrix_rate, useful_flops, write_line
 from mige.records import Finding, Record, Report, Task, read_records
 from mige.sampler import DPMSolver2M
 from mige.training_state import TrainingError
+from mige.world.stream import WorldDataset, collate_world
 
 PREEMPTED = 75
 """Exit code after SIGTERM: the checkpoint is saved, start the same command again (EX_TEMPFAIL)."""
 
 log = logging.getLogger("mige")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a micro-batch gave, still on its way from the GPU: reading it at once would leave the GPU without work."""
+
+    step: int
+    ids: tuple[str, ...]  # the samples of this process
+    mine: Tensor  # float32 [K B], their losses
+    everyone: Tensor  # float32 [4, all samples]: mse, vb, place of the task in `Task`, time
+    norm: Tensor | None  # of the gradient, where an optimiser step ended
+    work: float  # useful FLOPs of this process
 
 
 class Trainer:
@@ -55,6 +73,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
         self.step, self.stopping = 0, False
+        self.unread: deque[Watched] = deque()
         self._open_run()
         self.pipeline = load_start(config, self.device)
         self.dataset = load_dataset(config, self.pipeline)
@@ -73,13 +92,15 @@ class Trainer:
         """Freeze, compile, wrap; the VAE stays outside the trained model."""
         settings = self.config.train
         self.pipeline.vae.to(self.device).requires_grad_(False)
+        self.vae = self.pipeline.vae
+        if self.config.data.world and self.accelerator.mixed_precision == "bf16":  # encodes anew at every step: be fast
+            self.vae = copy.deepcopy(self.vae).bfloat16()
         model = self.pipeline.model
         model.freeze(settings.trainable)
         if settings.trainable == "lora":
             add_lora(model.transformer, settings.lora_rank)
         model.checkpoint_gradients(settings.gradient_checkpointing)
-        if settings.compile:
-            model.compile_blocks()
+        model.compile_blocks(settings.compile)
         model.train()
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
@@ -87,12 +108,11 @@ class Trainer:
         else:
             model.to(self.device)
         self.plain, self.work, self.queries = model, {}, self.pipeline.fusion.config.num_queries
-        optimizer = build_optimizer(settings, model.parameters())
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
         if settings.ema is not None:
-            self.ema = EMAModel(self.trained, decay=settings.ema)
+            self.ema = EMAModel(self.trained, decay=settings.ema, foreach=True)
             self.ema.to(device=self.device, dtype=torch.float32)  # in bfloat16 its small changes would be lost
             self.accelerator.register_for_checkpointing(self.ema)
         many = sum(p.numel() for p in self.trained)
@@ -119,14 +139,16 @@ class Trainer:
         rate = matrix_rate(self.device)
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
-            norm = self._train_step(batches, metrics)
+            self._train_step(batches)
+            self._read(metrics, all_but=1)
             self.step += 1
             bar.update()
             if self.step % settings.log_every == 0:
-                self._log(metrics, norm, rate)
+                self._log(metrics, self._read(metrics), rate)
             last = self.step == settings.steps
             stop = self._anyone_stopping()
             if self.step % settings.checkpoint_every == 0 or last or stop:
+                self._read(metrics)  # a checkpoint is good only if the loss was
                 self._save()
             if settings.sample_every and (self.step % settings.sample_every == 0 or last):
                 self._sample()
@@ -149,32 +171,31 @@ class Trainer:
         return DataLoader(
             self.dataset,
             batch_sampler=counters,
-            collate_fn=collate,
+            collate_fn=collate_world if self.config.data.world else collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
         )
 
-    def _train_step(self, batches, metrics: Metrics) -> float:
-        """One optimiser step; returns the gradient norm before clipping."""
+    def _train_step(self, batches) -> None:
+        """One optimiser step."""
         settings = self.config.train
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(settings, self.step, self.samples_a_step)
         for micro in range(settings.accumulate):
             batch = next(batches).to(self.device)
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
-                loss = self._loss(batch)
-                self._watch(batch, loss, metrics)
-                self.accelerator.backward(loss.total.mean())
+                loss, norm = self._loss(batch), None
+                self.accelerator.backward((loss.total * self._weight(batch)).mean())
                 if self.accelerator.sync_gradients:
-                    norm = float(self.accelerator.clip_grad_norm_(self.trained, settings.clip))
-                    self._require_finite(norm, batch)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.clip)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                self._watch(batch, loss, norm)
         if self.ema is not None:
             self.ema.step(self.trained)
-        return norm
 
     def _seed_dropout(self, micro: int) -> None:
         """The networks' own dropout (Q-Former, T5) restarts from a known state in every micro-batch."""
@@ -182,11 +203,16 @@ class Trainer:
         torch.manual_seed((self.config.train.seed << 32) + number + self.accelerator.process_index)
 
     def _loss(self, batch: TrainingBatch) -> Loss:
-        x0, references, source = batch.latents(self.pipeline.vae)
+        x0, references, source = batch.latents(self.vae)
+        x0 = x0.repeat(self.config.train.noise_levels, 1, 1, 1)
         x_t = self.diffusion.add_noise(x0, batch.noise_BCHW, batch.time_B)
         with self.accelerator.autocast():
             output = self._forward(self.model, batch, x_t, references, source)
         return self.diffusion.loss(output, x0, x_t, batch.noise_BCHW, batch.time_B)
+
+    def _weight(self, batch: TrainingBatch) -> Tensor | float:
+        gamma = self.config.train.snr_gamma
+        return 1.0 if gamma is None else self.diffusion.min_snr(batch.time_B, gamma)
 
     @staticmethod
     def _forward(model: nn.Module, batch: TrainingBatch, x_t: Tensor, references: Tensor, source: Tensor) -> Tensor:
@@ -203,41 +229,51 @@ class Trainer:
 
     # ---- watching ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, batch: TrainingBatch, loss: Loss, metrics: Metrics) -> None:
-        """Collect the losses of all processes; stop everyone if one is not finite."""
-        tasks = torch.tensor([list(Task).index(record.task) for record in batch.records], device=self.device)
-        mine = torch.stack([loss.mse, loss.vb, tasks.float(), batch.time_B.float()]).detach()
-        mse, vb, task, time = self.accelerator.gather(mine.T.contiguous()).T.cpu()
-        if not (mse + vb).isfinite().all():
-            bad = (~loss.total.isfinite()).tolist()
-            ids = [record.id for record, is_bad in zip(batch.records, bad, strict=True) if is_bad]
-            self._fail("the loss is not finite", ids)
-        metrics.add(mse, vb, task, time, len(self.diffusion.tables["log_beta"]))
-        metrics.work += sum(self._work(i.length(self.queries), i.pictures) for i in batch.instructions)
+    def _watch(self, batch: TrainingBatch, loss: Loss, norm: Tensor | None) -> None:
+        """Collect the losses of all processes, to be read when the GPU has them."""
+        tasks = torch.tensor([list(Task).index(task) for task in batch.tasks] * self.config.train.noise_levels)
+        rows = torch.stack([loss.mse, loss.vb, tasks.to(loss.mse), batch.time_B.float()]).detach()
+        everyone = self.accelerator.gather(rows.T.contiguous()).T
+        work = sum(self._work(i.length(self.queries), i.pictures) for i in batch.instructions)
+        self.unread.append(Watched(self.step, batch.ids, rows[0] + rows[1], everyone, norm, work))
+
+    def _read(self, metrics: Metrics, all_but: int = 0) -> float | None:
+        """Read what was watched, but for the newest few; the last gradient norm. Stops if anything is not finite."""
+        last = None
+        while len(self.unread) > all_but:
+            seen = self.unread.popleft()
+            mse, vb, task, time = seen.everyone.cpu()
+            if not (mse + vb).isfinite().all():
+                bad = (~seen.mine.isfinite()).reshape(-1, len(seen.ids)).any(0).tolist()
+                ids = [id_ for id_, is_bad in zip(seen.ids, bad, strict=True) if is_bad]
+                self._fail(seen.step, "the loss is not finite", ids)
+            if seen.norm is not None:
+                last = float(seen.norm)
+                if not math.isfinite(last):
+                    self._fail(seen.step, "the gradient is not finite", seen.ids)
+            metrics.add(mse, vb, task, time, len(self.diffusion.tables["log_beta"]))
+            metrics.work += seen.work
+        return last
 
     def _work(self, context: int, pictures: int) -> float:
         """Useful FLOPs of one sample of this process."""
         if (context, pictures) not in self.work:
             side = self.config.data.size // latents.downscale(self.pipeline.vae)
             tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
-            self.work[context, pictures] = useful_flops(
-                forward_flops(self.plain, tokens, context, pictures), self.config.train.trainable
-            )
+            forward = forward_flops(self.plain, tokens, context, pictures)
+            forward["transformer"] *= self.config.train.noise_levels
+            self.work[context, pictures] = useful_flops(forward, self.config.train.trainable)
         return self.work[context, pictures]
 
-    def _require_finite(self, norm: float, batch: TrainingBatch) -> None:
-        if norm != norm or norm == float("inf"):
-            self._fail("the gradient is not finite", [record.id for record in batch.records])
-
-    def _fail(self, problem: str, ids: list[str]) -> None:
+    def _fail(self, step: int, problem: str, ids: Sequence[str]) -> None:
         good = training_state.finished(self.run_folder)
         raise TrainingError(
-            f"step {self.step}: {problem}; records of process {self.accelerator.process_index}: "
+            f"step {step}: {problem}; records of process {self.accelerator.process_index}: "
             f"{', '.join(ids) or 'none of them'}; last good checkpoint: {good[-1] if good else 'none'}. "
             "Look at these records, lower the learning rate or use a wider dtype, then resume"
         )
 
-    def _log(self, metrics: Metrics, norm: float, rate: float | None) -> None:
+    def _log(self, metrics: Metrics, norm: float | None, rate: float | None) -> None:
         settings = self.config.train
         work = metrics.work_a_second()
         line = metrics.line(
@@ -312,6 +348,8 @@ class Trainer:
             self.ema.restore(self.trained)
 
     def _anyone_stopping(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stopping  # asking the GPU would wait for it
         flag = torch.tensor([self.stopping], device=self.device)
         return bool(self.accelerator.gather(flag).any())
 
@@ -343,14 +381,26 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
             parts = build_parts(config.model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
         pipeline = MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
-    if device.type != "cpu":
+    if device.type != "cpu" and settings.trainable != "scratch":
         set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
     return pipeline
 
 
-def load_dataset(config: Config, pipeline: MIGEPipeline) -> JointDataset:
-    """Read and check all records. Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them."""
+def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
+    """The miniature world, or all records, read and checked.
+
+    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
+    """
     data = config.data
+    common = dict(
+        seed=config.train.seed,
+        latent_shape=pipeline.latent_shape(data.size, data.size),
+        dropout=Dropout(data.drop_text, data.drop_source, data.drop_both),
+        noise_levels=config.train.noise_levels,
+    )
+    if data.world:
+        side = pipeline.image_encoder.config.image_size
+        return WorldDataset(data.world, pipeline.tokenizer, size=data.size, vision_size=side, **common)
     sets = []
     for one in data.sets:
         task = None if one.get("task") is None else Task(one["task"])
@@ -368,12 +418,10 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> JointDataset:
     return JointDataset(
         Mixture(sets, [one["weight"] for one in data.sets]),
         pipeline.tokenizer,
-        seed=config.train.seed,
         size=data.size,
-        latent_shape=pipeline.latent_shape(data.size, data.size),
         vision_size=pipeline.image_encoder.config.image_size,
         features=store,
-        dropout=Dropout(data.drop_text, data.drop_source, data.drop_both),
+        **common,
     )
 
 

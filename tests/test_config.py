@@ -1,6 +1,7 @@
 """Configs: what a file may say, what it may not, and that the message names the key at fault."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,63 @@ def test_a_value_a_library_refuses_is_named(override):
         build_parts(config.load(TINY, [override]).model, device="meta", only=[section])
     with pytest.raises(ConfigError, match=rf"model\.{section}: expected a dict, got 3"):
         config.load(TINY, [f"model.{section}=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.sets=[{'weight': 1.0}]", "data.sets[0]: missing key(s) ['file']"),
+        ("data.sets=[{'file': 'a.json'}]", "data.sets[0]: missing key(s) ['weight']"),
+        (
+            "data.sets=[{'file': 'a.json', 'weight': 1.0}, {'file': 'b.json', 'weight': 1.0, 'wieght': 2.0}]",
+            "data.sets[1]: unknown key(s) ['wieght']; known are ['file', 'root', 'task', 'weight']",
+        ),
+        ("data.world={'add': 1.0}", "data.world draws its own pictures: leave data.sets empty"),
+        ("data.world={'add': 1.0} data.sets=[] data.features=store", "data.world draws its own pictures"),
+        ("train.optimizer=adam", "train.optimizer is 'adam', expected one of adamw, adamw_bf16, adamw_8bit"),
+        ("train.weights=float16", "train.weights is 'float16', expected one of float32, bfloat16"),
+        ("train.trainable=all", "train.trainable is 'all', expected one of full, text_encoder_frozen, lora"),
+        (
+            "train.gradient_checkpointing=['transformer','vae']",
+            "train.gradient_checkpointing is 'vae', expected one of transformer, text_encoder",
+        ),
+        ("train.steps=0", "train.steps is 0, expected at least 1"),
+        ("train.batch_size=0", "train.batch_size is 0, expected at least 1"),
+        ("train.accumulate=-1", "train.accumulate is -1, expected at least 1"),
+        ("train.noise_levels=0", "train.noise_levels is 0, expected at least 1"),
+        ("train.log_every=0", "train.log_every is 0, expected at least 1"),
+        ("train.checkpoint_every=0", "train.checkpoint_every is 0, expected at least 1"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints is 0, expected at least 1"),
+        ("train.start=None", "train.start is None: fresh weights need train.tokenizer"),
+        ("train.start=None train.tokenizer=t train.trainable=lora", "'lora', but train.start is None"),
+        ("train.optimizer=adamw_bf16", "train.optimizer is 'adamw_bf16', but train.weights is not 'bfloat16'"),
+        ("train.trainable=lora train.ema=0.9", "train.ema averages whole models; set it to None for 'lora'"),
+        ("train.sample_records=[]", "train.sample_every is set, but train.sample_records names no file"),
+    ],
+)
+def test_contradictory_training(overrides, message):
+    """Overrides are applied one after the other and checked together."""
+    with pytest.raises(ConfigError) as error:
+        config.load(TINY, _split(overrides))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data.sets=[{'file': 'a.json', 'weight': 0.5, 'root': '.', 'task': 'edit'}]",
+        "data.world={'add': 1.0} data.sets=[]",
+        "train.start=None train.tokenizer=t",
+        "train.trainable=lora",
+        "train.ema=0.9",
+        "train.optimizer=adamw_bf16 train.weights=bfloat16",
+        "train.sample_every=0 train.sample_records=[]",
+        "train.gradient_checkpointing=['transformer','text_encoder']",
+    ],
+)
+def test_what_the_contradictions_are_apart_from_is_accepted(overrides):
+    config.load(TINY, _split(overrides))
+
+
+def _split(overrides: str) -> list[str]:
+    return re.split(r" (?=data\.|train\.)", overrides)

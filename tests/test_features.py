@@ -18,15 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mige import latents
-from mige.features import (
-    NpyFolder,
-    StoreError,
-    create_store,
-    distinct_pictures,
-    extract,
-    fingerprint,
-    open_store,
-)
+from mige.extraction import distinct_pictures, extract
+from mige.features import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.images import center_crop, open_image, to_pixels
 from mige.records import read_records
 
@@ -85,8 +78,8 @@ def encoded(vae, paths, size=(SIZE, SIZE)):
     pixels = [to_pixels(center_crop(open_image(path), *size)) for path in paths]
     pixels += [torch.zeros_like(pixels[0])] * (-len(paths) % 8)
     with torch.inference_mode():
-        moments = latents.encode(vae, torch.stack(pixels))
-    return moments.mean[: len(paths)], moments.std[: len(paths)]
+        moments = [latents.encode(vae, part) for part in torch.stack(pixels).split(8)]
+    return [torch.cat(values)[: len(paths)] for values in zip(*((m.mean, m.std) for m in moments), strict=True)]
 
 
 def assert_same(store, data, expected):

@@ -216,6 +216,17 @@ def test_other_settings_in_the_same_folder(pipe, records, finished, change):
     assert (finished / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model", "lora"])
+def test_one_folder_however_it_is_written(tmp_path, name):
+    """`--model x/` goes on with a run of `--model x`; another folder does not."""
+    inference._write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
+    for spelling in ("models/x", "models/x/", "./models/x", "models//x/."):
+        inference.check_folder(tmp_path, replace(SETTINGS, **{name: spelling}), [])
+    for other in ("models/y", "/models/x", "x", "models/x/x"):
+        with pytest.raises(RunError, match=f"{name}: models/x there, {other} now"):
+            inference.check_folder(tmp_path, replace(SETTINGS, **{name: other}), [])
+
+
 @pytest.mark.parametrize("change", [{"prompt": "another<imagehere>"}, {"references": ()}, {"edit_type": "global"}])
 def test_another_record_of_the_same_id(pipe, records, finished, change):
     edit = next(record for record in records if record.task is Task.EDIT)

@@ -67,9 +67,10 @@ def test_the_scale_factor_is_applied_once_each_way(vae):
     torch.testing.assert_close(latents.decode(vae, scaled), vae.decode(unscaled).sample, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("many, parts", [(8, [8]), (17, [8, 8, 1])])
+@pytest.mark.parametrize("many, parts", [(8, [8]), (9, [8, 1]), (17, [8, 8, 1])])
 def test_many_pictures_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
     pictures = pixels(many, 8, 16)
+    monkeypatch.setattr(latents, "_AT_ONCE", 8 * (8 * 16) * 8)  # eight pictures at the 8 channels of the first block
     alone = [latents.encode(vae, picture[None]) for picture in pictures]
     decoded_alone = [latents.decode(vae, latents.scale(vae, moments.mean)) for moments in alone]
     encoded, decoded = counted(vae, "encode", monkeypatch), counted(vae, "decode", monkeypatch)

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
-from mige import checkpoint, features, latents
+from mige import checkpoint, extraction, features, latents
 from mige.convert import CheckpointError
 from mige.inference import write_failures
 from mige.pipeline import MIGEPipeline
@@ -53,11 +53,11 @@ def main() -> int:
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    pictures = features.distinct_pictures(read_records(args.records, root=args.root).require())
+    pictures = extraction.distinct_pictures(read_records(args.records, root=args.root).require())
     vae, native = load_vae(MIGEPipeline.locate(args.model))
     root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
     settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
-    findings = features.extract(
+    findings = extraction.extract(
         features.create_store(args.output, **settings),
         vae.to(args.device or state.device),
         pictures,

@@ -1,0 +1,183 @@
+"""AdamW for weights that live in bfloat16 (Loshchilov & Hutter, arXiv 1711.05101), all of its state rounded at random.
+
+A bfloat16 has 8 bits: a change below half their spacing, 2^-9 of the value or a little more, is lost when it is rounded
+to the nearest. Three things get lost that way, and stochastic rounding (up with the probability that makes the mean
+right, arXiv 2010.06192) saves each of them:
+
+* the weight's update, about lr of a weight of size 1;
+* the second moment's decay: 1 - beta2 = 0.001 < 2^-9, so rounded to the nearest it can grow but never shrink;
+* the first moment's last 2-4 %, where 0.1 (g - m) is too small to move it.
+
+The random bits are a hash of (seed, step, tensor, position): no generator to save, so a resumed run equals one that
+never stopped. The arithmetic is float32. Float32 weights get plain AdamW.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+try:  # comes with CUDA builds of torch
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_BLOCK = 2048  # values a program
+_MASK = 0xFFFFFFFF
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW with moments in the weights' dtype; on a GPU one kernel for all tensors together.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; parameters are contiguous, bfloat16 or float32.
+        seed: of the rounding.
+    """
+
+    def __init__(self, params: Iterable, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, seed: int = 0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed))
+
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype not in (torch.bfloat16, torch.float32) or not p.is_contiguous():
+                got = f"{p.dtype}, strides {p.stride()}"
+                raise ValueError(f"parameter {tuple(p.shape)}: {got}; expected contiguous bfloat16 or float32")
+
+    @torch.no_grad()
+    def step(self, closure=None, scale: Tensor | None = None):
+        """One update. `scale`: a float32 scalar the gradients are multiplied with on the fly (clipping), on the GPU."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tensors = 0  # counted over all groups, so that each tensor has random bits of its own
+        for group in self.param_groups:
+            rows = defaultdict(list)  # tensors that share a launch: (device, dtype, step) -> [(number, p, g, m, v)]
+            for number, p in enumerate(group["params"], start=tensors):
+                if p.grad is not None:
+                    state = self.state[p] or self._start(p)
+                    state["step"] += 1
+                    row = (number, p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+                    rows[p.device, p.dtype, state["step"]].append(row)
+            tensors += len(group["params"])
+            for (device, _, step), together in rows.items():
+                (launch if device.type == "cuda" else plain)(together, scale, **scalars(group, step))
+        return loss
+
+    def _start(self, p: Tensor) -> dict:
+        self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return self.state[p]
+
+
+def scalars(group: dict, step: int) -> dict:
+    """What a step needs besides tensors; the key decides its random bits."""
+    beta1, beta2 = group["betas"]
+    return dict(
+        key=_mix(_mix(group["seed"]) + step) >> 1,  # 31 bits: an int32 for the kernel
+        decay=1 - group["lr"] * group["weight_decay"],
+        size=group["lr"] / (1 - beta1**step),
+        lift=(1 - beta2**step) ** -0.5,
+        rate1=1 - beta1,
+        rate2=1 - beta2,
+        eps=group["eps"],
+    )
+
+
+def plain(rows: list, scale: Tensor | None, *, key, decay, size, lift, rate1, rate2, eps) -> None:
+    """The update in plain torch; the kernel's reference."""
+    for number, p, g, m, v in rows:
+        grad, first, second = g.float() if scale is None else g.float() * scale, m.float(), v.float()
+        first = first + rate1 * (grad - first)
+        second = second + rate2 * (grad * grad - second)
+        weight = decay * p.float() - size * first / (second.sqrt() * lift + eps)  # 1711.05101, algorithm 2
+        position = torch.arange(p.numel(), device=p.device).view_as(p)
+        bits = _mix(_mix(position) + _mix(_mix(number) + key))
+        p.copy_(_round(weight, bits >> 16, p.dtype))
+        v.copy_(_round(second, bits & 0xFFFF, v.dtype))
+        m.copy_(_round(first, _mix(bits) >> 16, m.dtype))
+
+
+def _round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Up in size with the probability of the part cut off: add 16 random bits below the last kept one, then cut."""
+    if dtype is torch.float32:
+        return x
+    bits = torch.where(x == x, bits, 0).int()  # a NaN stays one
+    return ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(dtype)
+
+
+def _mix(x):
+    """A permutation of 32 bits in which each input bit flips each output bit half the time (C. Wellons, lowbias32)."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def launch(rows: list, scale: Tensor | None, *, key, **numbers) -> None:
+    """The same update of all rows by one kernel, which finds its tensors in a table of addresses."""
+    _, p, *_ = rows[0]
+    owner, starts = _blocks(tuple(row[1].numel() for row in rows), p.device)
+    table = torch.tensor(
+        [(number, start, p.numel(), *(t.data_ptr() for t in (p, *state)))
+         for (number, p, *state), start in zip(rows, starts, strict=True)]
+    )  # fmt: skip
+    if p.is_cuda:
+        table = table.pin_memory().to(p.device, non_blocking=True)  # the host need not wait for the backward pass
+    half = p.dtype is torch.bfloat16
+    wide = all(t.numel() % 8 == 0 and t.data_ptr() % 16 == 0 for _, *tensors in rows for t in tensors)
+    with torch.cuda.device_of(p):
+        _kernel[(len(owner),)](table, owner, scale, key, **numbers, HALF=half, WIDE=wide, BLOCK=_BLOCK)
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
+    """For every block the row of its tensor, and for every row its first block."""
+    counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
+    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    return owner.to(device), (counts.cumsum(0) - counts).tolist()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _mixed(x):
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def _rounded(x, bits, HALF: tl.constexpr):
+        if HALF:
+            bits = tl.where(x == x, bits, 0)
+            x = ((x.to(tl.uint32, bitcast=True) + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return x
+
+    @triton.jit(do_not_specialize=["key"])
+    def _kernel(table, owner, scale, key, decay, size, lift, rate1, rate2, eps,
+                HALF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        block = tl.program_id(0)
+        row = table + tl.load(owner + block) * 7
+        position = (block - tl.load(row + 1)) * BLOCK + tl.arange(0, BLOCK)
+        inside = position < tl.multiple_of(tl.load(row + 2), 8 if WIDE else 1)
+        kind = tl.pointer_type(tl.bfloat16 if HALF else tl.float32)
+        p = tl.multiple_of(tl.load(row + 3).to(kind), 16 if WIDE else 2) + position
+        g = tl.multiple_of(tl.load(row + 4).to(kind), 16 if WIDE else 2) + position
+        m = tl.multiple_of(tl.load(row + 5).to(kind), 16 if WIDE else 2) + position
+        v = tl.multiple_of(tl.load(row + 6).to(kind), 16 if WIDE else 2) + position
+        grad = tl.load(g, inside, 0.0).to(tl.float32)
+        if scale is not None:
+            grad *= tl.load(scale)
+        first = tl.load(m, inside, 0.0).to(tl.float32)
+        first += rate1 * (grad - first)
+        second = tl.load(v, inside, 0.0).to(tl.float32)
+        second += rate2 * (grad * grad - second)
+        weight = decay * tl.load(p, inside, 0.0).to(tl.float32) - size * first / (tl.sqrt(second) * lift + eps)
+        stream = _mixed(_mixed(tl.load(row).to(tl.uint32)) + key.to(tl.uint32))
+        bits = _mixed(_mixed(position.to(tl.uint32)) + stream)
+        tl.store(p, _rounded(weight, bits >> 16, HALF), inside)
+        tl.store(v, _rounded(second, bits & 0xFFFF, HALF), inside)
+        tl.store(m, _rounded(first, _mixed(bits) >> 16, HALF), inside)

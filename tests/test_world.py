@@ -1,0 +1,195 @@
+"""The miniature world: one right answer to every instruction, the same for the same seed."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from mige.dataset import Dropout
+from mige.records import PLACEHOLDER, Task
+from mige.world import backgrounds, sprites, tasks
+from mige.world.scenes import SIDE, SWAPS, Placed, Scene, Scenes, draw
+from mige.world.stream import WorldBatch, WorldDataset, collate_world
+
+SEEN, UNSEEN = sprites.split()
+VARIANT = np.full(backgrounds.VARIANT, 0.5, dtype=np.float32)
+
+
+def case(kind: str, seed: int, subjects=SEEN) -> tasks.Case:
+    return tasks.make(kind, np.random.default_rng([seed, list(tasks.KINDS).index(kind)]), subjects)
+
+
+def picture(*scenes: Scene, side: int = SIDE) -> torch.Tensor:
+    return draw(Scenes.stack(scenes), side=side)
+
+
+def numbers(of: tasks.Case) -> set[int]:
+    """Every subject the case shows."""
+    return {s.sprite for scene in (of.target, *of.references) for s in scene.subjects}
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_does_not_depend_on_its_neighbours():
+    scenes = [case(kind, 0).target for kind in tasks.KINDS]
+    together = picture(*scenes)
+    assert together.shape == (len(scenes), 3, SIDE, SIDE) and together.abs().max() <= 1
+    for scene, drawn in zip(scenes, together, strict=True):
+        torch.testing.assert_close(picture(scene)[0], drawn, rtol=0, atol=1e-5)
+
+
+def test_every_kind_of_background_is_its_own_and_has_variants():
+    flat = [backgrounds.draw(kind, torch.rand(8, backgrounds.VARIANT), 32) for kind in range(backgrounds.KINDS)]
+    assert len(backgrounds.PHRASES) == len(set(backgrounds.PHRASES)) == backgrounds.KINDS == 24
+    for kind, drawn in enumerate(flat):
+        assert drawn.min() >= 0 and drawn.max() <= 1
+        assert (drawn[0] - drawn[1]).abs().mean() > 1e-3, backgrounds.PHRASES[kind]
+        others = [(drawn.mean(0) - other.mean(0)).abs().mean() for i, other in enumerate(flat) if i != kind]
+        assert min(others) > 0.01, backgrounds.PHRASES[kind]
+
+
+def test_a_subject_stands_where_it_is_placed():
+    empty = picture(Scene(22, VARIANT))
+    for x, y in ((30, 40), (100, 90)):
+        changed = (picture(Scene(22, VARIANT, (Placed(SEEN[0], x, y, 40),))) - empty).abs().amax(1)[0] > 0.02
+        rows, columns = changed.nonzero().T
+        assert abs(rows.float().mean() - y) < 6 and abs(columns.float().mean() - x) < 6
+        assert y - 20.5 <= rows.min() and rows.max() <= y + 20.5
+        assert x - 20.5 <= columns.min() and columns.max() <= x + 20.5
+
+
+def test_mirrored_and_recoloured_subjects():
+    lopsided = next(n for n in SEEN if sprites.is_lopsided()[n])
+    plain, mirrored, swapped = (
+        picture(Scene(22, VARIANT, (Placed(lopsided, 64, 64, 70, **how),)))
+        for how in ({}, {"flip": True}, {"colour": SWAPS[3]})
+    )
+    assert (plain - mirrored).abs().mean() > 0.02
+    torch.testing.assert_close(plain.flip(3), mirrored, rtol=0, atol=0.05)
+    ground = picture(Scene(22, VARIANT))
+    inside = (plain - ground).abs().amax(1, keepdim=True) > 0.1
+    expected = torch.einsum("oc,nchw->nohw", torch.from_numpy(SWAPS[3]), (plain + 1) / 2) * 2 - 1
+    solid = inside.expand(-1, 3, -1, -1)
+    assert (swapped - expected)[solid].abs().mean() < 0.05 < (plain - swapped).abs()[solid].max()
+
+
+def test_later_subjects_stand_in_front():
+    a, b = (Placed(number, 64, 64, 60) for number in SEEN[:2])
+    ground = Scene(22, VARIANT)
+    front = picture(ground.with_(a, b), ground.with_(b, a), ground.with_(b))
+    solid = sprites.sheets(torch.device("cpu"))[1][SEEN[1], 3].mean() > 0.1
+    assert solid and (front[0] - front[1]).abs().max() > 0.1
+    assert (front[0] - front[2]).abs().mean() < (front[1] - front[2]).abs().mean()
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_a_case_is_a_sound_question(kind):
+    for seed in range(30):
+        one, again = case(kind, seed), case(kind, seed)
+        assert one.kind == kind and one.prompt == again.prompt
+        assert torch.equal(picture(one.target, *one.references), picture(again.target, *again.references))
+        assert one.prompt.count(PLACEHOLDER) == len(one.references)
+        task = {0: Task.SUBJECT} if one.source is None else {1: Task.EDIT, 2: Task.SUBJECT_EDIT}
+        assert one.task is (Task.SUBJECT if one.source is None else task[len(one.references)])
+        for s in one.target.subjects:
+            assert s.x - s.size / 4 >= 0 and s.x + s.size / 4 <= SIDE and s.y - s.size / 4 >= 0
+    assert len({case(kind, seed).prompt for seed in range(30)}) > 5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tasks.KINDS if case(kind, 0).source is not None])
+def test_an_edit_changes_its_subjects_only(kind):
+    """Outside the places of what is new, gone or changed, target and source are equal to the last bit."""
+    for seed in range(10):
+        one = case(kind, seed)
+        source = one.references[one.source]
+        before, after = picture(source, one.target)
+        assert not torch.equal(before, after)
+        if kind == "background":
+            assert source.background != one.target.background
+            assert {s.sprite for s in source.subjects} == {s.sprite for s in one.target.subjects}
+            continue
+        assert source.background == one.target.background
+        changed = [s for s in source.subjects if s not in one.target.subjects]
+        changed += [s for s in one.target.subjects if s not in source.subjects]
+        assert 1 <= len(changed) <= 2
+        y, x = torch.meshgrid(*[torch.arange(float(SIDE))] * 2, indexing="ij")
+        outside = torch.stack([(x - s.x).hypot(y - s.y) > 0.75 * s.size for s in changed]).all(0)
+        assert torch.equal(before[:, outside], after[:, outside])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tasks.KINDS if "reference" in kind])
+def test_what_a_reference_shows_is_in_the_answer(kind):
+    for seed in range(10):
+        one = case(kind, seed, UNSEEN)
+        shown = [{s.sprite for s in r.subjects} for i, r in enumerate(one.references) if i != one.source]
+        asked = {s.sprite for s in one.asked}
+        assert asked and asked <= {s.sprite for s in one.target.subjects}
+        assert all(len(subjects & asked) == 1 for subjects in shown)
+
+
+def test_unseen_subjects_stay_unseen():
+    assert len(UNSEEN) == 90 and not set(SEEN) & set(UNSEEN)
+    assert set(SEEN) | set(UNSEEN) == set(range(len(sprites.names())))
+    held_out, shown = {sprites.names()[n] for n in UNSEEN}, set()
+    for seed in range(1500):
+        one = tasks.sample(np.random.default_rng(seed), SEEN)
+        shown |= numbers(one)
+    assert shown <= set(SEEN) and len(shown) > 0.9 * len(SEEN)
+    for kind in tasks.KINDS:
+        for seed in range(20):
+            prompt = f" {case(kind, seed, UNSEEN).prompt} "
+            names = [name for name in sprites.names() if f" {name} " in prompt]
+            assert not names or max(names, key=len) not in held_out, prompt  # no word that training did not teach
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream(tiny_model) -> WorldDataset:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
+    sizes = dict(size=64, latent_shape=(4, 8, 8), vision_size=28)
+    return WorldDataset(tasks.MIXTURE, tokenizer, seed=3, dropout=Dropout(), noise_levels=2, **sizes)
+
+
+def test_the_stream_is_a_function_of_seed_and_counter(stream):
+    def batch() -> WorldBatch:
+        return collate_world([stream[counter] for counter in range(20, 28)])
+
+    one, two = (batch().to(torch.device("cpu")) for _ in range(2))
+    for name in ("pixels_PCHW", "vision_RCHW", "noise_BCHW", "time_B", "posterior_PCHW"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert one.ids == two.ids and one.instructions == two.instructions
+    assert one.noise_BCHW.shape == (2 * 8, 4, 8, 8) and one.time_B.shape == (16,)
+    pictures = 8 + sum(instruction.pictures for instruction in one.instructions)
+    assert one.pixels_PCHW.shape == (pictures, 3, 64, 64)
+    assert one.vision_RCHW.shape == (pictures - 8, 3, 28, 28)
+    assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(pictures))
+
+
+def test_a_mixture_is_kept(stream):
+    ids = [stream[counter][0].id.rsplit("-", 1)[0] for counter in islice(range(10**6), 1500)]
+    whole = sum(tasks.MIXTURE.values())
+    for kind, weight in tasks.MIXTURE.items():
+        expected = 1500 * weight / whole
+        assert abs(ids.count(kind) - expected) < 5 * expected**0.5, kind
+
+
+def test_an_unknown_kind_is_refused(stream):
+    with pytest.raises(ValueError, match=r"knows no task.* juggle; known are text_to_image, "):
+        WorldDataset(
+            {"juggle": 1},
+            stream.tokenizer,
+            seed=0,
+            size=64,
+            latent_shape=(4, 8, 8),
+            vision_size=28,
+            dropout=Dropout(),
+            noise_levels=1,
+        )

@@ -1,0 +1,171 @@
+"""What MIGE-mini's training starts from: a tokenizer of the world's grammar, a VAE of its pictures, fresh parts.
+
+    python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
+
+The VAE is trained for the error of its reconstructions, with a slight pull of its latents to a standard normal; its
+weights are averaged, and its scale factor is set so that scaled latents have variance 1.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import T5TokenizerFast
+
+from mige import config
+from mige.checkpoint import whole_folder
+from mige.instruction import training_text
+from mige.parts import build_parts
+from mige.pipeline import MIGEPipeline
+from mige.records import PLACEHOLDER
+from mige.sampler import DPMSolver2M
+from mige.world import sprites, tasks
+from mige.world.scenes import Scene, Scenes, draw
+
+KL = 1e-6  # weight of the pull, a latent value
+EXTRA_IDS = 100
+
+
+class Pictures(Dataset):
+    """Number -> two pictures of a case, without end: its target and its last reference, if it has one."""
+
+    def __init__(self, seed: int, subjects: tuple[int, ...]):
+        self.seed, self.subjects = seed, subjects
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, number: int) -> list[Scene]:
+        case = tasks.sample(np.random.default_rng([self.seed, number]), self.subjects)
+        return [case.target, case.references[-1] if case.references else case.target]
+
+
+def stack(cases: list[list[Scene]]) -> Scenes:
+    return Scenes.stack([scene for case in cases for scene in case])
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A sentencepiece model with T5's special ids, trained on the instructions of 30,000 cases."""
+    seen = sprites.split()[0]
+    texts = (tasks.sample(np.random.default_rng([1, i]), seen) for i in range(30_000))
+    words = (training_text(c.task, c.prompt).replace(PLACEHOLDER, " ").replace("\n", " ") for c in texts)
+    file = folder / "spiece.model"
+    with file.open("wb") as output:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=words,
+            model_writer=output,
+            vocab_size=vocab_size - EXTRA_IDS,
+            model_type="bpe",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+
+
+def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3))
+    return float(-10 * errors.log10().mean())
+
+
+def train_vae(vae: AutoencoderKL, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Trains in place; returns the curve."""
+    vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    held_out = draw(stack([Pictures(10_001, sprites.split()[1])[i] for i in range(64)]), device)
+    loader = DataLoader(
+        Pictures(10_000, sprites.split()[0]),
+        batch_size=args.batch // 2,
+        collate_fn=stack,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = EMAModel(vae.parameters(), decay=0.999, foreach=True)
+    compiled = torch.compile(reconstruction_loss, disable=device.type != "cuda")
+    curve, started, batches = [], time.perf_counter(), iter(loader)
+    for step in itertools.count(1):
+        done = max(step / args.steps, (time.perf_counter() - started) / args.seconds)
+        optimizer.param_groups[0]["lr"] = args.rate * min(1.0, step / 100, 1.25 * (1 - min(done, 0.999)))
+        pictures = draw(next(batches), device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = compiled(vae, pictures)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(vae.parameters())
+        if step % 500 == 0 or done >= 1:
+            average.store(vae.parameters())
+            average.copy_to(vae.parameters())
+            curve.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "loss": float(loss)})
+            curve[-1]["psnr_unseen"] = round(psnr(vae, held_out), 2)
+            print(json.dumps(curve[-1]), flush=True)
+            if done >= 1:
+                break
+            average.restore(vae.parameters())
+    return curve
+
+
+def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Absolute and squared error of reconstructed pictures, and a weak KL."""
+    posterior = vae.encode(pictures).latent_dist
+    decoded = vae.decode(posterior.sample()).sample.float()
+    error = decoded - pictures
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+    return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum(dim=(1, 2, 3)).mean()
+
+
+def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
+    """The scale factor that gives latents of the world's pictures variance 1."""
+    pictures = draw(stack([Pictures(10_002, sprites.split()[0])[i] for i in range(64)]), device)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.sample(torch.Generator(device).manual_seed(0))
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", default="configs/mini.py")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
+    parser.add_argument("--vae", type=Path, help="go on with this one instead of a fresh one")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device, sizes = torch.device(args.device), config.load(args.config).model
+    torch.manual_seed(0)
+    parts = build_parts(sizes)
+    nn.init.zeros_(parts["transformer"].proj_out.weight)  # a fresh DiT says "no noise", whatever it reads
+    nn.init.zeros_(parts["transformer"].proj_out.bias)
+    if args.vae is not None:
+        parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
+    curve = train_vae(parts["vae"], args, device)
+    parts["vae"].eval()
+    set_scale(parts["vae"], device)
+    parts["vae"].cpu()
+    with whole_folder(args.folder) as folder:
+        write_tokenizer(folder, sizes.text_encoder["vocab_size"])
+        tokenizer = T5TokenizerFast.from_pretrained(folder, extra_ids=EXTRA_IDS)
+        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(folder)
+        (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
+    print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {parts['vae'].config.scaling_factor}")
+
+
+if __name__ == "__main__":
+    main()
