@@ -1,18 +1,23 @@
 """The miniature world: one right answer to every instruction, the same for the same seed."""
 
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from mige import images
 from mige.dataset import Dropout
-from mige.records import PLACEHOLDER, Task
+from mige.records import PLACEHOLDER, Task, read_records
 from mige.world import backgrounds, sprites, tasks
 from mige.world.scenes import SIDE, SWAPS, Placed, Scene, Scenes, draw
 from mige.world.stream import WorldBatch, WorldDataset, collate_world
 
+ROOT = Path(__file__).parent.parent
 SEEN, UNSEEN = sprites.split()
 VARIANT = np.full(backgrounds.VARIANT, 0.5, dtype=np.float32)
 
@@ -146,6 +151,47 @@ def test_unseen_subjects_stay_unseen():
             prompt = f" {case(kind, seed, UNSEEN).prompt} "
             names = [name for name in sprites.names() if f" {name} " in prompt]
             assert not names or max(names, key=len) not in held_out, prompt  # no word that training did not teach
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def make_world(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/make_world.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path):
+    done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", "--unseen")
+    assert done.returncode == 0, done.stderr
+    records = read_records([tmp_path / "world" / "records.jsonl"]).require()
+    assert len(records) == 70 and len(list((tmp_path / "world" / "images").iterdir())) == 70 + sum(
+        len(record.references) for record in records
+    )
+    mixture = {kind: weight for kind, weight in tasks.MIXTURE.items() if kind != "text_to_image"}
+    for number, record in enumerate(records):
+        one = tasks.sample(np.random.default_rng([5, number]), UNSEEN, mixture)
+        assert record.task is one.task and record.prompt == one.prompt and record.id.startswith(one.kind)
+        source = None if record.source is None else record.references.index(record.source)
+        assert source == one.source
+        paths = [record.target, *record.references]
+        drawn = picture(one.target, *one.references)
+        for path, expected in zip(paths, drawn, strict=True):
+            assert (images.to_pixels(images.open_image(path)) - expected).abs().max() < 1.01 / 127.5
+
+
+def test_a_larger_world_begins_with_the_smaller_one(tmp_path):
+    for name, cases in (("small", "3"), ("large", "66")):
+        assert make_world(str(tmp_path / name), "--cases", cases).returncode == 0
+    small, large = ((tmp_path / name / "records.jsonl").read_text().splitlines() for name in ("small", "large"))
+    assert len(large) == 66 and large[:3] == small
+
+
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
+    done = make_world(str(tmp_path), "--cases", "1")
+    assert done.returncode == 1 and "exists; name another folder or remove it" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "--cases is 0" in make_world(str(tmp_path / "a"), "--cases", "0").stderr
 
 
 # ---- the stream ------------------------------------------------------------------------------------------------------
