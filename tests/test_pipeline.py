@@ -250,6 +250,7 @@ def test_more_references_than_trained_on(pipe, photos, many):
 def test_more_pictures_than_the_vae_takes_at_once(pipe, photos, monkeypatch):
     sizes, real = [], pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: sizes.append(len(x)) or real(x))
+    monkeypatch.setattr(latents, "_at_once", lambda *_: 8)
     samples = [make_sample("<imagehere>" * 5, photos[:5], None), make_sample("<imagehere>" * 4, photos[2:6], None)]
     noise = draw(pipe, samples)
     together = pipe._encode_references(samples, noise)
