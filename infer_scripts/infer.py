@@ -49,7 +49,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--offload", action="store_true", help="keep each part on the GPU only while it computes")
+    parser.add_argument("--compile", action="store_true", help="the fast mode; the first picture waits a little")
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
+    )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
@@ -95,7 +98,9 @@ def main() -> int:
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     if args.lora:
         pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
-    pipeline.enable_model_cpu_offload(device=args.device) if args.offload else pipeline.to(args.device)
+    pipeline.offload_encoders(args.device) if args.offload else pipeline.to(args.device)
+    if args.compile:
+        pipeline.compile()
     inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)
     print(f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}")
     return SOME_FAILED if report.faults else 0

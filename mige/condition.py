@@ -12,12 +12,12 @@ class Condition:
 
     Attributes:
         context_BLC: float [B, L, text width], the multimodal encoder's output; rows where the mask is 0 are ignored.
-        mask_BL: int64 [B, L], 1 for a valid token.
+        mask_BL: int64 [B, L], 1 for a valid token; None where all are valid (`without_idle_mask`).
         source_BCHW: float [B, 4, h, w], scaled latent of the source picture; zeros where there is none.
     """
 
     context_BLC: Tensor
-    mask_BL: Tensor
+    mask_BL: Tensor | None
     source_BCHW: Tensor
 
     def drop(self, null_LC: Tensor, *, text: Tensor | bool = False, source: Tensor | bool = False) -> "Condition":
@@ -38,13 +38,17 @@ class Condition:
             source_latent = torch.where(_per_sample(source, source_latent), 0.0, source_latent)
         return replace(self, context_BLC=context, source_BCHW=source_latent)
 
+    def without_idle_mask(self) -> "Condition":
+        """No mask if nothing is masked: attention has faster kernels then. On a GPU this waits for the encoder."""
+        return replace(self, mask_BL=None) if bool(self.mask_BL.all()) else self
+
     @staticmethod
     def stack(conditions: "list[Condition]") -> "Condition":
         """Concatenate along the batch."""
         return Condition(*(torch.cat(parts) for parts in zip(*map(_fields, conditions), strict=True)))
 
 
-def _fields(c: Condition) -> tuple[Tensor, Tensor, Tensor]:
+def _fields(c: Condition) -> tuple[Tensor, Tensor | None, Tensor]:
     return c.context_BLC, c.mask_BL, c.source_BCHW
 
 

@@ -28,10 +28,12 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 
 from mige import checkpoint, guidance, images, latents, sampler
 from mige.condition import Condition
+from mige.denoiser import FastDenoiser
 from mige.encoder import prepare_vision_tower, set_product_dtype
 from mige.fusion import MIGEFusion
 from mige.instruction import MAX_WORDS, Instruction, full_text, tokenize
 from mige.model import MODEL_PREFIXES, MIGEModel
+from mige.offload import stream_blocks
 from mige.records import TASKS, Task, placeholders
 
 Picture = Image.Image
@@ -89,12 +91,16 @@ class MIGEPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
+        self.is_compiled, self._fast = False, None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | dict | None = None, **kwargs) -> "MIGEPipeline":
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | dict | None = None, compile: bool = False, **kwargs
+    ) -> "MIGEPipeline":
         """Load a checkpoint folder, or a model of the hub by name.
 
         Args:
+            compile: as `MIGEPipeline.compile` does.
             dtype: a half-precision dtype is taken as the weights were trained: VAE float32, vision tower in the dtype
                 its products ran in, the rest as given. A dict names the dtype of each part, as in diffusers.
 
@@ -109,7 +115,26 @@ class MIGEPipeline(DiffusionPipeline):
         pipeline.transformer.pos_embed.to(pipeline.transformer.dtype)  # its table is computed in float32
         if as_trained:
             set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
+        if compile:
+            pipeline.compile()
         return pipeline
+
+    def compile(self) -> None:
+        """Denoise with `FastDenoiser` from now on: the same result but for rounding, one CUDA graph a step.
+
+        It reads the transformer's weights when the first picture is made: change them before (adapters, for one).
+        """
+        self.is_compiled = True
+
+    def offload_encoders(self, device: torch.device | str) -> None:
+        """In place of `.to(device)`: DiT, VAE and fusion there, the blocks of the encoders in host memory.
+
+        A block is on the device only while it computes, once a batch: the same pictures in far less memory.
+        """
+        streamed = ("text_encoder", "image_encoder", "qformer")
+        stream_blocks([getattr(self, part) for part in streamed], self.model.blocks(streamed), torch.device(device))
+        for part in (self.fusion, self.transformer, self.vae):
+            part.to(device)
 
     @classmethod
     def locate(cls, path: str | Path) -> Path:
@@ -254,16 +279,22 @@ class MIGEPipeline(DiffusionPipeline):
         source_guidance = official.source_guidance if source_guidance is None else source_guidance
         chosen = guidance.branches(task, text_guidance, source_guidance)
         condition = self.encode(samples, noise)  # once: it does not depend on the timestep
-        stacked = guidance.stack(condition, chosen, self.model.null_context.to(condition.context_BLC))
-        model = self.model
+        return self.denoise(condition, chosen, noise, official.steps if steps is None else steps, on_step)
 
-        def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-            repeated = x_BCHW.repeat(len(chosen), 1, 1, 1)
-            output = model.denoise(repeated, t.expand(len(repeated)), stacked)  # [branches * B, 8, h, w]
-            return guidance.combine(output[:, : x_BCHW.shape[1]], chosen)
-
+    @torch.no_grad()
+    def denoise(
+        self,
+        condition: Condition,
+        chosen: Sequence[guidance.Branch],
+        noise: Sequence[SampleNoise],
+        steps: int,
+        on_step: sampler.OnStep | None = None,
+    ) -> Tensor:
+        """Conditions and noise of B samples -> final latents, float32 [B, 4, h, w]."""
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        steps = official.steps if steps is None else steps
+        null = self.model.null_context.to(condition.context_BLC)
+        stacked = guidance.stack(condition, chosen, null).without_idle_mask()
+        estimate = self._estimate(stacked, chosen, steps)
         with self.progress_bar(total=steps) as progress:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
@@ -272,9 +303,31 @@ class MIGEPipeline(DiffusionPipeline):
                     on_step(step, x, x0)
 
             if isinstance(self.scheduler, sampler.DPMSolver2M):
-                return self.scheduler.sample(denoise, start, steps, advance)
+                return self.scheduler.sample(estimate, start, steps, advance)
             generators = [torch.Generator().manual_seed(n.step_seed) for n in noise]
-            return sampler.run_scheduler(self.scheduler, denoise, start, steps, generators, advance)
+            return sampler.run_scheduler(self.scheduler, estimate, start, steps, generators, advance)
+
+    def _estimate(self, stacked: Condition, chosen: Sequence[guidance.Branch], steps: int) -> sampler.Denoise:
+        """The guided noise estimate under a condition of all branches."""
+        if self.is_compiled:
+            if self._fast is None or not self._fast.serves(self.transformer):
+                self._fast = FastDenoiser(self.transformer, self.model.timestep_dtype)
+            return self._fast.start(stacked, chosen, self._times(steps))
+        model = self.model
+
+        def plain(x_BCHW: Tensor, t: Tensor) -> Tensor:
+            repeated = x_BCHW.repeat(len(chosen), 1, 1, 1)
+            output = model.denoise(repeated, t.expand(len(repeated)), stacked)  # [branches * B, 8, h, w]
+            return guidance.combine(output[:, : x_BCHW.shape[1]], chosen)
+
+        return plain
+
+    def _times(self, steps: int) -> Tensor:
+        """The model times the scheduler will ask for, float [steps] (more for a scheduler that asks twice a step)."""
+        if isinstance(self.scheduler, sampler.DPMSolver2M):
+            return sampler.time_grid(steps, self.scheduler.betas).model_time[:-1]
+        self.scheduler.set_timesteps(steps)
+        return self.scheduler.timesteps.float()
 
     def encode(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Condition:
         """Pictures and prompts of one task -> condition."""

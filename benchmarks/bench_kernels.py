@@ -1,0 +1,94 @@
+"""Which kernels the DiT's forward pass should take on this GPU: attention backends, fused GELU, matrix products.
+
+    python benchmarks/bench_kernels.py --batch 2 16 50       # samples of all branches together
+
+Sizes of the full model at 512 px in bfloat16. Milliseconds by the GPU's clock; a kernel that refuses the shape says so.
+`mige/denoiser.py` names the fastest first.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mige.denoiser import Linear, add_modulate
+
+HEADS, HEAD_SIZE, TOKENS, CONTEXT = 16, 72, 1024, 96
+WIDTH = HEADS * HEAD_SIZE
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Of one call, the mean of many after a warm-up."""
+    for _ in range(3):
+        work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def random(*size: int) -> Tensor:
+    return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+
+def attention(batch: int) -> list[dict]:
+    """Every backend on self-attention and on cross-attention with and without a mask."""
+    q, k, v = random(batch, TOKENS, 3, HEADS, HEAD_SIZE).permute(2, 0, 3, 1, 4).unbind()
+    keys, values = (random(batch, CONTEXT, HEADS, HEAD_SIZE).transpose(1, 2) for _ in range(2))
+    bias = random(batch, 1, 1, CONTEXT).expand(-1, HEADS, TOKENS, -1)
+    lines = []
+    for name, inputs, mask in (
+        ("self", (k, v), None),
+        ("cross", (keys, values), None),
+        ("masked", (keys, values), bias),
+    ):
+        for backend in BACKENDS:
+            with sdpa_kernel([backend]):
+                work = lambda: F.scaled_dot_product_attention(q, *inputs, attn_mask=mask)  # noqa: B023, E731
+                flops = 4 * batch * TOKENS * inputs[0].shape[2] * WIDTH
+                lines.append(measure(f"{name} attention", backend.name, work, flops))
+    return lines
+
+
+def products(batch: int) -> list[dict]:
+    """The block's matrix products, and the MLP's first one with its GELU in one kernel and in two."""
+    tokens, lines = batch * TOKENS, []
+    gelu = torch.compile(lambda x: F.gelu(x, approximate="tanh"))
+    for name, width, out in (("qkv", WIDTH, 3), ("q", WIDTH, 1), ("up", WIDTH, 4), ("down", 4 * WIDTH, 1)):
+        linear, x = Linear(random(out * WIDTH, width), random(out * WIDTH)), random(tokens, width)
+        flops = 2 * tokens * width * out * WIDTH
+        lines.append(measure(name, "product", lambda: linear(x), flops))  # noqa: B023
+        if name == "up":
+            lines.append(measure(name, "product, gelu", lambda: gelu(linear(x)), flops))  # noqa: B023
+            lines.append(measure(name, "product with gelu", lambda: linear.gelu(x), flops))  # noqa: B023
+    x, row = random(tokens, WIDTH), random(WIDTH)
+    return [*lines, measure("add, norm, modulate", "compiled", lambda: add_modulate(x, x, row, row, row), 0)]
+
+
+def measure(what: str, how: str, work: Callable[[], object], flops: int) -> dict:
+    try:
+        ms = milliseconds(work)
+    except RuntimeError as error:
+        return {"what": what, "how": how, "refused": str(error).splitlines()[0]}
+    return {"what": what, "how": how, "ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 16, 50])
+    for batch in parser.parse_args().batch:
+        for line in attention(batch) + products(batch):
+            print(json.dumps({"batch": batch, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""The DiT's forward pass arranged for sampling: the same function as `MIGEModel.denoise`, at the speed of the card.
+
+What does not depend on the noisy latent is computed once for all steps: keys and values of the context, and the
+modulations of all timesteps. What is left of a step are matrix products, attention and the sums around the norms. The
+sums are compiled (three small kernels; everything else is a library call, so neither batch nor size nor prompt length
+costs a compilation of minutes), and on a GPU the whole step, all guidance branches and their weighted sum included, is
+replayed as one CUDA graph: the host enqueues a step in well under a millisecond.
+
+Letters: B samples of all branches, N patches, M = B x N tokens, L context positions, C channels, H heads, D channels a
+head, S steps; K blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mige import guidance
+from mige.condition import Condition
+from mige.guidance import Branch
+
+LENGTHS = (32, 64, 96, 128, 192, 256)
+"""Context lengths that a step is captured for; a shorter context is padded and masked."""
+
+_KEPT = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
+
+# In order of speed at head size 72 on a Hopper GPU; those that a device or a mask rules out are skipped.
+_SELF = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CROSS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+# ---- the sums around the norms, compiled -----------------------------------------------------------------------------
+
+
+def _modulate(x_MC: Tensor, shift_C: Tensor, scale_C: Tensor) -> Tensor:
+    return F.layer_norm(x_MC, x_MC.shape[-1:], eps=1e-6) * (1 + scale_C) + shift_C
+
+
+def _add(x_MC: Tensor, more_MC: Tensor, gate_C: Tensor) -> Tensor:
+    return x_MC + gate_C * more_MC
+
+
+def _add_modulate(
+    x_MC: Tensor, more_MC: Tensor, gate_C: Tensor, shift_C: Tensor, scale_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    x_MC = _add(x_MC, more_MC, gate_C)
+    return x_MC, _modulate(x_MC, shift_C, scale_C)
+
+
+modulate, add, add_modulate = (torch.compile(f, fullgraph=True) for f in (_modulate, _add, _add_modulate))
+
+
+# ---- matrix products and attention -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [out, in] and its bias [out], called as a function."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, *layers: torch.nn.Linear) -> "Linear":
+        """Layers of one input, as one product; a single one shares its tensors."""
+        if len(layers) == 1:
+            return cls(layers[0].weight, layers[0].bias)
+        return cls(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x_MC: Tensor) -> Tensor:
+        """GELU (tanh) of the product; on a GPU in the product's own kernel, before anything is written."""
+        if x_MC.is_cuda:
+            return torch._addmm_activation(self.bias, x_MC, self.weight.t(), use_gelu=True)
+        return F.gelu(self(x_MC), approximate="tanh")
+
+
+def attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias: Tensor | None, backends: list[SDPBackend]) -> Tensor:
+    """Attention by the first of the backends that applies -> [M, C]."""
+    with sdpa_kernel(backends, set_priority=True):
+        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, attn_mask=bias)
+    return out_BHND.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The products of one transformer block."""
+
+    qkv: Linear
+    out: Linear
+    cross_q: Linear
+    cross_kv: Linear
+    cross_out: Linear
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, block: torch.nn.Module) -> "Block":
+        own, cross, mlp = block.attn1, block.attn2, block.ff.net
+        return cls(
+            qkv=Linear.of(own.to_q, own.to_k, own.to_v),
+            out=Linear.of(own.to_out[0]),
+            cross_q=Linear.of(cross.to_q),
+            cross_kv=Linear.of(cross.to_k, cross.to_v),
+            cross_out=Linear.of(cross.to_out[0]),
+            up=Linear.of(mlp[0].proj),
+            down=Linear.of(mlp[2]),
+        )
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What a step reads, at fixed addresses: a captured step is replayed over whatever they hold."""
+
+    x_BCHW: Tensor  # float32 [samples, 4, h, w], the noisy latents of one branch
+    source_BCHW: Tensor  # [B, 4, h, w]
+    modulation_K6C: Tensor  # of the current time: shift, scale, gate around attention; the same around the MLP
+    end_2C: Tensor  # of the current time: shift and scale before the last projection
+    kv_K2BLC: Tensor  # keys and values of the context, of every block
+    bias: Tensor | None  # [B, 1, 1, L], 0 or -inf; None if every position is valid
+    position_NC: Tensor
+
+
+@dataclass
+class Step:
+    """A step of one shape: its inputs and, on a GPU, the graph that fills `eps`."""
+
+    inputs: Inputs
+    eps: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
+
+
+class FastDenoiser:
+    """Built once from a PixArt transformer (weights are shared, except the joined query, key and value matrices).
+
+    Raises ValueError for a transformer with parts that this forward pass lacks.
+    """
+
+    def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype):
+        _check(transformer)
+        self.transformer, self.timestep_dtype = transformer, timestep_dtype
+        self.heads, self.patch = transformer.config.num_attention_heads, transformer.config.patch_size
+        self.steps: dict[tuple, Step] = {}
+        self.pool = torch.cuda.graph_pool_handle() if transformer.device.type == "cuda" else None
+        self._take_weights()
+
+    @torch.no_grad()
+    def _take_weights(self) -> None:
+        transformer, latent = self.transformer, self.transformer.config.in_channels // 2
+        self.device, self.dtype = transformer.device, transformer.dtype
+        self.blocks = [Block.of(block) for block in transformer.transformer_blocks]
+        patches = transformer.pos_embed.proj
+        self.patches = Linear(patches.weight.flatten(1), patches.bias)  # columns: channel, row, column of a patch
+        # Rows come as (row, column, channel) of a patch; of the channels only the noise estimate's are needed.
+        rows = torch.arange(len(transformer.proj_out.bias)).unflatten(0, (self.patch**2, -1)).t()[:latent].flatten()
+        self.last = Linear(transformer.proj_out.weight[rows], transformer.proj_out.bias[rows])
+        self.tables_K6C = torch.stack([block.scale_shift_table for block in transformer.transformer_blocks])
+        self.one = torch.ones(transformer.inner_dim, device=self.device, dtype=self.dtype)
+
+    def serves(self, transformer: PixArtTransformer2DModel) -> bool:
+        """Whether this was built from that transformer, in the place and precision it has now."""
+        same = transformer is self.transformer
+        return same and (transformer.device, transformer.dtype) == (self.device, self.dtype)
+
+    @torch.no_grad()
+    def start(self, condition: Condition, chosen: Sequence[Branch], times_S: Tensor) -> "Sampling":
+        """Everything that all steps share.
+
+        Args:
+            condition: of all branches stacked, the first of all samples first.
+            chosen: the branches.
+            times_S: float, every model time that will be asked for.
+
+        Returns the `denoise` function of a sampler: (x [samples, 4, h, w], time) -> guided noise estimate, float32.
+        """
+        condition = condition.without_idle_mask() if condition.mask_BL is not None else condition
+        length = condition.context_BLC.shape[1]
+        width = _width(length)
+        key = (tuple(chosen), condition.source_BCHW.shape, width, condition.mask_BL is not None or width > length)
+        step = self.steps.pop(key, None) or Step(self._inputs(*key))
+        self.steps[key] = step  # the latest last
+        while len(self.steps) > _KEPT:
+            self.steps.pop(next(iter(self.steps)))
+        self._fill(step.inputs, condition)
+        if self.device.type == "cuda" and step.graph is None:
+            with torch.cuda.device(self.device):
+                self._capture(step, chosen)
+        return Sampling(self, step, list(chosen), times_S.to(self.device), *self._modulations(times_S))
+
+    def _inputs(self, chosen: tuple[Branch, ...], shape: torch.Size, width: int, masked: bool) -> Inputs:
+        """Zeros of the right shapes, and the position table."""
+
+        def zeros(*size: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.zeros(size, device=self.device, dtype=dtype)
+
+        blocks, channels = len(self.blocks), self.transformer.inner_dim
+        return Inputs(
+            x_BCHW=zeros(shape[0] // len(chosen), *shape[1:], dtype=torch.float32),
+            source_BCHW=zeros(*shape),
+            modulation_K6C=zeros(blocks, 6, channels),
+            end_2C=zeros(2, channels),
+            kv_K2BLC=zeros(blocks, 2, shape[0], width, channels),
+            bias=zeros(shape[0], 1, 1, width) if masked else None,
+            position_NC=self._positions(shape[2] // self.patch, shape[3] // self.patch),
+        )
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The position table of a latent of this many patches: the trained grid, or one spread over it."""
+        embed = self.transformer.pos_embed
+        if (rows, columns) == (embed.height, embed.width):
+            return embed.pos_embed[0].to(self.device)
+        table = get_2d_sincos_pos_embed(
+            self.transformer.inner_dim,
+            (rows, columns),
+            base_size=embed.base_size,
+            interpolation_scale=embed.interpolation_scale,
+            device=self.device,
+            output_type="pt",
+        )
+        return table.float()
+
+    def _fill(self, inputs: Inputs, condition: Condition) -> None:
+        """Source, mask, and the keys and values of the context."""
+        context_BLC = self.transformer.caption_projection(condition.context_BLC.to(self.dtype))
+        length = context_BLC.shape[1]
+        inputs.source_BCHW.copy_(condition.source_BCHW)
+        for block, kv_2BLC in zip(self.blocks, inputs.kv_K2BLC, strict=True):
+            kv_2BLC[:, :, :length] = block.cross_kv(context_BLC).unflatten(-1, (2, -1)).movedim(-2, 0)
+        if inputs.bias is not None:
+            valid = condition.mask_BL if condition.mask_BL is not None else torch.ones(1, length, device=self.device)
+            inputs.bias.fill_(float("-inf"))
+            inputs.bias[:, 0, 0, :length].masked_fill_(valid.bool(), 0.0)
+
+    def _modulations(self, times_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all times at once: those of the blocks [S, K, 6, C] and of the end [S, 2, C]."""
+        times_S = times_S.to(self.device).to(self.timestep_dtype).float()
+        mixed_SC, embedded_SC = self.transformer.adaln_single(times_S, batch_size=len(times_S), hidden_dtype=self.dtype)
+        end_S2C = self.transformer.scale_shift_table + embedded_SC[:, None]
+        return self.tables_K6C + mixed_SC.unflatten(1, (1, 6, -1)), end_S2C
+
+    def _capture(self, step: Step, chosen: Sequence[Branch]) -> None:
+        """Run the step outside (kernels compile, libraries choose their plans), then record it."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self.forward(step.inputs, chosen)
+        torch.cuda.current_stream().wait_stream(aside)
+        step.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step.graph, pool=self.pool, capture_error_mode="thread_local"):
+            step.eps = self.forward(step.inputs, chosen)
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs, chosen: Sequence[Branch]) -> Tensor:
+        """Guided noise estimate, float32 [samples, 4, h, w]."""
+        x_MC = self._patchify(inputs, len(chosen))
+        batch, mods = len(inputs.source_BCHW), inputs.modulation_K6C.unbind()
+        h_MC = modulate(x_MC, mods[0][0], mods[0][1])
+        for i, block in enumerate(self.blocks):
+            _, _, gate_own, shift_mlp, scale_mlp, gate_mlp = mods[i].unbind()
+            shift_next, scale_next = mods[i + 1][:2] if i + 1 < len(mods) else inputs.end_2C
+            q, k, v = self._heads(block.qkv(h_MC).unflatten(0, (batch, -1)), 3)
+            x_MC = add(x_MC, block.out(attend(q, k, v, None, _SELF)), gate_own)
+            (q,) = self._heads(block.cross_q(x_MC).unflatten(0, (batch, -1)), 1)
+            k, v = self._heads(inputs.kv_K2BLC[i, 0], 1) + self._heads(inputs.kv_K2BLC[i, 1], 1)
+            crossed = block.cross_out(attend(q, k, v, _expand(inputs.bias, q), _CROSS))
+            x_MC, h_MC = add_modulate(x_MC, crossed, self.one, shift_mlp, scale_mlp)
+            x_MC, h_MC = add_modulate(x_MC, block.down(block.up.gelu(h_MC)), gate_mlp, shift_next, scale_next)
+        eps_BCHW = self._unpatchify(self.last(h_MC), inputs.source_BCHW.shape)
+        return guidance.combine(eps_BCHW, list(chosen))
+
+    def _patchify(self, inputs: Inputs, branches: int) -> Tensor:
+        """Latents beside their sources, cut into patches -> tokens [M, C]."""
+        latents = torch.cat([inputs.x_BCHW.repeat(branches, 1, 1, 1).to(self.dtype), inputs.source_BCHW], dim=1)
+        pieces = F.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)  # [B, N, 8 x 2 x 2]
+        return (self.patches(pieces) + inputs.position_NC).to(self.dtype).flatten(0, 1)
+
+    def _unpatchify(self, pieces_MC: Tensor, shape: torch.Size) -> Tensor:
+        """[M, 4 x 2 x 2] -> [B, 4, h, w]."""
+        rows, columns = shape[2] // self.patch, shape[3] // self.patch
+        return F.pixel_shuffle(pieces_MC.view(shape[0], rows, columns, -1).permute(0, 3, 1, 2), self.patch)
+
+    def _heads(self, x_BNC: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, N, parts x C] -> for every part a view [B, H, N, D]."""
+        return x_BNC.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A `denoise` function over one run's condition and times."""
+
+    denoiser: FastDenoiser
+    step: Step
+    chosen: list[Branch]
+    times_S: Tensor
+    modulation_SK6C: Tensor
+    end_S2C: Tensor
+
+    def __call__(self, x_BCHW: Tensor, t: Tensor) -> Tensor:
+        inputs = self.step.inputs
+        row = (self.times_S - t).abs().argmin().reshape(1)  # found on the device: reading t would wait for its queue
+        inputs.x_BCHW.copy_(x_BCHW)
+        inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
+        inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
+        if self.step.graph is None:
+            return self.denoiser.forward(inputs, self.chosen)
+        self.step.graph.replay()
+        return self.step.eps.clone()  # the next replay overwrites it, and some schedulers keep what they are given
+
+
+def _width(length: int) -> int:
+    """The first of `LENGTHS` that is long enough; beyond them, multiples of 64."""
+    return next((known for known in LENGTHS if known >= length), length + -length % 64)
+
+
+def _expand(bias: Tensor | None, q_BHND: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(-1, q_BHND.shape[1], q_BHND.shape[2], -1)
+
+
+def _check(transformer: PixArtTransformer2DModel) -> None:
+    config = transformer.config
+    wanted = {
+        "norm_type": "ada_norm_single",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "attention_type": "default",
+        "norm_eps": 1e-6,
+    }
+    other = [f"{name} is {config[name]!r}" for name, value in wanted.items() if config[name] != value]
+    if transformer.use_additional_conditions or transformer.caption_projection is None:
+        other.append("additional conditions or no caption projection")
+    if any(type(layer) is not torch.nn.Linear for layer in _products(transformer)):
+        other.append("adapters or quantised layers in its blocks")
+    if other:
+        raise ValueError(f"compile: the fast forward pass does not know this transformer ({'; '.join(other)})")
+
+
+def _products(transformer: PixArtTransformer2DModel) -> list[torch.nn.Module]:
+    """The layers of the blocks whose weights are read from here."""
+    layers = []
+    for block in transformer.transformer_blocks:
+        layers += [block.ff.net[0].proj, block.ff.net[2]]
+        for attention in (block.attn1, block.attn2):
+            layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+    return layers

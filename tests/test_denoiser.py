@@ -1,0 +1,199 @@
+"""The fast forward pass against the library's, and what stands around it: captured shapes, off-loading, savings."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from golden import golden_model
+from lively import lively_checkpoint
+
+from mige import guidance, images
+from mige.condition import Condition
+from mige.denoiser import _KEPT, FastDenoiser
+from mige.lora import add_lora
+from mige.pipeline import MIGEPipeline, make_sample
+from mige.records import Task
+
+PICTURES = Path(__file__).parent.parent / "example_data" / "images"
+TIMES = torch.tensor([999.0, 513.3, 7.25])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model()
+
+
+@pytest.fixture
+def uncompiled():
+    """The same arithmetic without the compiler, which takes seconds for every new shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [images.open_image(PICTURES / f"{name}.jpg") for name in ("cat", "coffee", "cup_on_black")]
+
+
+def load(folder, **kwargs) -> MIGEPipeline:
+    pipe = MIGEPipeline.from_pretrained(folder, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def distance(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def conditions(model, lengths, size, seed=0) -> Condition:
+    """Random contexts of these valid lengths, padded to the longest, and sources."""
+    random = torch.Generator().manual_seed(seed)
+    context = torch.randn(len(lengths), max(lengths), model.transformer.config.caption_channels, generator=random)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return Condition(context, mask, torch.randn(len(lengths), 4, *size, generator=random))
+
+
+def stacked(model, lengths, size, chosen, seed=0) -> Condition:
+    null = torch.randn(400, model.transformer.config.caption_channels, generator=torch.Generator().manual_seed(9))
+    return guidance.stack(conditions(model, lengths, size, seed), chosen, null)
+
+
+@torch.no_grad()
+def plain(model, condition, chosen, x, t):
+    repeated = x.repeat(len(chosen), 1, 1, 1)
+    return guidance.combine(model.denoise(repeated, t.expand(len(repeated)), condition)[:, :4], chosen)
+
+
+EVERY = guidance.branches(Task.EDIT, 4.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    "lengths, size, chosen",
+    [
+        ((24, 24), (8, 8), EVERY),  # padded to 32, all alike
+        ((32, 32), (8, 8), EVERY),  # no mask at all
+        ((32, 5), (8, 8), EVERY),
+        ((20,), (12, 8), guidance.branches(Task.EDIT, 4.0, 1.0)),  # position table of another size
+        ((9, 1, 70), (4, 16), guidance.branches(Task.SUBJECT, 1.0, 1.0)),
+        ((300,), (8, 8), EVERY),  # beyond the fixed lengths
+    ],
+)
+def test_it_equals_the_library_s_forward_pass(model, uncompiled, lengths, size, chosen):
+    condition = stacked(model, lengths, size, chosen)
+    denoise = FastDenoiser(model.transformer, model.timestep_dtype).start(condition, chosen, TIMES)
+    random = torch.Generator().manual_seed(1)
+    for t in TIMES:
+        x = torch.randn(len(lengths), 4, *size, generator=random)
+        got = denoise(x, t)
+        assert got.shape == x.shape and got.dtype == torch.float32
+        assert distance(got, plain(model, condition, chosen, x, t)) < 1e-5
+
+
+def test_a_shape_seen_before_is_not_prepared_again(model, uncompiled):
+    fast = FastDenoiser(model.transformer, model.timestep_dtype)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for lengths in [(20, 9), (32, 31), (5, 30)]:
+        condition = stacked(model, lengths, (8, 8), EVERY, seed=sum(lengths))
+        got = fast.start(condition, EVERY, TIMES)(x, TIMES[1])  # nothing of the prompt before is left
+        assert distance(got, plain(model, condition, EVERY, x, TIMES[1])) < 1e-5
+    assert len(fast.steps) == 1
+    for length in range(10, 10 + 64 * _KEPT, 64):
+        fast.start(stacked(model, (length, 3), (8, 8), EVERY), EVERY, TIMES)
+    assert len(fast.steps) == _KEPT
+
+
+def test_what_it_does_not_know_is_refused():
+    model = golden_model()
+    add_lora(model.transformer, 2)
+    with pytest.raises(ValueError, match=r"compile: .*adapters or quantised layers"):
+        FastDenoiser(model.transformer, model.timestep_dtype)
+    other = diffusers.PixArtTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8, cross_attention_dim=16,
+        caption_channels=8, activation_fn="geglu",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="activation_fn is 'geglu'"):
+        FastDenoiser(other, torch.float32)
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_compiled_pictures_are_the_plain_ones(folder, photos, task):
+    """With the compiler itself, on batches of different lengths and sizes, with our solver and another."""
+    cat, coffee, cup = photos
+    prompts, references, sources = {
+        Task.SUBJECT: (["a<imagehere>", "a<imagehere>and a<imagehere>at night"], [[cat], [cup, coffee]], None),
+        Task.EDIT: (["make it red", "turn the cat in this photo into a dog with a hat"], None, [cat, coffee]),
+        Task.SUBJECT_EDIT: (["add<imagehere>to<imagehere>"] * 2, [[cup, cat], [cup, coffee]], [cat, coffee]),
+    }[task]
+    pipe, fast = load(folder), load(folder, compile=True)
+    for settings in (dict(), dict(width=96), dict(source_guidance_scale=1.5)):
+        settings |= dict(num_inference_steps=3, output_type="latent", seed=5)
+        want = pipe(prompts, references, sources, **settings).images
+        assert distance(fast(prompts, references, sources, **settings).images, want) < 1e-5
+    for one in (pipe, fast):
+        one.scheduler = diffusers.HeunDiscreteScheduler.from_config(one.scheduler.config)
+    want, got = (
+        one(prompts, references, sources, num_inference_steps=3, output_type="pt").images for one in (pipe, fast)
+    )
+    assert distance(got, want) < 1e-5
+
+
+def test_a_transformer_exchanged_after_the_first_picture_is_noticed(folder, uncompiled):
+    def made(pipe):
+        return pipe("a cat", num_inference_steps=2, output_type="latent").images
+
+    pipe, fast = load(folder), load(folder, compile=True)
+    before = made(fast)
+    for one in (pipe, fast):
+        one.transformer = load(folder).transformer
+        torch.nn.init.constant_(one.transformer.proj_out.bias, 0.3)
+    assert distance(made(fast), before) > 1e-3 and distance(made(fast), made(pipe)) < 1e-5
+
+
+def test_off_loaded_encoders_change_nothing(folder, photos):
+    def made(pipe):
+        return pipe("a<imagehere>", photos[:1], num_inference_steps=2, output_type="latent").images
+
+    pipe = load(folder)
+    want, visited = made(pipe), []
+    pipe.offload_encoders("cpu")
+    blocks = pipe.model.blocks(("text_encoder", "image_encoder", "qformer"))
+    hosted = {name: p.data_ptr() for name, p in pipe.text_encoder.named_parameters()}
+    for block in blocks:
+        block.register_forward_hook(lambda block, *_: visited.append(block))
+    assert torch.equal(made(pipe), want) and torch.equal(made(pipe), want)
+    assert len(visited) == 2 * len(blocks)
+    assert hosted == {name: p.data_ptr() for name, p in pipe.text_encoder.named_parameters()}
+
+
+def test_empty_slots_need_not_be_encoded(folder, photos):
+    """The released code encodes four slots a sample, zeros in the empty ones; only the filled ones are read."""
+    pipe = load(folder)
+    samples = [make_sample("a<imagehere>", photos[:1], None), make_sample("<imagehere>on<imagehere>", photos[1:], None)]
+    noise = [pipe.draw_noise(s.task, len(s.references), torch.Generator().manual_seed(0), 128, 128) for s in samples]
+    got = pipe.encode(samples, noise)
+    used, encoder = [0, 4, 5], pipe.model.encoder
+    with torch.no_grad():
+        filled = pipe._vision_pixels(samples), pipe._encode_references(samples, noise)
+        vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
+        vision[used], references[used] = filled
+        pictures = encoder.see(vision, pipe.model.patchify(references))
+        assert pictures[1].norm() > 0  # an empty slot does give an embedding
+        embeds, mask = encoder.interleave([pipe.instruct(sample) for sample in samples], pictures[used])
+        context = encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    assert torch.equal(mask, got.mask_BL) and distance(got.context_BLC, context) < 1e-5
+
+
+def test_a_mask_that_masks_nothing_is_dropped(model):
+    even, uneven = conditions(model, (7, 7), (8, 8)), conditions(model, (7, 3), (8, 8))
+    assert uneven.without_idle_mask().mask_BL is uneven.mask_BL
+    bare = even.without_idle_mask()
+    assert bare.mask_BL is None
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), TIMES[1].expand(2)
+    with torch.no_grad():
+        assert distance(model.denoise(x, t, bare), model.denoise(x, t, even)) < 1e-6
