@@ -6,6 +6,9 @@ sums are compiled (three small kernels; everything else is a library call, so ne
 costs a compilation of minutes), and on a GPU the whole step, all guidance branches and their weighted sum included, is
 replayed as one CUDA graph: the host enqueues a step in well under a millisecond.
 
+One approximation, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
+the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125).
+
 Letters: B samples of all branches, N patches, M = B x N tokens, L context positions, C channels, H heads, D channels a
 head, S steps; K blocks.
 """
@@ -27,6 +30,7 @@ from mige.guidance import Branch
 LENGTHS = (32, 64, 96, 128, 192, 256)
 """Context lengths that a step is captured for; a shorter context is padded and masked."""
 
+_OUTER = 7  # a step that reuses the middle computes the first and the last K / 7 blocks
 _KEPT = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
 
 # In order of speed at head size 72 on a Hopper GPU; those that a device or a mask rules out are skipped.
@@ -129,15 +133,23 @@ class Inputs:
     kv_K2BLC: Tensor  # keys and values of the context, of every block
     bias: Tensor | None  # [B, 1, 1, L], 0 or -inf; None if every position is valid
     position_NC: Tensor
+    change_MC: Tensor | None  # what the middle blocks added last time, where it is reused; None: never
 
 
-@dataclass
+@dataclass(frozen=True)
+class Recording:
+    """A captured step: replaying it fills `eps`."""
+
+    graph: torch.cuda.CUDAGraph
+    eps: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
-    """A step of one shape: its inputs and, on a GPU, the graph that fills `eps`."""
+    """A step of one shape: its inputs and, on a GPU, its recordings (True: the one that reuses the middle blocks)."""
 
     inputs: Inputs
-    eps: Tensor | None = None
-    graph: torch.cuda.CUDAGraph | None = field(default=None, repr=False)
+    recordings: dict[bool, Recording] = field(default_factory=dict)
 
 
 class FastDenoiser:
@@ -173,37 +185,41 @@ class FastDenoiser:
         return same and (transformer.device, transformer.dtype) == (self.device, self.dtype)
 
     @torch.no_grad()
-    def start(self, condition: Condition, chosen: Sequence[Branch], times_S: Tensor) -> "Sampling":
+    def start(self, condition: Condition, chosen: Sequence[Branch], times_S: Tensor, reuse: int = 1) -> "Sampling":
         """Everything that all steps share.
 
         Args:
             condition: of all branches stacked, the first of all samples first.
             chosen: the branches.
             times_S: float, every model time that will be asked for.
+            reuse: every so many steps the middle blocks are computed; 1 is exact.
 
         Returns the `denoise` function of a sampler: (x [samples, 4, h, w], time) -> guided noise estimate, float32.
         """
         condition = condition.without_idle_mask() if condition.mask_BL is not None else condition
         length = condition.context_BLC.shape[1]
         width = _width(length)
-        key = (tuple(chosen), condition.source_BCHW.shape, width, condition.mask_BL is not None or width > length)
+        masked = condition.mask_BL is not None or width > length
+        key = (tuple(chosen), condition.source_BCHW.shape, width, masked, reuse > 1)
         step = self.steps.pop(key, None) or Step(self._inputs(*key))
         self.steps[key] = step  # the latest last
         while len(self.steps) > _KEPT:
             self.steps.pop(next(iter(self.steps)))
         self._fill(step.inputs, condition)
-        if self.device.type == "cuda" and step.graph is None:
+        if self.device.type == "cuda" and not step.recordings:
             with torch.cuda.device(self.device):
-                self._capture(step, chosen)
-        return Sampling(self, step, list(chosen), times_S.to(self.device), *self._modulations(times_S))
+                for light in {False, reuse > 1}:
+                    step.recordings[light] = self._record(step.inputs, chosen, light)
+        return Sampling(self, step, list(chosen), times_S.to(self.device), *self._modulations(times_S), reuse)
 
-    def _inputs(self, chosen: tuple[Branch, ...], shape: torch.Size, width: int, masked: bool) -> Inputs:
+    def _inputs(self, chosen: tuple[Branch, ...], shape: torch.Size, width: int, masked: bool, reuses: bool) -> Inputs:
         """Zeros of the right shapes, and the position table."""
 
         def zeros(*size: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(size, device=self.device, dtype=dtype)
 
         blocks, channels = len(self.blocks), self.transformer.inner_dim
+        rows, columns = shape[2] // self.patch, shape[3] // self.patch
         return Inputs(
             x_BCHW=zeros(shape[0] // len(chosen), *shape[1:], dtype=torch.float32),
             source_BCHW=zeros(*shape),
@@ -211,7 +227,8 @@ class FastDenoiser:
             end_2C=zeros(2, channels),
             kv_K2BLC=zeros(blocks, 2, shape[0], width, channels),
             bias=zeros(shape[0], 1, 1, width) if masked else None,
-            position_NC=self._positions(shape[2] // self.patch, shape[3] // self.patch),
+            position_NC=self._positions(rows, columns),
+            change_MC=zeros(shape[0] * rows * columns, channels) if reuses else None,
         )
 
     def _positions(self, rows: int, columns: int) -> Tensor:
@@ -248,27 +265,38 @@ class FastDenoiser:
         end_S2C = self.transformer.scale_shift_table + embedded_SC[:, None]
         return self.tables_K6C + mixed_SC.unflatten(1, (1, 6, -1)), end_S2C
 
-    def _capture(self, step: Step, chosen: Sequence[Branch]) -> None:
-        """Run the step outside (kernels compile, libraries choose their plans), then record it."""
+    def _record(self, inputs: Inputs, chosen: Sequence[Branch], light: bool) -> Recording:
+        """Run the step outside (kernels compile, libraries choose their plans), then capture it."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                self.forward(step.inputs, chosen)
+                self.forward(inputs, chosen, light)
         torch.cuda.current_stream().wait_stream(aside)
-        step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self.pool, capture_error_mode="thread_local"):
-            step.eps = self.forward(step.inputs, chosen)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            eps = self.forward(inputs, chosen, light)
+        return Recording(graph, eps)
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs, chosen: Sequence[Branch]) -> Tensor:
-        """Guided noise estimate, float32 [samples, 4, h, w]."""
+    def forward(self, inputs: Inputs, chosen: Sequence[Branch], light: bool = False) -> Tensor:
+        """Guided noise estimate, float32 [samples, 4, h, w]; `light`: with the middle blocks' change of last time."""
         x_MC = self._patchify(inputs, len(chosen))
         batch, mods = len(inputs.source_BCHW), inputs.modulation_K6C.unbind()
         h_MC = modulate(x_MC, mods[0][0], mods[0][1])
+        many, outer = len(self.blocks), max(1, len(self.blocks) // _OUTER)
         for i, block in enumerate(self.blocks):
+            if light and outer <= i < many - outer:
+                continue
+            if i == outer and inputs.change_MC is not None:
+                before_MC = x_MC
+            if i == many - outer and light:
+                x_MC = x_MC + inputs.change_MC
+                h_MC = modulate(x_MC, mods[i][0], mods[i][1])
+            elif i == many - outer and inputs.change_MC is not None:
+                torch.sub(x_MC, before_MC, out=inputs.change_MC)
             _, _, gate_own, shift_mlp, scale_mlp, gate_mlp = mods[i].unbind()
-            shift_next, scale_next = mods[i + 1][:2] if i + 1 < len(mods) else inputs.end_2C
+            shift_next, scale_next = mods[i + 1][:2] if i + 1 < many else inputs.end_2C
             q, k, v = self._heads(block.qkv(h_MC).unflatten(0, (batch, -1)), 3)
             x_MC = add(x_MC, block.out(attend(q, k, v, None, _SELF)), gate_own)
             (q,) = self._heads(block.cross_q(x_MC).unflatten(0, (batch, -1)), 1)
@@ -295,7 +323,7 @@ class FastDenoiser:
         return x_BNC.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
     """A `denoise` function over one run's condition and times."""
 
@@ -305,6 +333,8 @@ class Sampling:
     times_S: Tensor
     modulation_SK6C: Tensor
     end_S2C: Tensor
+    reuse: int
+    calls: int = 0
 
     def __call__(self, x_BCHW: Tensor, t: Tensor) -> Tensor:
         inputs = self.step.inputs
@@ -312,10 +342,12 @@ class Sampling:
         inputs.x_BCHW.copy_(x_BCHW)
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
-        if self.step.graph is None:
-            return self.denoiser.forward(inputs, self.chosen)
-        self.step.graph.replay()
-        return self.step.eps.clone()  # the next replay overwrites it, and some schedulers keep what they are given
+        light, self.calls = self.calls % self.reuse > 0, self.calls + 1
+        if not self.step.recordings:
+            return self.denoiser.forward(inputs, self.chosen, light)
+        recording = self.step.recordings[light]
+        recording.graph.replay()
+        return recording.eps.clone()  # the next replay overwrites it, and some schedulers keep what they are given
 
 
 def _width(length: int) -> int:

@@ -11,6 +11,7 @@ Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], picture
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -180,6 +181,8 @@ class MIGEPipeline(DiffusionPipeline):
         seed: int | Sequence[int] = 0,
         output_type: str = "pil",
         on_step: sampler.OnStep | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
     ) -> ImagePipelineOutput:
         """Generate or edit. The task follows from the pictures: no source, subject-driven generation; a source that is
         the only picture, editing; else subject-driven editing, with the source among the references.
@@ -193,6 +196,8 @@ class MIGEPipeline(DiffusionPipeline):
             seed: of the noise; for several prompts one each, or one that all samples share.
             output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
             on_step: called after every step with (step, latent, estimate of the final latent).
+            guidance_interval: model times (0..999) to guide at, elsewhere the full branch alone: an approximation.
+            reuse: compute the DiT's middle blocks every so many steps, an approximation; needs `compile`.
 
         Raises ValueError for placeholders that don't match the references and for sizes off the grid.
         """
@@ -220,6 +225,8 @@ class MIGEPipeline(DiffusionPipeline):
             text_guidance=guidance_scale,
             source_guidance=source_guidance_scale,
             on_step=on_step,
+            guidance_interval=guidance_interval,
+            reuse=reuse,
         )
         if output_type != "latent":
             pixels = self.decode(result)
@@ -269,6 +276,8 @@ class MIGEPipeline(DiffusionPipeline):
         text_guidance: float | None = None,
         source_guidance: float | None = None,
         on_step: sampler.OnStep | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
     ) -> Tensor:
         """Samples of one task -> final latents, float32 [B, 4, h, w]. The settings default to the official ones."""
         task = samples[0].task
@@ -279,7 +288,8 @@ class MIGEPipeline(DiffusionPipeline):
         source_guidance = official.source_guidance if source_guidance is None else source_guidance
         chosen = guidance.branches(task, text_guidance, source_guidance)
         condition = self.encode(samples, noise)  # once: it does not depend on the timestep
-        return self.denoise(condition, chosen, noise, official.steps if steps is None else steps, on_step)
+        steps = official.steps if steps is None else steps
+        return self.denoise(condition, chosen, noise, steps, on_step, guidance_interval, reuse)
 
     @torch.no_grad()
     def denoise(
@@ -289,12 +299,17 @@ class MIGEPipeline(DiffusionPipeline):
         noise: Sequence[SampleNoise],
         steps: int,
         on_step: sampler.OnStep | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
     ) -> Tensor:
-        """Conditions and noise of B samples -> final latents, float32 [B, 4, h, w]."""
+        """Conditions and noise of B samples -> final latents, float32 [B, 4, h, w]. Arguments as in the call."""
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        null = self.model.null_context.to(condition.context_BLC)
-        stacked = guidance.stack(condition, chosen, null).without_idle_mask()
-        estimate = self._estimate(stacked, chosen, steps)
+        guided = partial(self._estimate, condition, chosen, steps, reuse)
+        if guidance_interval is None:
+            estimate = guided()
+        else:
+            alone = partial(self._estimate, condition, [guidance.Branch(1.0, False, False)], steps, reuse)
+            estimate = guidance.within(guidance_interval, self._times(steps).tolist(), guided, alone)
         with self.progress_bar(total=steps) as progress:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
@@ -307,12 +322,18 @@ class MIGEPipeline(DiffusionPipeline):
             generators = [torch.Generator().manual_seed(n.step_seed) for n in noise]
             return sampler.run_scheduler(self.scheduler, estimate, start, steps, generators, advance)
 
-    def _estimate(self, stacked: Condition, chosen: Sequence[guidance.Branch], steps: int) -> sampler.Denoise:
-        """The guided noise estimate under a condition of all branches."""
+    def _estimate(
+        self, condition: Condition, chosen: Sequence[guidance.Branch], steps: int, reuse: int
+    ) -> sampler.Denoise:
+        """The guided noise estimate under a condition."""
+        if reuse < 1 or (reuse > 1 and not self.is_compiled):
+            raise ValueError(f"reuse must be 1, or more with compile=True, got {reuse}")
+        null = self.model.null_context.to(condition.context_BLC)
+        stacked = guidance.stack(condition, chosen, null).without_idle_mask()
         if self.is_compiled:
             if self._fast is None or not self._fast.serves(self.transformer):
                 self._fast = FastDenoiser(self.transformer, self.model.timestep_dtype)
-            return self._fast.start(stacked, chosen, self._times(steps))
+            return self._fast.start(stacked, chosen, self._times(steps), reuse)
         model = self.model
 
         def plain(x_BCHW: Tensor, t: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The fast forward pass against the library's, and what stands around it: captured shapes, off-loading, savings."""
 
+import copy
 from pathlib import Path
 
 import diffusers
@@ -197,3 +198,43 @@ def test_a_mask_that_masks_nothing_is_dropped(model):
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), TIMES[1].expand(2)
     with torch.no_grad():
         assert distance(model.denoise(x, t, bare), model.denoise(x, t, even)) < 1e-6
+
+
+# ---- approximations --------------------------------------------------------------------------------------------------
+
+
+def test_reuse_computes_the_middle_blocks_only_every_so_often(model, uncompiled):
+    """Without blocks in the middle it is exact; with them a step on its own is, and the next ones are near."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    condition = stacked(model, (20, 9), (8, 8), EVERY)
+    denoise = FastDenoiser(model.transformer, model.timestep_dtype).start(condition, EVERY, TIMES, reuse=2)
+    for t in TIMES:
+        assert distance(denoise(x, t), plain(model, condition, EVERY, x, t)) < 1e-5
+    deep = golden_model()
+    block = deep.transformer.transformer_blocks[0]
+    deep.transformer.transformer_blocks.extend([copy.deepcopy(block) for _ in range(2)])
+    denoise = FastDenoiser(deep.transformer, deep.timestep_dtype).start(condition, EVERY, TIMES, reuse=2)
+    errors = [distance(denoise(x, t), plain(deep, condition, EVERY, x, t)) for t in TIMES]
+    assert errors[0] < 1e-5 and errors[1] > 1e-4 and errors[2] < 1e-5
+    again = denoise(x, TIMES[2])  # the same input as the full step before it: its change is the right one
+    assert distance(again, plain(deep, condition, EVERY, x, TIMES[2])) < 1e-5
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_guidance_only_in_an_interval(folder, photos, uncompiled, compile):
+    pipe = load(folder, compile=compile)
+
+    def made(interval, scale):
+        settings = dict(num_inference_steps=4, output_type="latent", guidance_scale=scale)
+        return pipe("a<imagehere>", photos[:1], guidance_interval=interval, **settings).images
+
+    whole, alone = made(None, 4.0), made(None, 1.0)
+    assert torch.equal(made((0, 1000), 4.0), whole)
+    assert distance(made((-2, -1), 4.0), alone) < 1e-5
+    partly = made((400, 800), 4.0)
+    assert distance(partly, whole) > 1e-3 and distance(partly, alone) > 1e-3
+
+
+def test_reuse_needs_the_fast_denoiser(folder):
+    with pytest.raises(ValueError, match="reuse must be 1, or more with compile=True, got 2"):
+        load(folder)("a cat", num_inference_steps=1, reuse=2)
