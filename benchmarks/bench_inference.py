@@ -8,7 +8,11 @@
 A case is task/batch/mode. Tasks: subject, edit, subject_edit (whole calls at the official steps and scales, encoding
 and decoding included) and dit (one forward pass of that many samples, 96 context positions). Mode: "plain", "naive"
 (every step encodes again: all four picture slots, 256 positions, every branch; a few steps are timed, the rest
-reckoned), or any of "compiled", "offload", "vae16" joined by "+".
+reckoned), or any of these joined by "+": compiled, offload, vae16, t5-8, t5-4 (bits), and, approximate, reuse2, reuse3,
+interval (guidance between model times 200 and 900).
+
+After an exact case of the same task and batch, a case says how far it is off: `latent_error`, relative L2 of the final
+latents, and `psnr` of the pictures in dB. Random weights make noise, not pictures: trained ones deviate otherwise.
 
 FLOPs: branches x steps x DiT and the encoders once; the VAE is not counted. The share is of the card's bfloat16 matrix
 rate, measured first. A line of JSON a case, printed as it is measured; a case that fails says so and the next one runs.
@@ -43,7 +47,13 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "example_data" / "images"
 CONTEXT = 96  # positions in the dit cases
 SLOTS = 4  # pictures the released code encodes for every sample
-OPTIONS = ("plain", "naive", "compiled", "offload", "vae16")
+REBUILT = ("offload", "t5-8", "t5-4")  # options that change the pipeline for good
+APPROXIMATE = {
+    "reuse2": {"reuse": 2},
+    "reuse3": {"reuse": 3},
+    "interval": {"guidance_interval": (200.0, 900.0)},
+}
+OPTIONS = ("plain", "naive", "compiled", "vae16", *REBUILT, *APPROXIMATE)
 TABLE = "edit/25/compiled subject/5/compiled edit/1/compiled dit/16/compiled dit/48/compiled edit/1/compiled+offload"
 
 
@@ -175,8 +185,9 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.on_gpu = self.device.type == "cuda"
         self.rate = matrix_rate(self.device)
-        self.pipeline = random_pipeline(args)
-        self.is_offloaded = False
+        self.pipeline, self.changed = random_pipeline(args), set()
+        self.vae = copy.deepcopy(self.pipeline.vae).to("cpu")
+        self.exact: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # latents and pixels by task and batch
 
     def measure(self, case: Case) -> dict:
         self._prepare(case)
@@ -186,39 +197,60 @@ class Bench:
         return (self._naive if case.mode == "naive" else self._call)(case, chosen, draw(self.pipeline, chosen))
 
     def _prepare(self, case: Case) -> None:
+        wanted = set(case.options) & set(REBUILT)
+        if wanted != self.changed:
+            self.pipeline = None
+            gc.collect()
+            self.pipeline, self.changed = random_pipeline(self.args), wanted
+            for option in sorted(wanted, reverse=True):  # bits before off-loading
+                change = self.pipeline.offload_encoders if option == "offload" else self.pipeline.quantise_text_encoder
+                change(self.device if option == "offload" else int(option[-1]))
         pipeline = self.pipeline
-        if self.is_offloaded and "offload" not in case.options:
-            raise RuntimeError("off-loaded cases must come last")
-        if "offload" in case.options and not self.is_offloaded:
-            pipeline.offload_encoders(self.device)
-            self.is_offloaded = True
         pipeline.is_compiled = "compiled" in case.options
         pipeline._fast = None  # what an earlier case captured would count as this one's memory
-        vae_dtype = torch.bfloat16 if "vae16" in case.options else torch.float32
-        if pipeline.vae.dtype != vae_dtype:
-            pipeline.vae.to(vae_dtype)
+        pipeline.vae = copy.deepcopy(self.vae).to(self.device)  # rounded weights would stay rounded
+        if "vae16" in case.options:
+            pipeline.halve_vae()
         gc.collect()
 
     def _call(self, case: Case, chosen: list[Sample], noise: list[SampleNoise]) -> dict:
-        steps = self.args.steps or TASKS[case.task].steps
+        steps, made = self.args.steps or TASKS[case.task].steps, None
+        settings = {name: value for option in case.options for name, value in APPROXIMATE.get(option, {}).items()}
 
         def call() -> None:
-            final = self.pipeline.run(chosen, noise, steps=steps)
-            images.to_pil(self.pipeline.decode(final))  # arrives on the CPU, so the GPU has finished
+            nonlocal made
+            final = self.pipeline.run(chosen, noise, steps=steps, **settings)
+            pixels = self.pipeline.decode(final)
+            images.to_pil(pixels)  # arrives on the CPU, so the GPU has finished
+            made = final, pixels
 
         first, *seconds = [self._seconds(call) for _ in range(1 + self.args.repeats)]
         return self._line(case, chosen, steps, statistics.median(seconds)) | {
             "first_call_seconds": round(first, 2),
-            **self._phases(chosen, noise, steps),
+            **self._deviation(case, *(tensor.cpu() for tensor in made)),
+            **self._phases(chosen, noise, steps, settings),
         }
 
-    def _phases(self, chosen: list[Sample], noise: list[SampleNoise], steps: int) -> dict:
+    def _deviation(self, case: Case, latents: Tensor, pixels: Tensor) -> dict:
+        """From the first exact case of this task and batch, which this one may be."""
+        key = case.task, case.batch
+        if key not in self.exact:
+            if set(case.options) <= {"plain", "compiled", "offload"}:
+                self.exact[key] = latents, pixels
+            return {}
+        wanted, picture = self.exact[key]
+        error = (pixels.clamp(-1, 1) - picture.clamp(-1, 1)).square().mean() / 4
+        psnr = -10 * error.clamp(min=1e-12).log10()
+        return {"latent_error": float(f"{((latents - wanted).norm() / wanted.norm()).item():.3g}"),
+                "psnr": round(psnr.item(), 1)}  # fmt: skip
+
+    def _phases(self, chosen: list[Sample], noise: list[SampleNoise], steps: int, settings: dict) -> dict:
         """Milliseconds and peak GiB of every phase of one more call, waiting between them."""
         pipeline, official = self.pipeline, TASKS[chosen[0].task]
         branches = guidance.branches(chosen[0].task, official.guidance, official.source_guidance)
         phases = {
             "encode": lambda _: pipeline.encode(chosen, noise),
-            "denoise": lambda condition: pipeline.denoise(condition, branches, noise, steps),
+            "denoise": lambda condition: pipeline.denoise(condition, branches, noise, steps, **settings),
             "decode": pipeline.decode,
             "to_pil": images.to_pil,
         }
@@ -253,7 +285,7 @@ class Bench:
         branches = len(guidance.branches(task, official.guidance, official.source_guidance))
         queries, most = self.pipeline.fusion.config.num_queries, self.pipeline.fusion.config.max_tokens
         work = 0.0
-        for sample in chosen:
+        for sample in chosen:  # of the exact computation, also where a mode does less
             context = min(self.pipeline.instruct(sample).length(queries), most)
             by_part = self._flops(context, len(sample.references))
             work += sum(by_part.values()) + (branches * steps - 1) * by_part["transformer"]
@@ -344,7 +376,8 @@ def print_kernels(work: Callable, on_gpu: bool, rows: int = 20) -> None:
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("case", "steps", "seconds_an_image", "images_a_second", "ms_a_sample", "tflops", "share", "peak_gib")
+COLUMNS = ("case", "steps", "seconds_an_image", "images_a_second", "ms_a_sample", "tflops", "share", "peak_gib",
+           "latent_error", "psnr")  # fmt: skip
 
 
 def table(lines: list[dict]) -> str:
@@ -376,7 +409,6 @@ def parse() -> argparse.Namespace:
     if args.naive:
         tasks = {(case.task, case.batch): None for case in args.cases if case.task != "dit"}
         args.cases += [Case(*key, "naive") for key in tasks]
-    args.cases.sort(key=lambda case: "offload" in case.options)  # the encoders do not come back
     return args
 
 

@@ -53,6 +53,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
     )
+    parser.add_argument("--vae-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--t5-bits", type=int, choices=[8, 4], help="less memory: T5's matrices rounded")
+    parser.add_argument("--guidance-low", type=float, default=0.0, help="approximate: no guidance below this time")
+    parser.add_argument("--guidance-high", type=float, default=1000.0, help="approximate: none above (times 0..999)")
+    parser.add_argument(
+        "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
+    )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
@@ -62,6 +69,8 @@ def parse() -> argparse.Namespace:
         parser.error("give either --records or --prompt")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
+        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -98,6 +107,10 @@ def main() -> int:
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     if args.lora:
         pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
+    if args.vae_dtype == "bfloat16":
+        pipeline.halve_vae()
+    if args.t5_bits:
+        pipeline.quantise_text_encoder(args.t5_bits)
     pipeline.offload_encoders(args.device) if args.offload else pipeline.to(args.device)
     if args.compile:
         pipeline.compile()

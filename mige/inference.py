@@ -10,7 +10,8 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Settings:
     height: int | None = None  # pixels; None: the model's native size
     width: int | None = None
     lora: str | None = None  # folder of adapters added to the model
+    vae_dtype: str = "float32"  # or bfloat16
+    t5_bits: int | None = None  # 8 or 4: the text encoder's matrices rounded to so many bits
+    guidance_low: float = 0.0  # model times that are guided, the full branch alone elsewhere (an approximation)
+    guidance_high: float = 1000.0
+    reuse: int = 1  # the DiT's middle blocks are computed every so many steps (above 1 an approximation)
     noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
 
     def __post_init__(self):
@@ -54,9 +60,14 @@ class Settings:
             raise ValueError(f"noise must be 'record' or 'official', got {self.noise!r}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.vae_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"vae_dtype must be 'float32' or 'bfloat16', got {self.vae_dtype!r}")
         for name in ("model", "lora"):  # one folder, one spelling: "x/" and "./x" are "x"
             if (folder := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.normpath(folder))
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def check_size(settings: Settings, model: Path) -> None:
@@ -115,17 +126,41 @@ def run(
     results = _Results(folder)
     todo = [record for record in records if record.id not in results.lines]
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo) as bar:
-        for task in Task:
-            batch = batch_size or TASKS[task].batch_size
-            pending = [record for record in todo if record.task is task]
-            every = [record for record in records if record.task is task]
-            for chunk, noise in _draw(pipeline, settings, every, pending, batch, size):
-                _run_chunk(pipeline, settings, chunk, noise, results, bar)
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo) as bar,
+    ):
+        writing: list[Future] = []
+        for chunk, noise, opened in _opened_ahead(
+            _chunks_of_all_tasks(pipeline, settings, records, todo, batch_size, size), reader
+        ):
+            finished = _run_chunk(pipeline, settings, chunk, noise, opened, bar)
+            _wait(writing)
+            writing = [writer.submit(results.add, *result) for result in finished]
+        _wait(writing)
     _write_pages(records, results, settings, folder, note)
 
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+
+
+Drawn = tuple[list[Record], list[SampleNoise]]
+"""A chunk of records of one task, and the noise of each."""
+
+
+def _opened_ahead(
+    chunks: Iterable[Drawn], reader: ThreadPoolExecutor
+) -> Iterator[tuple[list[Record], list[SampleNoise], Future]]:
+    """The chunks with their samples to come: pictures are opened while the chunk before is computed."""
+    before = None
+    for chunk, noise in chunks:
+        coming = chunk, noise, reader.submit(lambda chunk=chunk: [_load(record) for record in chunk])
+        if before is not None:
+            yield before
+        before = coming
+    if before is not None:
+        yield before
 
 
 def _run_chunk(
@@ -133,21 +168,23 @@ def _run_chunk(
     settings: Settings,
     chunk: Sequence[Record],
     noise: Sequence[SampleNoise],
-    results: "_Results",
+    opened: Future,
     bar: tqdm,
-) -> None:
+) -> list[tuple[Record, images.Image.Image, dict[str, Any]]]:
+    """Records with their pictures and further facts."""
     task = chunk[0].task
     names = ", ".join(record.id for record in chunk)
     steps = settings.steps or TASKS[task].steps
     started = time.perf_counter()
     try:
         final = pipeline.run(
-            [_load(record) for record in chunk],
+            opened.result(),
             noise,
             steps=steps,
             text_guidance=settings.guidance,
             source_guidance=settings.source_guidance,
             on_step=lambda *_: bar.update(len(chunk) / steps),
+            **_approximations(settings),
         )
         pictures = images.to_pil(pipeline.decode(final))
     except torch.OutOfMemoryError as error:
@@ -159,9 +196,20 @@ def _run_chunk(
     except ValueError as error:
         raise RunError(f"{names}: {error}") from error
     pipeline.maybe_free_model_hooks()
-    seconds = (time.perf_counter() - started) / len(chunk)
-    for record, picture in zip(chunk, pictures, strict=True):
-        results.add(record, picture, {**_resolved(settings, task), "size": picture.size, "seconds": round(seconds, 3)})
+    seconds = round((time.perf_counter() - started) / len(chunk), 3)
+    facts = {**_resolved(settings, task), "seconds": seconds}
+    return [(record, picture, facts | {"size": picture.size}) for record, picture in zip(chunk, pictures, strict=True)]
+
+
+def _approximations(settings: Settings) -> dict[str, Any]:
+    interval = settings.guidance_low, settings.guidance_high
+    return {"guidance_interval": None if interval == (0.0, 1000.0) else interval, "reuse": settings.reuse}
+
+
+def _wait(writing: Iterable[Future]) -> None:
+    """Until these pictures are on the disk; raises what went wrong there."""
+    for future in writing:
+        future.result()
 
 
 def _load(record: Record) -> Sample:
@@ -191,6 +239,19 @@ def record_generator(seed: int, record_id: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
+def _chunks_of_all_tasks(
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    records: Sequence[Record],
+    todo: Sequence[Record],
+    batch_size: int | None,
+    size: tuple[int, int],
+) -> Iterator[Drawn]:
+    for task in Task:
+        every, pending = ([record for record in some if record.task is task] for some in (records, todo))
+        yield from _draw(pipeline, settings, every, pending, batch_size or TASKS[task].batch_size, size)
+
+
 def _draw(
     pipeline: MIGEPipeline,
     settings: Settings,
@@ -198,7 +259,7 @@ def _draw(
     pending: Sequence[Record],
     batch: int,
     size: tuple[int, int],
-) -> Iterator[tuple[list[Record], list[SampleNoise]]]:
+) -> Iterator[Drawn]:
     """Chunks of records of one task with their noise."""
     if settings.noise == "official":
         yield from _draw_official(pipeline, settings.seed, every, pending, batch, size)
@@ -221,7 +282,7 @@ def _draw_official(
     pending: Sequence[Record],
     batch: int,
     size: tuple[int, int],
-) -> Iterator[tuple[list[Record], list[SampleNoise]]]:
+) -> Iterator[Drawn]:
     """The released scripts' noise: latents a whole chunk at once from the device's generator, seeded once a task.
 
     Chunks are cut from all records, finished ones too, so that resuming does not shift anything. The VAE's noise comes
@@ -256,6 +317,7 @@ def check_folder(folder: Path, settings: Settings, records: Sequence[Record]) ->
     config, ours = folder / "config.json", asdict(settings)
     if config.exists():
         theirs = json.loads(config.read_text("utf-8")).get("settings", {})
+        theirs = _DEFAULTS | theirs  # of a run made before a setting was there
         differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if differing:
             raise RunError(f"{folder} holds a run with other settings ({'; '.join(differing)}): use another --output")

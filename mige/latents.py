@@ -21,8 +21,8 @@ class Moments:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Unscaled latents [B, 4, h, w] from standard normal noise of that shape."""
-        return self.mean + self.std * noise.to(self.mean)
+        """Unscaled latents [B, 4, h, w] from standard normal noise of that shape, in the wider of the two dtypes."""
+        return self.mean + self.std * noise.to(self.mean.device)
 
 
 def downscale(vae: AutoencoderKL) -> int:

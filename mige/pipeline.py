@@ -10,6 +10,7 @@ Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], picture
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from mige.fusion import MIGEFusion
 from mige.instruction import MAX_WORDS, Instruction, full_text, tokenize
 from mige.model import MODEL_PREFIXES, MIGEModel
 from mige.offload import stream_blocks
+from mige.quantise import quantise
 from mige.records import TASKS, Task, placeholders
 
 Picture = Image.Image
@@ -126,6 +128,14 @@ class MIGEPipeline(DiffusionPipeline):
         It reads the transformer's weights when the first picture is made: change them before (adapters, for one).
         """
         self.is_compiled = True
+
+    def halve_vae(self) -> None:
+        """The VAE in bfloat16, channels last: faster, and pictures differ by rounding (docs/inference.md)."""
+        self.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def quantise_text_encoder(self, bits: int) -> None:
+        """Keep T5's matrices in 8 or 4 bits a value, rounded (see `mige.quantise`); call before off-loading."""
+        quantise(self.text_encoder.encoder.block, bits)
 
     def offload_encoders(self, device: torch.device | str) -> None:
         """In place of `.to(device)`: DiT, VAE and fusion there, the blocks of the encoders in host memory.
@@ -374,7 +384,8 @@ class MIGEPipeline(DiffusionPipeline):
     def _vision_pixels(self, samples: Sequence[Sample]) -> Tensor:
         """All references as the vision tower takes them, [R, 3, 224, 224]."""
         side = self.image_encoder.config.image_size
-        pixels = [images.vision_pixels(picture, side) for sample in samples for picture in sample.references]
+        pictures = [picture for sample in samples for picture in sample.references]
+        pixels = _each(lambda picture: images.vision_pixels(picture, side), pictures)
         return _stack(pixels, (3, side, side)).to(self._execution_device)
 
     def _encode_references(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Tensor:
@@ -402,7 +413,7 @@ class MIGEPipeline(DiffusionPipeline):
     ) -> Tensor:
         """One sample of the VAE's posterior of each picture, fitted to the size of its draw."""
         height, width = (side * latents.downscale(self.vae) for side in draws[0].shape[1:])
-        pixels = torch.stack([images.to_pixels(fit(picture, height, width)) for picture in pictures])
+        pixels = torch.stack(_each(lambda picture: images.to_pixels(fit(picture, height, width)), pictures))
         moments = latents.encode(self.vae, pixels.to(self._execution_device))
         return moments.sample(torch.stack(list(draws)).to(self._execution_device))
 
@@ -445,6 +456,12 @@ def _into(slots: Sequence[int | None], values_R: Tensor) -> Tensor:
         return values_R
     zero = torch.zeros_like(values_R[0])
     return torch.stack([zero if slot is None else values_R[slot] for slot in slots])
+
+
+def _each(function: Callable[[Picture], Tensor], pictures: Sequence[Picture]) -> list[Tensor]:
+    """The function of every picture, in threads: resizing leaves the interpreter free, and the GPU waits for it."""
+    with ThreadPoolExecutor(min(8, max(1, len(pictures)))) as pool:
+        return list(pool.map(function, pictures))
 
 
 def _stack(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -210,6 +210,25 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         assert np.abs(got - want).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "arguments, most",
+    [
+        (["--compile"], 1),
+        (["--vae-dtype", "bfloat16"], 8),
+        (["--t5-bits", 8], 8),
+        (["--compile", "--offload", "--reuse", 2, "--guidance-low", 100, "--guidance-high", 900, "--t5-bits", 4], 255),
+    ],
+)
+def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
+    """Grey levels between a mode's pictures and the plain ones, at the most."""
+    done = infer("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path)
+    for name in made(tmp_path):
+        got, want = (np.array(Image.open(folder / "images" / name)).astype(int) for folder in (tmp_path, whole))
+        assert np.abs(got - want).max() <= most, name
+
+
 # ---- bad records -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Runs into a folder: what a picture depends on, skipping, resuming, refusing, and the two kinds of noise."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,6 +298,29 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
     assert "are cut (limit 128)" in note.problem
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         inference.check(report, tmp_path)
+
+
+def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
+    opened = []
+    monkeypatch.setattr(inference, "_load", lambda record: opened.append(record.id) or record.id)
+    with ThreadPoolExecutor(1) as reader:
+        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader)
+        for start in (0, 2, 4):
+            chunk, _, samples = next(chunks)
+            assert samples.result() == [record.id for record in chunk] == [r.id for r in records[start : start + 2]]
+            reader.submit(int).result()  # everything asked for is done
+            assert len(opened) == min(start + 4, 6)
+        assert list(chunks) == []
+
+
+def test_a_folder_of_before_a_setting_was_there_goes_on(pipe, records, tmp_path):
+    inference.run(records[:1], pipe, SETTINGS, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["settings"]["reuse"], config["settings"]["vae_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inference.check_folder(tmp_path, SETTINGS, records[:1])
+    with pytest.raises(RunError, match="vae_dtype: float32 there, bfloat16 now"):
+        inference.check_folder(tmp_path, replace(SETTINGS, vae_dtype="bfloat16"), records[:1])
 
 
 # ---- the released noise ----------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""Weights in 8 or 4 bits: matrices stored as rounded codes, widened again just before their product.
+
+Every group of 64 neighbouring values of a row has its own lowest value and step (round to nearest, no calibration). It
+saves memory, not time. Meant for the text encoder, which runs once a picture and is most of the model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP = 64
+"""Values that share a lowest value and a step; a row is padded to a multiple of it."""
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer whose weight [out, in] is kept in `bits` bits a value, 4 or 8."""
+
+    def __init__(self, linear: nn.Linear, bits: int):
+        super().__init__()
+        self.bits, self.columns = bits, linear.in_features
+        groups = F.pad(linear.weight.detach().float(), (0, -self.columns % GROUP)).unflatten(1, (-1, GROUP))
+        low = groups.amin(2, keepdim=True)
+        step = ((groups.amax(2, keepdim=True) - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("low", low.to(linear.weight.dtype))  # [out, groups, 1]
+        self.register_buffer("step", step.to(linear.weight.dtype))
+        codes = ((groups - self.low.float()) / self.step.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        self.register_buffer("codes", codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing but the dtype of the products: transformers' T5 asks its layers for it."""
+        return self.step.new_empty(0)
+
+    def widened(self) -> Tensor:
+        """The weight [out, in], as near as the codes have it."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2)
+        return (codes * self.step + self.low).flatten(1)[:, : self.columns]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.widened(), self.bias)
+
+
+def quantise(module: nn.Module, bits: int) -> None:
+    """Exchange every linear layer inside the module. Raises ValueError for other bits than 4 and 8."""
+    if bits not in (4, 8):
+        raise ValueError(f"weights can be kept in 4 or 8 bits, not {bits}")
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantisedLinear(child, bits))
