@@ -14,8 +14,10 @@ interval (guidance between model times 200 and 900).
 After an exact case of the same task and batch, a case says how far it is off: `latent_error`, relative L2 of the final
 latents, and `psnr` of the pictures in dB. Random weights make noise, not pictures: trained ones deviate otherwise.
 
-FLOPs: branches x steps x DiT and the encoders once; the VAE is not counted. The share is of the card's bfloat16 matrix
-rate, measured first. A line of JSON a case, printed as it is measured; a case that fails says so and the next one runs.
+FLOPs: branches x steps x DiT and the encoders once, as the exact computation needs them; the VAE is not counted, keys
+and values of the context (1 % of the DiT) count at every step though "compiled" keeps them. The share is of the card's
+bfloat16 matrix rate, measured first. A line of JSON a case, printed as it is measured; a case that fails says so and
+the next one runs.
 """
 
 import argparse
