@@ -318,6 +318,8 @@ class Trainer:
         checkpoint = checkpoint or (whole[-1] if whole else None)
         if checkpoint is not None:
             self.step = training_state.restore(self.accelerator, checkpoint, self._fixed())
+            if self.ema is not None:
+                self.ema.to(device=self.device)  # accelerate reads it to the CPU
             log.info("resumed from %s", checkpoint)
         if self.accelerator.is_main_process:
             forget_after(self.run_folder / "metrics.jsonl", self.step)
