@@ -1,64 +1,99 @@
-"""Measure a model on a benchmark.
+"""Score results on a benchmark.
 
-    python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench
-    python tools/evaluate.py --benchmark mini --model output/mini/model --results output/look --per-kind 4 --steps 12
+    python tools/evaluate.py --benchmark dreambench --results output/dreambench
+    python tools/evaluate.py --benchmark migebench --results output/migebench --entities output/migebench/entities
+    python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
 
-makes RESULTS/report.html (tables and pictures), scores.json, cases.jsonl (a line a case) and images/. A run that was
-stopped goes on where it was.
+The first two score the pictures that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
+samples.jsonl. The mini-bench makes its pictures itself and goes on where it was stopped.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from mige.checkpoint import CheckpointError
+from mige.evaluation import backbones, benchmarks, page, scoring, summary
+from mige.images import BadImageError
 from mige.pipeline import MIGEPipeline
 from mige.world import bench, bench_report, tasks
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", choices=["mini"], required=True, help="mini: the miniature world")
-    parser.add_argument("--model", required=True, help="checkpoint folder")
-    parser.add_argument("--results", type=Path, required=True, help="folder to make or to go on with")
-    parser.add_argument("--per-kind", type=int, default=bench.PER_KIND, help="cases of each kind, even (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="cases at a time (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
-    parser.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=tasks.KINDS, default=list(tasks.KINDS), metavar="KIND",
-                        help=f"of task (all): {', '.join(tasks.KINDS)}")  # fmt: skip
+    parser.add_argument("--benchmark", choices=["mini", *benchmarks.BENCHMARKS], required=True)
+    parser.add_argument(
+        "--results", type=Path, required=True, help="run folder of infer.py; mini: to make or go on with"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    group = parser.add_argument_group("dreambench, emu_edit, magicbrush, migebench")
+    group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
+    group.add_argument("--clip", choices=list(backbones.CLIP), default="ViT-B/32", help="(%(default)s)")
+    group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
+    group.add_argument("--dino-weights", help="file of DINO ViT-S/16 (default: the release, from the hub)")
+    group.add_argument("--entities", type=Path, help="folder of extract_entities.py, for migebench's entity scores")
+    group.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
+    )
+    group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
+    group = parser.add_argument_group("mini")
+    group.add_argument("--model", help="checkpoint folder")
+    group.add_argument("--per-kind", type=int, default=bench.PER_KIND, help="cases of each kind, even (%(default)s)")
+    group.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
+    group.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
+    group.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
+    group.add_argument("--kinds", nargs="+", choices=tasks.KINDS, default=list(tasks.KINDS), metavar="KIND",
+                       help=f"of task (all): {', '.join(tasks.KINDS)}")  # fmt: skip
     args = parser.parse_args()
     if args.batch < 1 or args.steps < 1 or args.per_kind < 2 or args.per_kind % 2:
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
                      "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
+    if (args.benchmark == "mini") != (args.model is not None):
+        parser.error("--model belongs to --benchmark mini, which needs it: the others score pictures that are there")
     return args
 
 
-def main() -> None:
-    args = parse()
+def mini(args: argparse.Namespace) -> None:
     chosen = bench.cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    rows = bench.run(
-        pipeline,
-        chosen,
-        args.results,
-        model=args.model,
-        batch=args.batch,
-        steps=args.steps,
-        guidance=args.guidance,
-        source_guidance=args.source_guidance,
-    )
-    page = bench_report.write(chosen, rows, args.results)
+    settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
+    rows = bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)
+    written = bench_report.write(chosen, rows, args.results)
     print(bench_report.text_table(rows))
-    print(f"{page}: the tables and pictures")
+    print(f"{written}: the tables and pictures")
+
+
+def published(args: argparse.Namespace) -> None:
+    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    if prepared.name != args.benchmark:
+        raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+    found = scoring.outputs(prepared, args.results)
+    crops = scoring.crops(prepared, args.entities) if args.entities else None
+    backbones.require_file(args.clip_weights, "--clip-weights")
+    backbones.require_file(args.dino_weights, "--dino-weights")
+    clip = backbones.Clip(args.clip, args.clip_weights, args.device)
+    dino = backbones.Dino("ViT-S/16", args.dino_weights, args.device)
+    cache = prepared.folder / "features"
+    scores = scoring.score(prepared, found, clip, dino, cache, entities=crops, batch=args.batch)
+    table = summary.table(prepared, scores.rows)
+    facts = {"label": args.label or args.results.name, "clip": args.clip, "samples": len(scores.rows)}
+    facts |= {"protocol": summary.protocol(prepared, clip, dino), "versions": summary.versions()}
+    facts |= {"note": page.note(table, scores.notes, scores.rows), "table": table}
+    facts["table"] = table + summary.beside(facts, [json.loads(path.read_text("utf-8")) for path in args.compare])
+    out = args.results / "evaluation"
+    written = page.write(prepared, facts, scores.rows, found, out)
+    scoring.write_rows(scores.rows, out / "samples.jsonl")
+    print(page.text_table(prepared, facts))
+    print(f"{written}: the tables and pictures")
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (bench.BenchError, CheckpointError, OSError) as error:
+        arguments = parse()
+        mini(arguments) if arguments.benchmark == "mini" else published(arguments)
+    except (bench.BenchError, benchmarks.BenchmarkError, BadImageError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Benchmarks with published protocols: their files, their scores, their report."""

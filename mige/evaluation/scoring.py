@@ -1,0 +1,253 @@
+"""Results of a prepared benchmark -> scores a sample, each picture and text through each network once.
+
+Versions scored beside the model's own pictures: "copy", the input given back; "target", the true picture; and for
+DreamBench "real", the subject's other photographs. Letters: D features.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mige.evaluation import metrics
+from mige.evaluation.backbones import Clip, Dino
+from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Metric, Prepared
+from mige.images import open_image
+from mige.report import write_text
+
+VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true picture", "real": "real pictures"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Features:
+    """Features of one backbone, kept in a file from one run to the next.
+
+    A picture's key is the hash of its file, a text's that of its letters, so that nothing stale is ever read; the file
+    is named after the backbone's weights.
+    """
+
+    def __init__(self, backbone: Clip | Dino, folder: Path, batch: int):
+        name = backbone.name.lower().replace(" ", "-").replace("/", "")
+        self.backbone, self.batch = backbone, batch
+        self.path = folder / f"{name}-{backbone.fingerprint}.safetensors"
+        self.known: dict[str, Tensor] = load_file(self.path) if self.path.exists() else {}
+        self.key_of: dict[Path | str, str] = {}
+
+    def compute(self, pictures: Iterable[Path], texts: Iterable[str] = ()) -> None:
+        """See that the features of these are known; a kill loses at most the last fifty batches."""
+        self._compute(dict.fromkeys(pictures), _file_key, self._open, f"{self.backbone.name}, pictures")
+        self._compute(dict.fromkeys(texts), _text_key, self._read, f"{self.backbone.name}, captions")
+
+    def __getitem__(self, what: Path | str) -> Tensor:
+        return self.known[self.key_of[what]]
+
+    def _open(self, pictures: Sequence[Path]) -> Tensor:
+        return self.backbone.pictures([open_image(path) for path in pictures])
+
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        return self.backbone.texts(texts)
+
+    def _compute(self, wanted: Iterable[Any], key: Callable, run: Callable[..., Tensor], label: str) -> None:
+        self.key_of |= {one: key(one) for one in wanted}
+        todo = list({self.key_of[one]: one for one in wanted if self.key_of[one] not in self.known}.items())
+        for n, first in enumerate(tqdm(range(0, len(todo), self.batch), desc=label, disable=not todo), start=1):
+            part = todo[first : first + self.batch]
+            for (new, one), features in zip(part, run([one for _, one in part]), strict=True):
+                if not features.isfinite().all():
+                    raise BenchmarkError(f"{one}: {self.backbone.name} gives NaN features; check its weights")
+                self.known[new] = features.clone()
+            if n % 50 == 0:
+                self._save()
+        if todo:
+            self._save()
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        save_file(self.known, part)
+        part.replace(self.path)
+
+
+def _file_key(path: Path) -> str:
+    return "picture " + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _text_key(text: str) -> str:
+    return "text " + hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Scores:
+    """What scoring found: a line a sample, and what had to be done to pictures on the way."""
+
+    rows: list[dict[str, Any]]
+    notes: Counter = field(default_factory=Counter)
+
+
+def outputs(prepared: Prepared, results: Path) -> dict[str, Path]:
+    """The picture of every record by its id: RESULTS/images/ID.png, or RESULTS/ID.png where there is no such folder.
+
+    Raises BenchmarkError that lists what is missing, what belongs to no record, and ids with two files.
+    """
+    folder = results / "images" if (results / "images").is_dir() else results
+    if not folder.is_dir():
+        raise BenchmarkError(f"{results}: no such folder; give the one that infer.py wrote")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    many = Counter(path.stem for path in files)
+    ids = {row["id"] for row in prepared.rows}
+    wrong = {
+        "missing": sorted(ids - many.keys()),
+        "of no record": sorted(many.keys() - ids),
+        "with two files": sorted(name for name, n in many.items() if n > 1),
+    }
+    found = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    if found:
+        raise BenchmarkError(f"{folder}: {'; '.join(found)}. expected one picture for each of the {len(ids)} records")
+    return {path.stem: path for path in files}
+
+
+def crops(prepared: Prepared, folder: Path) -> dict[str, Path]:
+    """The entity cut out of every output, by id, without those where nothing was found; see extract_entities.py."""
+    path = folder / "entities.jsonl"
+    if not path.is_file():
+        raise BenchmarkError(f"{path}: no such file; run tools/extract_entities.py first")
+    lines = {line["id"]: line for line in map(json.loads, path.read_text("utf-8").splitlines())}
+    ids = {row["id"] for row in prepared.scored}
+    if missing := sorted(ids - lines.keys()):
+        raise BenchmarkError(f"{path}: {len(missing)} ids missing ({_some(missing)}); run extract_entities.py again")
+    return {one: folder / lines[one]["crop"] for one in ids if lines[one]["crop"]}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def score(
+    prepared: Prepared,
+    found: Mapping[str, Path],
+    clip: Clip,
+    dino: Dino,
+    cache: Path,
+    *,
+    entities: Mapping[str, Path] | None = None,
+    batch: int = 64,
+) -> Scores:
+    """Score every record of a prepared benchmark and its baselines.
+
+    Args:
+        found: the outputs, as `outputs` gives them. cache: folder of features. entities: crops of the outputs, without
+            which the entity measures are left out. batch: pictures at a time; does not change the scores.
+
+    Raises BenchmarkError for NaN features, BadImageError for a picture that cannot be read.
+    """
+    wanted = [m for m in BENCHMARKS[prepared.name].metrics if entities is not None or not m.crop]
+    versions = {row["id"]: _versions(row["score"], found[row["id"]]) for row in prepared.scored}
+    crop_of = entities or {}
+    networks = {"clip": Features(clip, cache, batch), "dino": Features(dino, cache, batch)}
+    for of, features in networks.items():
+        used = [metric for metric in wanted if metric.of == of or (of, metric.of) == ("clip", "direction")]
+        pictures = [path for row in prepared.scored for path in _pictures(row, used, versions[row["id"]], crop_of)]
+        features.compute(pictures, [text for row in prepared.scored for text in _texts(row, used)])
+    scores = Scores([])
+    for row in tqdm(prepared.scored, desc="scores"):
+        line = {"id": row["id"], "group": row["score"]["group"]}
+        line |= {"clean": row["score"]["clean"]} if "clean" in row["score"] else {}
+        for version, given in versions[row["id"]].items():
+            line[version] = {}
+            answered = {"output": given, "entity": [crop_of[row["id"]]] if row["id"] in crop_of else []}
+            for metric in wanted:
+                answers = answered["entity" if metric.crop else "output"] if _applies(metric, version) else []
+                noted = scores.notes if version == "model" else Counter()
+                values = [_value(metric, one, row["score"], networks, noted) for one in answers]
+                line[version] |= {metric.name: sum(values) / len(values)} if values else {}
+        if entities is not None:
+            line["entity_found"] = row["id"] in crop_of
+        scores.rows.append(line)
+    scores.notes["not RGB"] = sum(_mode(path) != "RGB" for path in (found[row["id"]] for row in prepared.scored))
+    return scores
+
+
+def _versions(score: Mapping[str, Any], output: Path) -> dict[str, list[Path]]:
+    """The pictures that stand for the output in each version."""
+    copied = score.get("source") or score["references"][0]
+    versions = {"model": [output], "copy": [Path(copied)]}
+    versions |= {"target": [Path(score["target"])]} if "target" in score else {}
+    return versions | ({"real": [Path(path) for path in score["others"]]} if score.get("others") else {})
+
+
+def _applies(metric: Metric, version: str) -> bool:
+    if version == "real":
+        return metric.against == "references"
+    return version == "model" or not metric.crop
+
+
+def _against(score: Mapping[str, Any], metric: Metric) -> list[Path]:
+    """The pictures that a measure compares with."""
+    if metric.of == "direction":
+        return [Path(score["source"])]
+    if metric.against == "caption":
+        return []
+    given = score[metric.against]
+    return [Path(path) for path in (given if isinstance(given, list) else [given])]
+
+
+def _pictures(
+    row: Mapping[str, Any], used: Sequence[Metric], versions: Mapping[str, Sequence[Path]], crop_of: Mapping[str, Path]
+) -> Iterable[Path]:
+    for metric in used:
+        yield from _against(row["score"], metric)
+        if metric.crop:
+            yield from [crop_of[row["id"]]] if row["id"] in crop_of else []
+        else:
+            yield from (path for version, paths in versions.items() if _applies(metric, version) for path in paths)
+
+
+def _texts(row: Mapping[str, Any], used: Sequence[Metric]) -> Iterable[str]:
+    if any(metric.against == "caption" for metric in used):
+        yield row["score"]["caption"]
+    if any(metric.of == "direction" for metric in used):
+        yield row["score"]["source_caption"]
+
+
+def _value(
+    metric: Metric, answer: Path, score: Mapping[str, Any], networks: Mapping[str, Features], notes: Counter
+) -> float:
+    if metric.of in ("l1", "l2"):
+        return _pixel_value(metric, answer, Path(score[metric.against]), notes)
+    clip = networks["clip"]
+    if metric.of == "direction":
+        captions = clip[score["caption"]], clip[score["source_caption"]]
+        value = metrics.direction(clip[answer], clip[Path(score["source"])], *captions)
+        return 0.0 if math.isnan(value) else value  # no change asked or made: 0, as with the usual epsilon
+    if metric.against == "caption":
+        return metrics.cosine(clip[answer], clip[score["caption"]])
+    features = networks[metric.of]
+    values = [metrics.cosine(features[answer], features[other]) for other in _against(score, metric)]
+    return sum(values) / len(values)
+
+
+def _pixel_value(metric: Metric, answer: Path, other: Path, notes: Counter) -> float:
+    made, true = open_image(answer), open_image(other)
+    resize = metrics.to_target if metric.against == "target" else metrics.to_output
+    if made.size != true.size and metric.of == "l1":
+        notes["of another size than the picture compared with"] += 1
+    return (metrics.l1 if metric.of == "l1" else metrics.l2)(*resize(made, true))
+
+
+def _mode(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """samples.jsonl: a line a sample, replaced at once."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
