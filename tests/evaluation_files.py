@@ -159,12 +159,12 @@ def grounding_dino(folder: Path) -> Path:
     config = GroundingDinoConfig(
         backbone_config=backbone,
         text_config={"model_type": "bert", **text, "intermediate_size": 16, "max_position_embeddings": 64},
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=5, max_text_len=16, num_feature_levels=4,
     )  # fmt: skip
     torch.manual_seed(0)
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    small = GroundingDinoImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    small = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
     GroundingDinoProcessor(small, tokenizer).save_pretrained(folder)
     return folder
 

@@ -114,7 +114,7 @@ def test_entity_scores_leave_failures_out(results, tmp_path):
     scores = scoring.score(prepared, pictures, clip, dino, tmp_path / "cache", entities=crops)
     first, missed = scores.rows[0], scores.rows[4]
     pair = [Image.open(crops[first["id"]]), Image.open(prepared.rows[0]["score"]["entity"])]
-    a, b = dino.pictures(pair).double()
+    a, b = dino.encode(torch.stack(list(map(dino.transform, pair)))).double()
     assert first["model"]["entity DINO"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
     assert missed["entity_found"] is False and "entity DINO" not in missed["model"] and "DINO" in missed["model"]
     table = summary.table(prepared, scores.rows)

@@ -83,6 +83,10 @@ def test_bootstrap():
             statistics.bootstrap(bad)
 
 
+def features(network, *pictures: Image.Image) -> torch.Tensor:
+    return network.encode(torch.stack([network.transform(picture) for picture in pictures]))
+
+
 # ---- backbones -------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +98,7 @@ def weights(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def networks(weights):
+    """A CLIP and a DINO."""
     return backbones.Clip("ViT-B/32", str(weights["clip"])), backbones.Dino("ViT-S/16", str(weights["dino"]))
 
 
@@ -121,7 +126,7 @@ def test_clips_features_are_the_models(networks, weights):
     tokens = networks[0].tokenizer([text], return_tensors="pt")
     with torch.no_grad():
         out = model(**tokens, pixel_values=networks[0].transform(picture)[None])
-    ours = networks[0].pictures([picture])[0], networks[0].texts([text])[0]
+    ours = features(networks[0], picture)[0], networks[0].texts([text])[0]
     for own, theirs in zip(ours, (out.image_embeds[0], out.text_embeds[0]), strict=True):
         assert torch.allclose(own / own.norm(), theirs, atol=1e-6)
 
@@ -135,7 +140,7 @@ def test_dinos_feature_is_the_class_token(networks):
     pixels = networks[1].transform(files.picture(6))[None]
     with torch.no_grad():
         tokens = networks[1].model.forward_features(pixels)
-    assert torch.allclose(networks[1].pictures([files.picture(6)])[0], tokens[0, 0], atol=1e-6)
+    assert torch.allclose(features(networks[1], files.picture(6))[0], tokens[0, 0], atol=1e-6)
     assert tokens.shape == (1, 197, 384)
 
 
@@ -293,10 +298,10 @@ def test_scores_are_the_formulas_on_the_files(migebench, networks, tmp_path):
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
     assert line["id"] == row["id"] and line["group"] == "replace"
-    assert line["model"]["DINO"] == pytest.approx(expected(*dino.pictures([output, target])), abs=1e-6)
-    assert line["model"]["CLIP-I"] == pytest.approx(expected(*clip.pictures([output, target])), abs=1e-6)
+    assert line["model"]["DINO"] == pytest.approx(expected(*features(dino, output, target)), abs=1e-6)
+    assert line["model"]["CLIP-I"] == pytest.approx(expected(*features(clip, output, target)), abs=1e-6)
     caption = clip.texts([row["score"]["caption"]])[0]
-    assert line["model"]["CLIP-T"] == pytest.approx(expected(clip.pictures([output])[0], caption), abs=1e-6)
+    assert line["model"]["CLIP-T"] == pytest.approx(expected(features(clip, output)[0], caption), abs=1e-6)
     resized = np.asarray(output.resize(target.size, Image.Resampling.BICUBIC)).astype(float)
     assert line["model"]["L1"] == pytest.approx(np.abs(resized - np.asarray(target)).mean() / 255, abs=1e-12)
     assert line["target"]["DINO"] == pytest.approx(1) and line["target"]["L1"] == 0
@@ -316,7 +321,7 @@ def test_scores_do_not_depend_on_the_batch_and_are_kept(migebench, networks, tmp
         raise AssertionError("a kept feature was computed again")
 
     for network in networks:
-        monkeypatch.setattr(network, "pictures", never)
+        monkeypatch.setattr(network, "encode", never)
     monkeypatch.setattr(networks[0], "texts", never)
     assert scoring.score(prepared, found, *networks, tmp_path / "a").rows == one.rows
 
@@ -357,7 +362,7 @@ def test_grey_and_transparent_results_are_counted(migebench, networks, tmp_path)
 
 def test_nan_features_name_the_picture(migebench, networks, tmp_path, monkeypatch):
     prepared, folder = migebench
-    monkeypatch.setattr(networks[1], "pictures", lambda pictures: torch.full((len(pictures), 384), math.nan))
+    monkeypatch.setattr(networks[1], "encode", lambda pixels: torch.full((len(pixels), 384), math.nan))
     with pytest.raises(BenchmarkError, match=r"\.png: DINO ViT-S/16 gives NaN features"):
         scoring.score(prepared, scoring.outputs(prepared, folder), *networks, tmp_path)
 
@@ -387,10 +392,9 @@ def test_dreambench_against_all_is_the_mean_over_pictures(tmp_path, networks):
         found = scoring.outputs(few, results(few, tmp_path / against))
         lines[against] = scoring.score(few, found, *networks, tmp_path / "cache").rows[0]
     dino = networks[1]
-    features = dino.pictures(
-        [Image.open(found[few.rows[0]["id"]]), *map(Image.open, few.rows[0]["score"]["references"])]
-    )
-    cosines = [metrics.cosine(features[0], other) for other in features[1:]]
+    paths = [found[few.rows[0]["id"]], *few.rows[0]["score"]["references"]]
+    output, *others = features(dino, *map(Image.open, paths))
+    cosines = [metrics.cosine(output, other) for other in others]
     assert lines["all"]["model"]["DINO"] == pytest.approx(sum(cosines) / 3, abs=1e-6)
     assert lines["input"]["model"]["DINO"] == pytest.approx(cosines[2], abs=1e-6)  # 02.jpg
     assert lines["input"]["copy"]["DINO"] == pytest.approx(1)

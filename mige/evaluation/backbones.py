@@ -9,7 +9,6 @@ from pathlib import Path
 
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -60,10 +59,10 @@ class Clip:
         self.fingerprint = fingerprint(self.model)
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """B RGB images -> features, float32 [B, D] on the CPU, not normalised."""
-        pixels = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
-        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output).cpu()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Transformed pictures [B, 3, S, S] -> features, float32 [B, D] on the CPU, not normalised."""
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        return self.model.visual_projection(pooled).cpu()
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -90,10 +89,9 @@ class Dino:
         self.fingerprint = fingerprint(self.model)
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """B RGB images -> features, float32 [B, 384] on the CPU, not normalised."""
-        pixels = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
-        return self.model(pixels).float().cpu()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Transformed pictures [B, 3, 224, 224] -> features, float32 [B, 384] on the CPU, not normalised."""
+        return self.model(pixels.to(self.device)).cpu()
 
 
 def fingerprint(model: nn.Module) -> str:

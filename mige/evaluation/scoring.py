@@ -7,12 +7,15 @@ DreamBench "real", the subject's other photographs. Letters: D features.
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,19 +44,23 @@ class Features:
         self.path = folder / f"{name}-{backbone.fingerprint}.safetensors"
         self.known: dict[str, Tensor] = load_file(self.path) if self.path.exists() else {}
         self.key_of: dict[Path | str, str] = {}
+        self.pool = ThreadPoolExecutor(os.cpu_count())  # decoding and resizing take longer than the networks
 
     def compute(self, pictures: Iterable[Path], texts: Iterable[str] = ()) -> None:
         """See that the features of these are known; a kill loses at most the last fifty batches."""
-        self._compute(dict.fromkeys(pictures), _file_key, self._open, f"{self.backbone.name}, pictures")
-        self._compute(dict.fromkeys(texts), _text_key, self._read, f"{self.backbone.name}, captions")
+        self._compute(dict.fromkeys(pictures), _file_key, self._encode, f"{self.backbone.name}, pictures")
+        self._compute(dict.fromkeys(texts), _text_key, self._texts, f"{self.backbone.name}, captions")
 
     def __getitem__(self, what: Path | str) -> Tensor:
         return self.known[self.key_of[what]]
 
-    def _open(self, pictures: Sequence[Path]) -> Tensor:
-        return self.backbone.pictures([open_image(path) for path in pictures])
+    def _encode(self, pictures: Sequence[Path]) -> Tensor:
+        return self.backbone.encode(torch.stack(list(self.pool.map(self._pixels, pictures))))
 
-    def _read(self, texts: Sequence[str]) -> Tensor:
+    def _pixels(self, path: Path) -> Tensor:
+        return self.backbone.transform(open_image(path))
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
         return self.backbone.texts(texts)
 
     def _compute(self, wanted: Iterable[Any], key: Callable, run: Callable[..., Tensor], label: str) -> None:
