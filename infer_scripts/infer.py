@@ -5,11 +5,14 @@
         --prompt "replace the cup in<imagehere>with the<imagehere>" \\
         --reference coffee.jpg flower.jpg --source coffee.jpg --output output/my_cup
 
+On several GPUs, each taking its share of the records: accelerate launch infer_scripts/infer.py ...
+
 Finished records are skipped on a second run. Nothing runs until every record is found good; with --keep-going the good
 ones run, the bad ones go to failures.jsonl, and the exit code is 3.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
 
 from mige import inference, records
 from mige.convert import CheckpointError
@@ -93,17 +97,21 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
+    state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
+    main_process = state is None or state.is_main_process
+    device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
     report = inference.check(read(args), model)
     inference.check_size(settings, model)
-    if report.findings:
+    if report.findings and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
         return 1
-    inference.check_folder(args.output, settings, report.records)
-    listed = inference.write_failures(report, args.output)
-    if report.faults:
-        print(f"listed in {listed}", file=sys.stderr)
+    if main_process:
+        inference.check_folder(args.output, settings, report.records)
+        listed = inference.write_failures(report, args.output)
+        if report.faults:
+            print(f"listed in {listed}", file=sys.stderr)
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     if args.lora:
         pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
@@ -111,11 +119,15 @@ def main() -> int:
         pipeline.halve_vae()
     if args.t5_bits:
         pipeline.quantise_text_encoder(args.t5_bits)
-    pipeline.offload_encoders(args.device) if args.offload else pipeline.to(args.device)
+    pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
     if args.compile:
         pipeline.compile()
-    inference.run(report.records, pipeline, settings, args.output, batch_size=args.batch_size, note=args.note)
-    print(f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}")
+    options = {"batch_size": args.batch_size, "note": args.note, "state": state}
+    inference.run(report.records, pipeline, settings, args.output, **options)
+    if main_process:
+        print(
+            f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}"
+        )
     return SOME_FAILED if report.faults else 0
 
 

@@ -1,7 +1,8 @@
 """A run: records through the pipeline into a folder that can be looked at, resumed and sent to somebody.
 
 The folder holds config.json, images/<id>.png, results.jsonl (a line a finished record), failures.jsonl where records
-were bad, contact_sheet.png and index.html.
+were bad, contact_sheet.png and index.html. Several processes share a run: each takes every so-manieth record and keeps
+its own results-<process>.jsonl until the end.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -104,6 +106,7 @@ def run(
     *,
     batch_size: int | None = None,
     note: str = "",
+    state: PartialState | None = None,
 ) -> None:
     """Run the records that the folder has no picture of yet, then write the pages.
 
@@ -111,6 +114,7 @@ def run(
         records: checked (see `check`); any mixture of tasks.
         batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
         note: a line shown on top of the pages.
+        state: of accelerate, where several processes run the same records; the first of them writes the pages.
 
     Raises RunError where `check_folder` does, if memory is short and if a picture comes out as NaN; ValueError for a
     size off the grid.
@@ -118,18 +122,18 @@ def run(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     size = pipeline.output_size(settings.height, settings.width)
-    check_folder(folder, settings, records)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for half_written in (folder / "images").glob(".*.part"):  # of a killed run
-        half_written.unlink()
-    _write_config(folder, settings)
-    results = _Results(folder)
+    process, processes = (state.process_index, state.num_processes) if state else (0, 1)
+    if process == 0:
+        _open_folder(folder, settings, records)
+    _wait_for_everyone(state)  # from here on results.jsonl is the same for all until all have finished
+    results = _Results(folder, f"results-{process}.jsonl" if processes > 1 else "results.jsonl")
     todo = [record for record in records if record.id not in results.lines]
+    todo = [record for task in Task for record in [r for r in todo if r.task is task][process::processes]]
     pipeline.set_progress_bar_config(disable=True)
     with (
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo) as bar,
+        tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo or process > 0) as bar,
     ):
         writing: list[Future] = []
         for chunk, noise, opened in _opened_ahead(
@@ -139,7 +143,15 @@ def run(
             _wait(writing)
             writing = [writer.submit(results.add, *result) for result in finished]
         _wait(writing)
-    _write_pages(records, results, settings, folder, note)
+    _wait_for_everyone(state)
+    if process == 0:
+        _merge_results(folder)
+        _write_pages(records, _finished(folder), settings, folder, note)
+
+
+def _wait_for_everyone(state: PartialState | None) -> None:
+    if state is not None:
+        state.wait_for_everyone()
 
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
@@ -321,7 +333,7 @@ def check_folder(folder: Path, settings: Settings, records: Sequence[Record]) ->
         differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
         if differing:
             raise RunError(f"{folder} holds a run with other settings ({'; '.join(differing)}): use another --output")
-    finished = _finished(folder)
+    finished = _finished(folder, *sorted(folder.glob("results-*.jsonl")))
     for record in records:
         if record.id in finished and finished[record.id]["record"] != _identity(record):
             raise RunError(
@@ -340,23 +352,38 @@ def _write_config(folder: Path, settings: Settings) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of results.jsonl by id, without those that have lost their picture."""
-    path = folder / "results.jsonl"
-    if not path.exists():
-        return {}
-    *whole, _ = path.read_bytes().split(b"\n")  # a last line without its end was cut by a kill: its record runs again
-    lines = map(json.loads, whole)
+def _open_folder(folder: Path, settings: Settings, records: Sequence[Record]) -> None:
+    """Make the folder ready for a run or for going on with one."""
+    check_folder(folder, settings, records)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for half_written in (folder / "images").glob(".*.part"):  # of a killed run
+        half_written.unlink()
+    _write_config(folder, settings)
+    _merge_results(folder)
+
+
+def _merge_results(folder: Path) -> None:
+    """Put what each process finished into results.jsonl: of this run, or of one that was killed."""
+    parts = sorted(folder.glob("results-*.jsonl"))
+    write_text(folder / "results.jsonl", _json_lines(_finished(folder, *parts).values()))
+    for part in parts:
+        part.unlink()
+
+
+def _finished(folder: Path, *parts: Path) -> dict[str, dict[str, Any]]:
+    """The lines of results.jsonl and of further such files by id, without those that have lost their picture."""
+    found = [path.read_bytes() for path in (folder / "results.jsonl", *parts) if path.exists()]
+    # A last line without its end was cut by a kill: its record runs again.
+    lines = [json.loads(line) for text in found for line in text.split(b"\n")[:-1]]
     return {line["id"]: line for line in lines if (folder / line["image"]).is_file()}
 
 
 class _Results:
-    """results.jsonl: a line a record, written after its picture; the truth about what is finished."""
+    """A process's lines, one a record, each written after its picture: the truth about what is finished."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "results.jsonl"
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.path = folder, folder / name
         self.lines = _finished(folder)
-        write_text(self.path, _json_lines(self.lines.values()))
 
     def add(self, record: Record, picture: images.Image.Image, facts: Mapping[str, Any]) -> None:
         """Save the picture, then the line; `facts`: further fields of it. Both are on the disk when this returns."""
@@ -395,8 +422,10 @@ def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write_pages(records: Sequence[Record], results: _Results, settings: Settings, folder: Path, note: str) -> None:
-    cases = [_case(record, results.lines[record.id], folder) for record in records]
+def _write_pages(
+    records: Sequence[Record], lines: Mapping[str, Mapping[str, Any]], settings: Settings, folder: Path, note: str
+) -> None:
+    cases = [_case(record, lines[record.id], folder) for record in records]
     summary = {"model": settings.model, "seed": str(settings.seed), "weights": settings.dtype, "mige": mige.__version__}
     contact_sheet(cases, folder / "contact_sheet.png", note=note)
     html_page(cases, folder, title="MIGE results", note=note, summary=summary)

@@ -1,0 +1,152 @@
+"""Runs shared by several processes on the CPU: nothing done twice, nothing lost, after a death too, in other numbers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from evaluation_files import save
+from lively import lively_checkpoint
+from PIL import Image
+from safetensors.torch import load_file
+from test_trainer import command as train_command
+
+RECORDS = 7
+
+
+def launch(processes: int, *arguments: object, **kwargs) -> subprocess.Popen:
+    """A script in so many processes, as torchrun starts them."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen([*start, *map(str, arguments)], cwd=ROOT, env=environment() | variables,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory) -> Path:
+    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """Seven records of all tasks."""
+    folder = tmp_path_factory.mktemp("records")
+    rows = []
+    for n in range(RECORDS):
+        save(folder / f"{n}.png", n, (64, 64))
+        row = {"id": f"r{n}", "multi_prompt": "a<imagehere>in the snow", "entity_path": [f"{n}.png"]}
+        rows.append(row | ({"source_path": [f"{n}.png"]} if n % 3 == 0 else {}))
+    (folder / "records.json").write_text(json.dumps(rows))
+    return folder / "records.json"
+
+
+def arguments(model: Path, records: Path, out: Path, steps: int) -> list[object]:
+    # One at a time: then no picture depends, even in its last bit, on who else is computed beside it.
+    return ["infer_scripts/infer.py", "--model", model, "--records", records, "--output", out, "--steps", steps,
+            "--batch-size", 1, "--device", "cpu"]  # fmt: skip
+
+
+def pictures(out: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)) for path in sorted((out / "images").glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def alone(model, records, tmp_path_factory) -> dict[str, np.ndarray]:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    subprocess.run([sys.executable, *map(str, arguments(model, records, out, 3))], cwd=ROOT, check=True,
+                   env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)  # fmt: skip
+    return pictures(out)
+
+
+def check_whole(out: Path, alone: dict[str, np.ndarray]) -> None:
+    """Every record once, with the picture that one process makes; no part is left over."""
+    ids = Counter(json.loads(line)["id"] for line in (out / "results.jsonl").read_text().splitlines())
+    assert ids == {f"r{n}": 1 for n in range(RECORDS)}
+    made = pictures(out)
+    assert made.keys() == alone.keys() and all(np.array_equal(made[one], alone[one]) for one in made)
+    assert not list(out.glob("results-*.jsonl")) and (out / "index.html").is_file()
+
+
+def test_three_processes_share_a_run(model, records, alone, tmp_path):
+    printed = finish(launch(3, *arguments(model, records, tmp_path / "out", 3)))
+    assert printed.count("7 pictures: open") == 1
+    check_whole(tmp_path / "out", alone)
+
+
+def test_a_process_dies_and_two_others_go_on(model, records, alone, tmp_path):
+    out = tmp_path / "out"
+    process = launch(3, *arguments(model, records, out, 3))
+    lines = lambda: [line for part in out.glob("results-*.jsonl") for line in part.read_text().splitlines()]  # noqa: E731
+    deadline = time.monotonic() + 300
+    while len(lines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+    os.kill(worker_of(process), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    before = {json.loads(line)["id"] for line in lines() if line.endswith("}")}
+    assert 2 <= len(before) < RECORDS
+    torn = next(iter(sorted(out.glob("results-*.jsonl"))))
+    torn.write_text(torn.read_text() + '{"id": "r')  # as a kill within a write leaves it
+    kept = {one: (out / "images" / f"{one}.png").stat().st_mtime_ns for one in before}
+    finish(launch(2, *arguments(model, records, out, 3)))
+    check_whole(out, alone)
+    assert kept == {one: (out / "images" / f"{one}.png").stat().st_mtime_ns for one in before}  # none made again
+
+
+def worker_of(process: subprocess.Popen) -> int:
+    """A child of torchrun."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(children[-1])
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+# A large eps makes AdamW linear in the gradient; a small one turns the rounding of zero gradients into full steps.
+STEPS = ("train.steps=6", "train.checkpoint_every=3", "train.eps=1e-2", "train.keep_checkpoints=3")
+
+
+def train(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> dict[str, torch.Tensor]:
+    script, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
+    finish(launch(processes, ROOT / script, ROOT / config, *rest))
+    return load_file(run / "checkpoints" / "step-00000006" / "state" / "model.safetensors")
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """How far two results lie apart, as a share of how far training has gone."""
+    assert one.keys() == other.keys()
+    keys = [key for key in one if key.startswith("transformer.")]
+    apart = sum((one[key] - other[key]).square().sum() for key in keys)
+    gone = sum((one[key] - start[key.removeprefix("transformer.")]).square().sum() for key in keys)
+    assert gone > 0
+    return float((apart / gone).sqrt())
+
+
+def test_four_processes_equal_one_and_resume_as_two(tiny_model, tmp_path):
+    start = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
+    one = train(tiny_model, tmp_path / "one", 1, 4)
+    four = train(tiny_model, tmp_path / "four", 4, 1)
+    assert distance(one, four, start) < 1e-3
+    checkpoints = tmp_path / "two" / "checkpoints"
+    shutil.copytree(tmp_path / "four" / "checkpoints" / "step-00000003", checkpoints / "step-00000003")
+    two = train(tiny_model, tmp_path / "two", 2, 2)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 5, 6]
+    assert distance(one, two, start) < 1e-3
