@@ -1,4 +1,4 @@
-"""Runs shared by several processes on the CPU: nothing done twice, nothing lost, after a death too, in other numbers."""
+"""Runs shared by several processes on the CPU: nothing done twice, nothing lost, also after a death."""
 
 import json
 import os

@@ -36,18 +36,20 @@ _RANKED_SHARES, _RANKED_ERRORS = ("success", "identity", "background"), ("l1_ins
 def table(rows: Sequence[Mapping]) -> list[dict]:
     """Rows of a run -> an entry for each kind (and for every kind together), split and measure that there is.
 
-    An entry is one of `bench.summarise` with `of`, the n of the full benchmark; `copy` and `vae`, the means of the two
-    baselines, and `of_vae`, the mean as a share of the bound: None where it makes no sense.
+    An entry is one of `bench.summarise` with `of`, the n of the full benchmark if all missing cases have the measure
+    (without subjects a case has no L1 of them); `copy` and `vae`, the means of the two baselines, and `of_vae`, the
+    mean as a share of the bound: None where it makes no sense.
     """
     rows = [*rows, *({**row, "kind": EVERY} for row in rows)]
     entries, copy, vae = (bench.summarise(rows, version) for version in ("model", "copy", "vae"))
     copies, bounds = ({(*_key(entry), entry["n"]): entry["mean"] for entry in b} for b in (copy, vae))
     for entry in entries:
         same = [e for e in entries if _key(e)[1:] == _key(entry)[1:] and e["kind"] != EVERY]
-        kinds = len(same) if entry["kind"] == EVERY else 1
         same_cases = (*_key(entry), entry["n"])  # or a baseline would be a mean over other cases
         bound = bounds.get(same_cases)
-        entry["of"] = kinds * bench.PER_KIND // (1 if entry["split"] == "all" else 2)
+        cases = sum(row["kind"] == entry["kind"] and entry["split"] in (row["split"], "all") for row in rows)
+        missing = bench.PER_KIND // (1 if entry["split"] == "all" else 2) - cases
+        entry["of"] = sum(e["of"] for e in same) if entry["kind"] == EVERY else entry["n"] + missing
         entry |= {"copy": copies.get(same_cases), "vae": bound}
         entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in bench.SHARES else None
     return entries
@@ -58,7 +60,7 @@ def _key(entry: Mapping) -> tuple[str, str, str]:
 
 
 def text_table(rows: Sequence[Mapping]) -> str:
-    """The whole table for a terminal, at most 100 columns wide; `*` marks an n below the full benchmark's."""
+    """The whole table for a terminal, 110 columns wide at most; `*` marks an n below the full benchmark's."""
     lines = [("kind", *HEADINGS), *((entry["kind"], *_cells(entry)) for entry in table(rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
