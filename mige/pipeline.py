@@ -167,6 +167,10 @@ class MIGEPipeline(DiffusionPipeline):
                 fresh = part.from_config(part.config) if isinstance(part, ModelMixin) else type(part)(part.config)
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             fresh.load_state_dict(own, assign=True)
+            for path, buffer in part.named_buffers():  # tables that no state dict holds
+                module, _, buffer_name = path.rpartition(".")
+                if fresh.get_buffer(path).is_meta:
+                    setattr(fresh.get_submodule(module), buffer_name, buffer)
             if name == "text_encoder":
                 fresh.tie_weights()
             parts[name] = fresh

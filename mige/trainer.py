@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from mige import inference, latents, training_state
+from mige.averaging import AveragedWeights
 from mige.config import Config
 from mige.dataset import Counters, Dropout, JointDataset, Mixture, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
@@ -74,6 +74,8 @@ class Trainer:
         self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
         self.step, self.stopping = 0, False
         self.unread: deque[Watched] = deque()
+        if self.accelerator.is_fsdp2:
+            check_shardable(config)
         self._open_run()
         self.pipeline = load_start(config, self.device)
         self.dataset = load_dataset(config, self.pipeline)
@@ -107,13 +109,15 @@ class Trainer:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
         else:
             model.to(self.device)
+        if self.accelerator.is_fsdp2 and settings.trainable != "scratch":  # the frozen tower has a precision of its own
+            tower = model.encoder.image_encoder
+            self.accelerator.state.fsdp_plugin.ignored_modules = [tower.embeddings, tower.encoder]
         self.plain, self.work, self.queries = model, {}, self.pipeline.fusion.config.num_queries
         self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
         if settings.ema is not None:
-            self.ema = EMAModel(self.trained, decay=settings.ema, foreach=True)
-            self.ema.to(device=self.device, dtype=torch.float32)  # in bfloat16 its small changes would be lost
+            self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)
         many = sum(p.numel() for p in self.trained)
         log.info("%s trained values, %d samples a step", f"{many:,}", self.samples_a_step)
@@ -291,16 +295,18 @@ class Trainer:
 
     def _sample(self) -> None:
         """The fixed records through the present weights, into samples/step-N of the run."""
-        settings = self.config.train
+        settings, pipeline = self.config.train, self.pipeline
+        state = self.accelerator.get_state_dict(self.model) if self.accelerator.is_fsdp2 else None  # by all processes
         if self.accelerator.is_main_process:
             records = read_records([Path(file) for file in settings.sample_records]).require()
-            model = self.accelerator.unwrap_model(self.model)
-            model.eval()
+            if state is not None:
+                pipeline = pipeline.with_weights(state).to(self.device)
+            pipeline.model.eval()
             name = f"{self.run_folder.name}, step {self.step}"
             how = inference.Settings(model=name, dtype=settings.weights, steps=settings.sample_steps)
             folder = self.run_folder / "samples" / f"step-{self.step:08d}"
-            inference.run(records, self.pipeline, how, folder)
-            model.train()
+            inference.run(records, pipeline, how, folder)
+            self.pipeline.model.train()
         self.accelerator.wait_for_everyone()
 
     # ---- saving and resuming -----------------------------------------------------------------------------------------
@@ -318,8 +324,6 @@ class Trainer:
         checkpoint = checkpoint or (whole[-1] if whole else None)
         if checkpoint is not None:
             self.step = training_state.restore(self.accelerator, checkpoint, self._fixed())
-            if self.ema is not None:
-                self.ema.to(device=self.device)  # accelerate reads it to the CPU
             log.info("resumed from %s", checkpoint)
         if self.accelerator.is_main_process:
             forget_after(self.run_folder / "metrics.jsonl", self.step)
@@ -337,17 +341,21 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """The weights for inference: a pipeline folder of the averaged weights if there are any, or the adapters."""
-        if self.ema is not None:
-            self.ema.store(self.trained)
-            self.ema.copy_to(self.trained)
         state = self.accelerator.get_state_dict(self.model)  # gathered, by all processes, where it is sharded
-        if self.accelerator.is_main_process:
-            if self.config.train.trainable == "lora":
-                save_lora(self.plain.transformer, folder / "lora")
-            else:
-                self.pipeline.with_weights(state).save_pretrained(folder / "model")
-        if self.ema is not None:
-            self.ema.restore(self.trained)
+        averaged = {} if self.ema is None else self._averaged()
+        if not self.accelerator.is_main_process:
+            return
+        if self.config.train.trainable == "lora":
+            save_lora(self.plain.transformer, folder / "lora")
+        else:
+            state |= {name: average.to("cpu", state[name].dtype) for name, average in averaged.items()}
+            self.pipeline.with_weights(state).save_pretrained(folder / "model")
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """The averaged weights by name, a tied one under each of its names; called by all processes."""
+        average = dict(zip(map(id, self.trained), self.ema.whole(), strict=True))
+        named = self.plain.named_parameters(remove_duplicate=False)
+        return {name: average[id(parameter)] for name, parameter in named if id(parameter) in average}
 
     def _anyone_stopping(self) -> bool:
         if self.accelerator.num_processes == 1:
@@ -365,6 +373,18 @@ def log_to(path: Path) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+def check_shardable(config: Config) -> None:
+    """Raise TrainingError for what FSDP2 cannot shard."""
+    settings = config.train
+    if settings.trainable == "lora":
+        raise TrainingError("train.trainable is 'lora': its few weights are not sharded; launch without FSDP2 (DDP)")
+    if (settings.optimizer, settings.weights) != ("adamw", "float32"):
+        raise TrainingError(
+            f"train.optimizer is {settings.optimizer!r} on {settings.weights} weights; FSDP2 shards 'adamw' on "
+            "float32 weights (and computes in bfloat16): set these, or launch without it"
+        )
 
 
 def load_start(config: Config, device: torch.device) -> MIGEPipeline:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, environment
 from evaluation_files import save
 from lively import lively_checkpoint
@@ -23,11 +24,11 @@ from test_trainer import command as train_command
 RECORDS = 7
 
 
-def launch(processes: int, *arguments: object, **kwargs) -> subprocess.Popen:
-    """A script in so many processes, as torchrun starts them."""
+def launch(processes: int, *arguments: object, settings: dict | None = None, **kwargs) -> subprocess.Popen:
+    """A script in so many processes, as torchrun starts them; `settings`: more environment variables."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen([*start, *map(str, arguments)], cwd=ROOT, env=environment() | variables,
+    return subprocess.Popen([*start, *map(str, arguments)], cwd=ROOT, env=environment() | variables | (settings or {}),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
 
 
@@ -124,17 +125,19 @@ STEPS = ("train.steps=6", "train.checkpoint_every=3", "train.eps=1e-2", "train.k
 
 
 def train(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> dict[str, torch.Tensor]:
+    """The DiT after a run's six steps."""
     script, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
     finish(launch(processes, ROOT / script, ROOT / config, *rest))
-    return load_file(run / "checkpoints" / "step-00000006" / "state" / "model.safetensors")
+    weights = load_file(run / "checkpoints" / "step-00000006" / "state" / "model.safetensors")
+    prefix = "transformer."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
     """How far two results lie apart, as a share of how far training has gone."""
-    assert one.keys() == other.keys()
-    keys = [key for key in one if key.startswith("transformer.")]
-    apart = sum((one[key] - other[key]).square().sum() for key in keys)
-    gone = sum((one[key] - start[key.removeprefix("transformer.")]).square().sum() for key in keys)
+    assert one.keys() == other.keys() == start.keys()
+    apart = sum((one[key] - other[key]).square().sum() for key in start)
+    gone = sum((one[key] - start[key]).square().sum() for key in start)
     assert gone > 0
     return float((apart / gone).sqrt())
 
@@ -150,3 +153,52 @@ def test_four_processes_equal_one_and_resume_as_two(tiny_model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 5, 6]
     assert distance(one, two, start) < 1e-3
+
+
+def fsdp_settings() -> dict[str, str]:
+    """configs/accelerate/fsdp2.yaml as `accelerate launch` hands it to the processes."""
+    there = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    names = {key: key.upper().replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS") for key in there}
+    return {"ACCELERATE_USE_FSDP": "true"} | {names[key]: str(value) for key, value in there.items()}
+
+
+def shard(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> subprocess.Popen:
+    _, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
+    return launch(processes, ROOT / "tests" / "fsdp_on_cpu.py", ROOT / config, *rest, settings=fsdp_settings())
+
+
+def exported(model: Path) -> dict[str, torch.Tensor]:
+    """All trained parts of a model folder."""
+    parts = ("transformer", "fusion", "qformer", "text_encoder")
+    files = [file for part in parts for file in sorted((model / part).glob("*.safetensors"))]
+    return {f"{file.parent.name}.{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def test_sharded_processes_equal_one_and_resume_as_four(tiny_model, tmp_path):
+    """FSDP2, with averaged weights, which are what a checkpoint's model holds, and samples on the way."""
+    more = ("train.ema=0.9", "train.sample_every=6", "train.sample_steps=2",
+            "train.sample_records=['example_data/edit.json']")  # fmt: skip
+    train(tiny_model, tmp_path / "one", 1, 4, *more)
+    finish(shard(tiny_model, tmp_path / "two", 2, 2, *more))
+    checkpoints = tmp_path / "four" / "checkpoints"
+    shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000003", checkpoints / "step-00000003")
+    finish(shard(tiny_model, tmp_path / "four", 4, 1, *more))
+    one, two, four = (exported(tmp_path / run / "checkpoints" / "step-00000006" / "model")
+                      for run in ("one", "two", "four"))  # fmt: skip
+    start = exported(tiny_model)
+    assert distance(one, two, start) < 1e-3 and distance(one, four, start) < 1e-3
+    first, *others = (pictures(tmp_path / run / "samples" / "step-00000006") for run in ("one", "two", "four"))
+    assert len(first) == 3
+    for sample in others:
+        assert sample.keys() == first.keys()
+        assert all(np.abs(sample[name] - first[name].astype(int)).max() <= 1 for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("train.trainable=lora", "its few weights are not sharded"), ("train.optimizer=muon", "FSDP2 shards 'adamw'")],
+)
+def test_what_cannot_be_sharded_is_refused(tiny_model, tmp_path, change, said):
+    process = shard(tiny_model, tmp_path / "run", 1, 4, change)
+    assert said in process.communicate(timeout=200)[1] and process.returncode != 0
+    assert not (tmp_path / "run").exists()
