@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train: sh train_scripts/train_mige.sh [CONFIG [RUN [section.key=value ...]]]
 #
-# LAUNCH chooses the accelerate config: cpu, one_gpu, fsdp2 (configs/accelerate/), or zero2 (accelerate_config.yaml).
+# LAUNCH chooses the accelerate config: cpu, one_gpu, ddp, fsdp2 (configs/accelerate/), or zero2 (accelerate_config.yaml).
 # Several machines: set MACHINES, RANK (of this machine, from 0), MAIN_ADDRESS and, if need be, MAIN_PORT on each.
 set -eu
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 case "${LAUNCH:-$gpus}" in
     0 | cpu) file=configs/accelerate/cpu.yaml; processes=1 ;;
     1 | one_gpu) file=configs/accelerate/one_gpu.yaml; processes=1 ;;
-    fsdp2) file=configs/accelerate/fsdp2.yaml; processes=$gpus ;;
+    ddp | fsdp2) file="configs/accelerate/$LAUNCH.yaml"; processes=$gpus ;;
     *) file=accelerate_config.yaml; processes=$gpus ;;
 esac
 machines="${MACHINES:-1}"

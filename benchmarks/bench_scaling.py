@@ -1,0 +1,192 @@
+"""Training and inference on several GPUs against one: samples/s, scaling efficiency, MFU, memory; resuming on half.
+
+    python benchmarks/bench_scaling.py /tmp/scaling                        # all GPUs of this machine; needs no weights
+    python benchmarks/bench_scaling.py /tmp/scaling --parts speed --modes ddp/t5_frozen
+    python benchmarks/bench_scaling.py /tmp/scaling --config configs/tiny.py --cpu --processes 2   # tries it on a CPU
+
+Full-size random weights are made once in FOLDER (13 GB), then the project's own scripts run on them, launched as a user
+does. Parts:
+    speed      steps of train_mige.py in each mode, on one GPU where it fits and on all; the mean after a warm-up.
+               Efficiency: samples/s of all GPUs over those of one, a GPU.
+    resume     a run on all GPUs and its checkpoint gone on with on half of them, with twice the batch: losses compared.
+    inference  infer.py on one GPU and on all; images/s of the denoising loop with encoding and decoding.
+A line of JSON a measurement; one that fails says so and the next one runs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from mige import config
+from mige.checkpoint import whole_folder
+from mige.parts import build_parts
+from mige.pipeline import MIGEPipeline
+from mige.sampler import DPMSolver2M
+
+ROOT = Path(__file__).parent.parent
+BF16 = ("train.weights=bfloat16", "train.optimizer=adamw_bf16")
+MODES = {  # launch file, overrides
+    "ddp/t5_frozen": ("ddp", ("train.trainable=text_encoder_frozen", *BF16)),
+    "ddp/full": ("ddp", BF16),
+    "fsdp2/full": ("fsdp2", ()),
+    "zero2/full": ("zero2", ()),
+}
+WHOLE_ON_ONE = ("ddp/t5_frozen", "ddp/full")  # float32 weights and moments do not fit one card of 80 GB
+WARM_UP, LINES, EVERY = 2, 3, 5  # lines of metrics.jsonl left out and averaged; steps a line
+
+
+def make_start(args: argparse.Namespace) -> Path:
+    """A checkpoint folder of random weights in bfloat16 (float32 on a CPU) and a tokenizer of the same vocabulary."""
+    start = args.folder / "start"
+    if start.exists():
+        return start
+    device, dtype = ("cpu", torch.float32) if args.cpu else ("cuda", torch.bfloat16)
+    script = [sys.executable, "tools/make_tiny_checkpoint.py", str(args.folder / "tiny")]
+    subprocess.run(script, cwd=ROOT, check=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder / "tiny" / "t5")
+    torch.manual_seed(0)
+    parts = build_parts(config.load(args.config).model, device=device, dtype=dtype)
+    with whole_folder(start) as folder:
+        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(folder)
+    return start
+
+
+def launcher(launch: str, processes: int, cpu: bool) -> list[str]:
+    """The command that starts a script in so many processes."""
+    if cpu:  # accelerate starts one CPU process, whatever is asked for
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    file = "accelerate_config.yaml" if launch == "zero2" else f"configs/accelerate/{launch}.yaml"
+    if processes == 1 and launch == "ddp":
+        file = "configs/accelerate/one_gpu.yaml"
+    return ["accelerate", "launch", "--config_file", file, "--num_processes", str(processes)]
+
+
+def train(args: argparse.Namespace, mode: str, processes: int, run: Path, *more: str) -> subprocess.Popen:
+    launch, overrides = MODES[mode]
+    command = [*launcher(launch, processes, args.cpu), "train_scripts/train_mige.py", str(args.config), "--output", run]
+    common = (f"train.start={str(args.folder / 'start')!r}", "train.warmup=0", "train.sample_every=0",
+              "train.trackers=[]", f"data.workers={0 if args.cpu else 6}")  # fmt: skip
+    log = run.with_suffix(".log").open("w")
+    variables = {"OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_CPU": "true"} if args.cpu else {})}
+    return subprocess.Popen([*map(str, command), *common, *overrides, *more], cwd=ROOT, env=os.environ | variables,
+                            stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def failure(run: Path) -> str:
+    """The last line of a run's log that names an error."""
+    said = [line for line in run.with_suffix(".log").read_text(errors="replace").splitlines() if "rror" in line]
+    return said[-1][-300:] if said else "no error in its log"
+
+
+def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
+    """Mean of a few lines of metrics, after which the run is stopped: its checkpoint would take longer."""
+    run = fresh(args.folder / f"speed-{mode.replace('/', '-')}-{processes}")
+    never = 10**6
+    process = train(args, mode, processes, run, f"train.batch_size={args.batch}", f"train.steps={never}",
+                    f"train.checkpoint_every={never}", f"train.log_every={EVERY}")  # fmt: skip
+    started, wanted = time.monotonic(), WARM_UP + LINES
+    while len(lines(run)) < wanted and process.poll() is None and time.monotonic() - started < args.patience:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    row = {"mode": mode, "processes": processes, "batch": args.batch}
+    if len(measured := lines(run)) < wanted:
+        return row | {"failed": failure(run), "seconds": round(time.monotonic() - started)}
+    kept = measured[WARM_UP:wanted]
+    mean = {key: sum(line[key] for line in kept) / len(kept) for key in ("samples_per_second", "mfu", "memory_gib")
+            if key in kept[0]}  # fmt: skip
+    return row | {key: round(value, 3) for key, value in mean.items()}
+
+
+def resume(args: argparse.Namespace, processes: int) -> dict:
+    """20 steps on all processes; its checkpoint of step 10 gone on with on half of them."""
+    mode, steps = "ddp/t5_frozen", ("train.steps=20", "train.checkpoint_every=10", "train.log_every=1")
+    whole, half = fresh(args.folder / "resume-all"), fresh(args.folder / "resume-half")
+    row = {"mode": mode, "processes": [processes, processes // 2]}
+    if train(args, mode, processes, whole, *steps, f"train.batch_size={args.batch // 2}").wait(args.patience):
+        return row | {"failed": failure(whole)}
+    (half / "checkpoints").mkdir(parents=True)
+    (whole / "checkpoints" / "step-00000010").rename(half / "checkpoints" / "step-00000010")
+    if train(args, mode, processes // 2, half, *steps, f"train.batch_size={args.batch}").wait(args.patience):
+        return row | {"failed": failure(half)}
+    first, second = ({line["step"]: line["loss"] for line in lines(run)} for run in (whole, half))
+    differences = [abs(second[step] - first[step]) / first[step] for step in range(11, 21)]
+    return row | {"losses_all": [round(first[step], 5) for step in range(11, 21)],
+                  "losses_half": [round(second[step], 5) for step in range(11, 21)],
+                  "largest_relative_difference": max(differences)}  # fmt: skip
+
+
+def inference(args: argparse.Namespace, processes: int) -> dict:
+    """infer.py on `args.pictures` copies of an edit, each with noise of its own."""
+    records, out = args.folder / "records.jsonl", fresh(args.folder / f"inference-{processes}")
+    photo = str(ROOT / "example_data" / "images" / "cat.jpg")
+    row = {"multi_prompt": "make the sky night in<imagehere>", "entity_path": [photo], "source_path": [photo]}
+    records.write_text("".join(json.dumps(row | {"id": f"cat{n}"}) + "\n" for n in range(args.pictures)))
+    script = ["infer_scripts/infer.py", "--model", args.folder / "start", "--records", records, "--output", out]
+    script += ["--device", "cpu", "--steps", 3] if args.cpu else ["--compile", "--vae-dtype", "bfloat16"]
+    done = subprocess.run([*launcher("ddp", processes, args.cpu), *map(str, script)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=args.patience)  # fmt: skip
+    row = {"processes": processes, "pictures": args.pictures}
+    if done.returncode:
+        return row | {"failed": done.stderr[-300:]}
+    written = sorted(path.stat().st_mtime for path in (out / "images").iterdir())
+    first_batch = min(25 * processes, args.pictures // 2)  # whose compilation and loading do not count
+    seconds = written[-1] - written[first_batch - 1]
+    return row | {"images_per_second": round((len(written) - first_batch) / seconds, 2)}
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where weights and runs go")
+    parser.add_argument("--config", type=Path, default=Path("configs/mige_512.py"))
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="all GPUs (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=["speed", "resume", "inference"],
+                        default=["speed", "resume", "inference"])  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batch", type=int, default=16, help="samples a process (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--patience", type=float, default=300, help="seconds a run may take (%(default)s)")
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    if args.processes < 2:
+        parser.error(f"--processes is {args.processes}; scaling needs at least 2")
+    args.folder = args.folder.absolute()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make_start(args)
+    alone: dict[str, float] = {}
+    for mode in args.modes if "speed" in args.parts else ():
+        for processes in (1, args.processes) if mode in WHOLE_ON_ONE else (args.processes,):
+            row = speed(args, mode, processes)
+            rate = row.get("samples_per_second")
+            if processes == 1 and rate:
+                alone[mode] = rate
+            elif rate and mode in alone:
+                row["efficiency"] = round(rate / processes / alone[mode], 3)
+            print(json.dumps(row), flush=True)
+    if "resume" in args.parts:
+        print(json.dumps(resume(args, args.processes)), flush=True)
+    for processes in (1, args.processes) if "inference" in args.parts else ():
+        print(json.dumps(inference(args, processes)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
