@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoTokenizer
 
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, mode: str, processes: int, run: Path, *more:
     log = run.with_suffix(".log").open("w")
     variables = {"OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_CPU": "true"} if args.cpu else {})}
     return subprocess.Popen([*map(str, command), *common, *overrides, *more], cwd=ROOT, env=os.environ | variables,
-                            stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+                            stdout=log, stderr=log)  # fmt: skip
 
 
 def lines(run: Path) -> list[dict]:
@@ -101,8 +101,7 @@ def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
     started, wanted = time.monotonic(), WARM_UP + LINES
     while len(lines(run)) < wanted and process.poll() is None and time.monotonic() - started < args.patience:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     row = {"mode": mode, "processes": processes, "batch": args.batch}
     if len(measured := lines(run)) < wanted:
         return row | {"failed": failure(run), "seconds": round(time.monotonic() - started)}
@@ -110,6 +109,17 @@ def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
     mean = {key: sum(line[key] for line in kept) / len(kept) for key in ("samples_per_second", "mfu", "memory_gib")
             if key in kept[0]}  # fmt: skip
     return row | {key: round(value, 3) for key, value in mean.items()}
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a launcher and its workers, which are in sessions of their own; by SIGTERM they would save."""
+    if process.poll() is not None:
+        return
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in family:
+        one.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
 
 
 def resume(args: argparse.Namespace, processes: int) -> dict:
