@@ -212,10 +212,9 @@ STYLE = """
 article.card { grid-template-columns: minmax(0, 1fr); gap: .5rem; padding: 1rem; margin: 0 0 1rem;
   align-content: start; }
 .card .instruction { margin: 0; font-size: .95rem; }
-.strip { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .5rem; }
-.strip figure:nth-last-child(2) { grid-column: 3; }
+.strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 8rem); gap: .5rem; }
 @media (max-width: 30rem) {
-  .strip { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .strip { grid-auto-flow: row; grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .strip figure:nth-last-child(2) { grid-column: 1; }
 }
 """.strip()
