@@ -81,8 +81,9 @@ class MultimodalEncoder(nn.Module):
 
     def see(self, vision_RCHW: Tensor, patches_RNC: Tensor) -> Tensor:
         """Pictures [R, 3, 224, 224] and patch features [R, N, 1152] -> text-like tokens [R, Q, 4096]."""
-        if len(vision_RCHW) == 0:
-            return patches_RNC.new_zeros(0, self.fusion.config.num_queries, self.fusion.config.text_width)
+        shape = len(vision_RCHW), self.fusion.config.num_queries, self.fusion.config.text_width
+        if 0 in shape:  # no picture, or none that takes a position
+            return patches_RNC.new_zeros(shape)
         vision_RLC = self.look(vision_RCHW).to(self.qformer.dtype)
         query_RQC = self.fusion.query_tokens.to(vision_RLC).expand(len(vision_RLC), -1, -1)
         tokens_RQC = self.qformer(query_embeds=query_RQC, encoder_hidden_states=vision_RLC).last_hidden_state

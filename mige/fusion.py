@@ -49,7 +49,8 @@ class MIGEFusion(ModelMixin, ConfigMixin):
     """The parts of the multimodal encoder that no library has: queries, fusion, projection to T5's width, null context.
 
     Args:
-        num_queries: learnt query tokens, and so text positions, a picture takes (32).
+        num_queries: learnt query tokens, and so text positions, a picture takes (32). 0: the instruction is text alone,
+            and the source reaches the DiT through its channels only.
         width: Q-Former width (768).
         patch_width: width of the DiT's patch embedding (1152).
         text_width: width of the text encoder (4096).
@@ -59,6 +60,7 @@ class MIGEFusion(ModelMixin, ConfigMixin):
         timestep_dtype: dtype the timestep was rounded to when these weights were trained ("bfloat16" for the released
             ones: 999 became 1000). Rounding it otherwise changes the output by several per cent.
         vision_dtype: dtype of the vision tower's matrix products when these weights were trained ("float16").
+        vae_features: fuse the Q-Former's tokens with VAE patches. False: they go to the projection as they are.
     """
 
     @register_to_config
@@ -73,10 +75,11 @@ class MIGEFusion(ModelMixin, ConfigMixin):
         eps: float = 1e-6,
         timestep_dtype: str = "bfloat16",
         vision_dtype: str = "float16",
+        vae_features: bool = True,
     ):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.empty(1, num_queries, width))
-        self.fusion = FeatureFusion(width, patch_width, num_heads, eps)
+        self.fusion = FeatureFusion(width, patch_width, num_heads, eps) if vae_features else None
         self.text_proj = nn.Linear(width, text_width)
         self.register_buffer("null_context", torch.empty(max_tokens, text_width))  # random and never trained, but saved
         self.initialise()
@@ -88,10 +91,12 @@ class MIGEFusion(ModelMixin, ConfigMixin):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.fusion.out.weight)
+        if self.fusion is not None:
+            nn.init.zeros_(self.fusion.out.weight)
         nn.init.normal_(self.query_tokens, std=0.02)
         nn.init.normal_(self.null_context, std=self.config.text_width**-0.5)
 
     def forward(self, tokens_RQC: Tensor, patches_RNC: Tensor) -> Tensor:
         """Q-Former tokens [R, Q, width] and VAE patches [R, N, patch_width] -> text tokens [R, Q, text_width]."""
-        return self.text_proj(self.fusion(tokens_RQC, patches_RNC))
+        fused_RQC = tokens_RQC if self.fusion is None else self.fusion(tokens_RQC, patches_RNC)
+        return self.text_proj(fused_RQC)

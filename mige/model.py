@@ -106,7 +106,8 @@ class MIGEModel(nn.Module):
         """Choose what trains: "scratch" all, "full" all but the vision tower, "text_encoder_frozen" neither
         that nor T5, "lora" nothing.
 
-        The tower's last norm trains with "full", as in the released weights. Call before the optimiser is built.
+        The tower's last norm trains with "full", as in the released weights. What nothing reads does not train: where
+        pictures take no positions, the parts that see them. Call before the optimiser is built.
         """
         self.requires_grad_(trainable != "lora")
         tower = self.encoder.image_encoder
@@ -114,6 +115,9 @@ class MIGEModel(nn.Module):
         tower.encoder.requires_grad_(trainable == "scratch")
         if trainable == "text_encoder_frozen":
             self.encoder.text_encoder.requires_grad_(False)
+        if self.encoder.fusion.config.num_queries == 0:
+            for part in (tower, self.encoder.qformer, self.encoder.fusion):
+                part.requires_grad_(False)
 
     def checkpoint_gradients(self, parts: Sequence[str]) -> None:
         """Recompute the blocks' activations in the backward pass: of the "transformer", the "text_encoder", or both."""

@@ -106,6 +106,7 @@ def forward_flops(model: nn.Module, latent_tokens: int, context: int, pictures: 
     vision, n, c = encoder.image_encoder.config, latent_tokens, dit.inner_dim
     seen = (vision.image_size // vision.patch_size) ** 2 + 1
     queries, t5 = encoder.fusion.config.num_queries, encoder.text_encoder.config
+    pictures = pictures if queries else 0  # without positions they are not looked at
 
     dit_block = dit.transformer_blocks[0]
     keys = _weights(dit_block.attn2.to_k) + _weights(dit_block.attn2.to_v)
@@ -115,8 +116,8 @@ def forward_flops(model: nn.Module, latent_tokens: int, context: int, pictures: 
     text = 2 * context * _weights(encoder.text_encoder)
     crossing = sum(_weights(m.key) + _weights(m.value) for m in _cross_attentions(encoder.qformer))
     qformer = queries * (_weights(encoder.qformer) - crossing) + seen * crossing
-    fusion = encoder.fusion.fusion
-    by_patch = _weights(fusion.k_proj) + _weights(fusion.v_proj)
+    fusion = encoder.fusion.fusion  # None without VAE features
+    by_patch = 0 if fusion is None else _weights(fusion.k_proj) + _weights(fusion.v_proj)
     fused = n * by_patch + queries * (_weights(encoder.fusion) - by_patch)
     return {
         "transformer": len(dit.transformer_blocks) * block + 2 * ends,

@@ -1,38 +1,36 @@
 """What MIGE-mini's training starts from: a tokenizer of the world's grammar, a VAE of its pictures, fresh parts.
 
     python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
+    python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1
 
-The VAE is trained for the error of its reconstructions, with a slight pull of its latents to a standard normal; its
-weights are averaged, and its scale factor is set so that scaled latents have variance 1.
+In the first line the VAE is trained for the error of its reconstructions, with a slight pull of its latents to a
+standard normal; its weights are averaged, and its scale factor is set so that scaled latents have variance 1. The
+second takes tokenizer and VAE of a model and trains nothing.
 """
 
 import argparse
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import T5TokenizerFast
 
 from mige import config
-from mige.checkpoint import whole_folder
-from mige.instruction import training_text
-from mige.parts import build_parts
+from mige.checkpoint import CheckpointError, whole_folder
 from mige.pipeline import MIGEPipeline
-from mige.records import PLACEHOLDER
 from mige.sampler import DPMSolver2M
 from mige.world import sprites, tasks
 from mige.world.scenes import Scene, Scenes, draw
+from mige.world.start import fresh_parts, start_from, write_tokenizer
 
 KL = 1e-6  # weight of the pull, a latent value
-EXTRA_IDS = 100
 
 
 class Pictures(Dataset):
@@ -51,27 +49,6 @@ class Pictures(Dataset):
 
 def stack(cases: list[list[Scene]]) -> Scenes:
     return Scenes.stack([scene for case in cases for scene in case])
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A sentencepiece model with T5's special ids, trained on the instructions of 30,000 cases."""
-    seen = sprites.split()[0]
-    texts = (tasks.sample(np.random.default_rng([1, i]), seen) for i in range(30_000))
-    words = (training_text(c.task, c.prompt).replace(PLACEHOLDER, " ").replace("\n", " ") for c in texts)
-    file = folder / "spiece.model"
-    with file.open("wb") as output:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=words,
-            model_writer=output,
-            vocab_size=vocab_size - EXTRA_IDS,
-            model_type="bpe",
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
 
 
 def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
@@ -139,20 +116,26 @@ def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
     parser.add_argument("--config", default="configs/mini.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh parts (%(default)s)")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
-    parser.add_argument("--vae", type=Path, help="go on with this one instead of a fresh one")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--vae", type=Path, help="go on with this one instead of a fresh one")
+    given.add_argument("--from-model", type=Path, help="take tokenizer and VAE of this checkpoint folder as they are")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device, sizes = torch.device(args.device), config.load(args.config).model
-    torch.manual_seed(0)
-    parts = build_parts(sizes)
-    nn.init.zeros_(parts["transformer"].proj_out.weight)  # a fresh DiT says "no noise", whatever it reads
-    nn.init.zeros_(parts["transformer"].proj_out.bias)
+    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    device, sizes = torch.device(args.device), config.load(args.config, args.overrides).model
+    if args.from_model is not None:
+        start_from(args.from_model, args.folder, sizes, args.seed)
+        print(f"{args.folder}: fresh parts, tokenizer and VAE of {args.from_model}")
+        return
+    parts = fresh_parts(sizes, args.seed)
+    torch.manual_seed(args.seed)
     if args.vae is not None:
         parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
     curve = train_vae(parts["vae"], args, device)
@@ -160,12 +143,14 @@ def main() -> None:
     set_scale(parts["vae"], device)
     parts["vae"].cpu()
     with whole_folder(args.folder) as folder:
-        write_tokenizer(folder, sizes.text_encoder["vocab_size"])
-        tokenizer = T5TokenizerFast.from_pretrained(folder, extra_ids=EXTRA_IDS)
+        tokenizer = write_tokenizer(folder, sizes.text_encoder["vocab_size"])
         MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(folder)
         (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
     print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {parts['vae'].config.scaling_factor}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (config.ConfigError, CheckpointError, FileExistsError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,92 @@
+"""95 % intervals of scores in which chance enters twice: by the seed of a training run, and by the cases it is asked.
+
+Letters: S seeds (runs), C cases.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval.
+
+    Attributes:
+        over_seeds: False if nothing was known about the spread between seeds: the interval is over cases alone.
+    """
+
+    mean: float
+    low: float
+    high: float
+    cases: int
+    over_seeds: bool
+
+    def verdict(self, higher_is_better: bool = True) -> str:
+        """What the interval says of the claim that the mean is on the better side of 0."""
+        if self.low <= 0 <= self.high:
+            return "not resolved"
+        return "supported" if (self.mean > 0) == higher_is_better else "contradicted"
+
+
+def estimate(
+    runs_SC: np.ndarray, against_SC: np.ndarray | None, *, alike: Sequence[np.ndarray], share: bool
+) -> Estimate:
+    """Mean of runs, less that of other runs on the same cases, with its t interval.
+
+    Its variance is a sum: s²/S of each side, s² the variance between the means of runs that differ in their seed
+    alone, pooled over all of `alike`; and v/C, v the variance over cases of the difference (of each side's mean over
+    seeds). Degrees of freedom by Welch and Satterthwaite (Biometrics Bulletin 2, 1946). What one run makes of one case
+    counts in both, so the interval errs on the wide side. Without two seeds of any variant the first part is left out.
+
+    Args:
+        runs_SC: float [S, C], NaN where a case has no such score. against_SC: the same of what is subtracted, or
+            float [C] for something fixed, such as a baseline; None for nothing.
+        alike: [S, C] of every variant whose seeds tell how far runs lie apart.
+        share: the scores are 0 or 1 (or halves). Two cases are then added to v, one for and one against, or a share of
+            none of 20 would seem certain; and the interval ends at -1 and 1.
+
+    Raises ValueError for fewer than two cases that all runs have.
+    """
+    fixed = against_SC is None or against_SC.ndim == 1
+    other_SC = np.zeros(runs_SC.shape[1]) if against_SC is None else against_SC
+    other_SC = np.atleast_2d(other_SC)
+    there = ~np.isnan(runs_SC).any(axis=0) & ~np.isnan(other_SC).any(axis=0)
+    cases = int(there.sum())
+    if cases < 2:
+        raise ValueError(f"an interval needs at least two cases, got {cases}: raise the number of cases of a kind")
+    by_case = runs_SC[:, there].mean(axis=0) - other_SC[:, there].mean(axis=0)  # [C]
+    mean = float(by_case.mean())
+    squares = np.square(by_case - mean).sum() + (2 if share else 0)
+    parts = [(squares / (cases - 1) / cases, cases - 1)]
+    between, freedom = spread(alike)
+    if freedom:
+        parts.append((between * (1 / len(runs_SC) + (0 if fixed else 1 / len(other_SC))), freedom))
+    variance = sum(part for part, _ in parts)
+    half = float(np.sqrt(variance)) * t_quantile(variance**2 / sum(p**2 / n for p, n in parts)) if variance else 0.0
+    most = 1.0 if share else np.inf
+    return Estimate(mean, max(-most, mean - half), min(most, mean + half), cases, freedom > 0)
+
+
+def spread(alike: Sequence[np.ndarray]) -> tuple[float, int]:
+    """Variance between the means of runs of one variant, pooled over variants [S, C], and its degrees of freedom."""
+    squares, freedom = 0.0, 0
+    for runs_SC in alike:
+        means = runs_SC[:, ~np.isnan(runs_SC).any(axis=0)].mean(axis=1)
+        squares += float(np.square(means - means.mean()).sum())
+        freedom += len(means) - 1
+    return (squares / freedom if freedom else 0.0), freedom
+
+
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t, to three digits; `freedom` at least 1, not necessarily whole.
+
+    With x = sqrt(n) tan(a), P(|T| < x) is the integral of cos^(n-1) from 0 to a over that from 0 to pi/2.
+    """
+    if freedom > 10_000:
+        return 1.95996
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles[:-1]) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(density[:-1] + density[1:])])  # trapezoids
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * area[-1], area, angles[:-1])))
