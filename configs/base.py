@@ -38,6 +38,7 @@ data = dict(
     size=512,
     features=None,
     skip_bad=False,
+    check_pictures=True,
     workers=4,
     drop_text=0.05,
     drop_source=0.05,

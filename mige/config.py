@@ -61,6 +61,7 @@ class DataConfig:
     size: int  # side of the square pictures, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
     skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
+    check_pictures: bool  # decode all before the first step; False for a large set that tools/check_data.py has passed
     workers: int  # data-loading processes a GPU
     drop_text: float  # share of samples that lose their text only
     drop_source: float  # ... their source only

@@ -19,27 +19,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from mige import inference, latents, training_state
 from mige.averaging import AveragedWeights
 from mige.config import Config
-from mige.dataset import Counters, Dropout, JointDataset, Mixture, TrainingBatch, collate
+from mige.dataset import Counters, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
 from mige.encoder import set_product_dtype
-from mige.features import open_store
-from mige.images import check_images
 from mige.lora import add_lora, save_lora
 from mige.optimizers import build_optimizers, learning_rate
 from mige.parts import build_parts
 from mige.pipeline import MIGEPipeline
 from mige.progress import Metrics, forget_after, forward_flops, matrix_rate, useful_flops, write_line
-from mige.records import Finding, Record, Report, Task, read_records
+from mige.records import Task, read_records
 from mige.sampler import DPMSolver2M
+from mige.training_data import load_dataset
 from mige.training_state import TrainingError
-from mige.world.stream import WorldDataset, collate_world
+from mige.world.stream import collate_world
 
 PREEMPTED = 75
 """Exit code after SIGTERM: the checkpoint is saved, start the same command again (EX_TEMPFAIL)."""
@@ -406,55 +405,3 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     if device.type != "cpu" and settings.trainable != "scratch":
         set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
     return pipeline
-
-
-def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
-    """The miniature world, or all records, read and checked.
-
-    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
-    """
-    data = config.data
-    common = dict(
-        seed=config.train.seed,
-        latent_shape=pipeline.latent_shape(data.size, data.size),
-        dropout=Dropout(data.drop_text, data.drop_source, data.drop_both),
-        noise_levels=config.train.noise_levels,
-    )
-    if data.world:
-        side = pipeline.image_encoder.config.image_size
-        return WorldDataset(data.world, pipeline.tokenizer, size=data.size, vision_size=side, **common)
-    sets = []
-    for one in data.sets:
-        task = None if one.get("task") is None else Task(one["task"])
-        root = None if one.get("root") is None else Path(one["root"])
-        sets.append(check_set(read_records([Path(one["file"])], root=root, task=task), data.skip_bad))
-    store = None
-    if data.features is not None:
-        store = open_store(Path(data.features), vae=pipeline.vae, size=data.size)
-        wanted = {path for records in sets for record in records for path in (record.target, *record.references)}
-        if missing := store.missing(sorted(wanted)):
-            raise TrainingError(
-                f"{data.features} lacks {len(missing)} of {len(wanted)} pictures, the first {missing[0]}: "
-                "run tools/extract_features.py on the same records again"
-            )
-    return JointDataset(
-        Mixture(sets, [one["weight"] for one in data.sets]),
-        pipeline.tokenizer,
-        size=data.size,
-        vision_size=pipeline.image_encoder.config.image_size,
-        features=store,
-        **common,
-    )
-
-
-def check_set(report: Report, skip_bad: bool) -> list[Record]:
-    """A file's records, all fit to train on; pictures are decoded once (in threads)."""
-    findings = list(report.findings) + check_images(report.records)
-    for record in report.records:
-        if record.target is None:
-            findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
-    bad = {finding.where for finding in findings if finding.fatal}
-    checked = Report([record for record in report.records if record.where not in bad], findings)
-    if checked.findings:
-        log.warning("%s", checked.text())
-    return checked.records if skip_bad else checked.require()
