@@ -1,4 +1,5 @@
 # make demo   install into .venv, then run the trained small model on all tasks
+# make web    install into .venv, then serve the page of the trained small model on localhost
 # make tiny   install into .venv, then make the tiny untrained model that configs/tiny.py starts from
 # make test   install into .venv, then lint and run the tests
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TINY := output/pretrained_models/mige-tiny
 
-.PHONY: demo tiny test install clean
+.PHONY: demo web tiny test install clean
 
 install: .venv/installed
 
@@ -20,6 +21,9 @@ install: .venv/installed
 demo: .venv/installed
 	rm -rf output/demo
 	OMP_WAIT_POLICY=passive $(BIN)/python tools/demo.py --output output/demo
+
+web: .venv/installed
+	OMP_WAIT_POLICY=passive $(BIN)/python infer_scripts/web_demo.py
 
 tiny: $(TINY)
 

@@ -1,0 +1,237 @@
+"""The studio: requests of people -> pictures, one at a time, with previews on the way. It knows no page.
+
+    studio = Studio(pipeline, "mige-mini")
+    for event in studio.run(Request(Task.EDIT, "make picture 1 snowy", (Path("photo.jpg"),), seeds=(0, 1), ...)):
+        ...  # Step, Step, ..., Made
+
+Closing that generator, or `studio.close()`, stops the work at its next step.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from mige import images, latents
+from mige.instruction import MAX_WORDS, check_lengths, full_text
+from mige.pipeline import MIGEPipeline
+from mige.records import MOST_REFERENCES, TASKS, Record, Task
+from mige.sampler import OnStep
+from mige.web.numbered import Reading, RefusedError, read
+from mige.world.scenes import SIDE
+
+STEPS = (1, 100)
+GUIDANCE = (0.0, 20.0)
+SOURCE_GUIDANCE = (0.0, 10.0)
+SEEDS = (0, 2**32 - 1)
+MOST_AT_ONCE = 8  # pictures of one request, made together
+PREVIEWS = 6  # of a run; each decodes the estimates of all its pictures
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one person asks for; `Studio.run` checks it."""
+
+    task: Task
+    instruction: str  # with "picture 1" where a picture belongs
+    pictures: tuple[Path | None, ...]  # picture 1, 2, ...; the first is the one to edit, in the two tasks that edit
+    seeds: tuple[int, ...]  # a picture each
+    steps: int
+    guidance: float
+    source_guidance: float
+    width: int  # px
+    height: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the page offers before anyone touches it."""
+
+    steps: int
+    guidance: float
+    source_guidance: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step of the sampler; now and then with what the pictures would be, at the size of the result."""
+
+    number: int  # 1 .. of
+    of: int
+    previews: list[Image.Image] | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The result: a picture a seed, what each was made with, and the edited picture as the model saw it (or None)."""
+
+    pictures: list[Image.Image]
+    settings: list[dict[str, Any]]
+    before: Image.Image | None
+    seconds: float
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """The work was stopped before it was finished."""
+
+
+class Studio:
+    """One model and the one thread that works with it: requests wait for each other, in the order they come."""
+
+    def __init__(self, pipeline: MIGEPipeline, name: str):
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.name = pipeline, name
+        self._worker = ThreadPoolExecutor(1, "studio")  # one for good: each new thread would get OpenMP threads too
+        self._closed = threading.Event()
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the model knows the drawn world only: one whose pictures are no larger than that world's."""
+        return self.pipeline.native_size <= SIDE
+
+    def defaults(self, task: Task) -> Defaults:
+        """The official settings of a task; for a miniature model those that the mini-bench scores it with."""
+        if self.is_miniature:
+            return Defaults(steps=20, guidance=2.0, source_guidance=1.0)
+        return Defaults(TASKS[task].steps, TASKS[task].guidance, TASKS[task].source_guidance)
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """Smallest and largest side of a result and the step between sizes, px: half to twice the native size."""
+        grid = latents.downscale(self.pipeline.vae) * self.pipeline.transformer.config.patch_size
+        native = self.pipeline.native_size
+        return max(grid, native // 2 // grid * grid), 2 * native, grid
+
+    @property
+    def capacity(self) -> int:
+        """Most pictures that an instruction has room for."""
+        return min(MOST_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
+
+    def explain(self, task: Task, text: str, given: Sequence[bool]) -> tuple[Reading, str, list[str]]:
+        """How the model reads a numbered instruction: the reading, the whole text it is given, and what is odd.
+
+        Raises RefusedError as `numbered.read`, and for an instruction so long that a picture of it would be cut off.
+        """
+        reading = read(task, text, given)
+        named = tuple(Path(str(number)) for number in reading.numbers)
+        record = Record("request", task, reading.prompt, named, None, None, None, "request")
+        fusion = self.pipeline.fusion.config
+        findings = check_lengths([record], self.pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
+        if any(finding.fatal for finding in findings):
+            raise RefusedError(
+                f"The instruction is too long: a picture in it would not be read. The model takes {MAX_WORDS} words "
+                f"and {fusion.max_tokens} tokens, of which each picture takes {fusion.num_queries}: use fewer."
+            )
+        return reading, full_text(task, reading.prompt), [finding.problem for finding in findings]
+
+    def check(self, request: Request) -> Reading:
+        """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
+        smallest, largest, grid = self.sides
+        for name, side in (("width", request.width), ("height", request.height)):
+            if not smallest <= side <= largest or side % grid:
+                raise RefusedError(
+                    f"The {name} is {side} px: choose a multiple of {grid} px from {smallest} to {largest} px."
+                )
+        _check_range("number of steps", request.steps, STEPS)
+        _check_range("guidance", request.guidance, GUIDANCE)
+        _check_range("source guidance", request.source_guidance, SOURCE_GUIDANCE)
+        _check_range("number of pictures", len(request.seeds), (1, MOST_AT_ONCE))
+        for seed in request.seeds:
+            _check_range("seed", seed, SEEDS)
+        return self.explain(request.task, request.instruction, [path is not None for path in request.pictures])[0]
+
+    def run(self, request: Request) -> Iterator[Step | Made]:
+        """Make the pictures of a request; yields its steps, then the result.
+
+        Raises RefusedError for what `check` refuses and for pictures that cannot be used, Stopped if the studio closes,
+        and whatever goes wrong at work.
+        """
+        reading = self.check(request)
+        events: SimpleQueue[Step | None] = SimpleQueue()
+        stop = threading.Event()
+        job = self._worker.submit(self._make, request, reading, events, stop)
+        job.add_done_callback(lambda _: events.put(None))
+        try:
+            yield from iter(events.get, None)
+            yield job.result()
+        finally:
+            stop.set()
+
+    def close(self) -> None:
+        """Stop what runs at its next step, and everything that waits."""
+        self._closed.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def _make(self, request: Request, reading: Reading, events: SimpleQueue, stop: threading.Event) -> Made:
+        """The work itself, in the worker's thread."""
+        started = time.perf_counter()
+        opened = {number: _open(request.pictures[number - 1], number) for number in sorted(set(reading.numbers))}
+        references = [opened[number] for number in reading.numbers]
+        source = None if request.task is Task.SUBJECT else opened[1]
+        many = len(request.seeds)
+        try:
+            before = source and images.center_crop(source, request.height, request.width)
+            pictures = self.pipeline(
+                [reading.prompt] * many,
+                [references] * many,
+                source and [source] * many,
+                height=request.height,
+                width=request.width,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                source_guidance_scale=request.source_guidance,
+                seed=request.seeds,
+                on_step=self._watch(request.steps, events, stop),
+            ).images
+        except images.BadImageError as error:  # one so long that scaling it would need too much memory
+            raise RefusedError(f"A {error.args[0]} has {error.problem}: {error.remedy}.") from error
+        settings = [self._settings(request, reading, seed) for seed in request.seeds]
+        return Made(pictures, settings, before, time.perf_counter() - started)
+
+    def _watch(self, steps: int, events: SimpleQueue, stop: threading.Event) -> OnStep:
+        """What happens after every step: stop if asked to, else report, now and then with previews."""
+        every = -(-steps // PREVIEWS)
+
+        def on_step(step: int, x: Tensor, x0: Tensor) -> None:
+            if stop.is_set() or self._closed.is_set():
+                raise Stopped
+            due = (step + 1) % every == 0 and step + 1 < steps
+            events.put(Step(step + 1, steps, images.to_pil(self.pipeline.decode(x0)) if due else None))
+
+        return on_step
+
+    def _settings(self, request: Request, reading: Reading, seed: int) -> dict[str, Any]:
+        return {
+            "task": str(request.task),
+            "instruction": request.instruction,
+            "prompt": reading.prompt,
+            "pictures": list(reading.numbers),  # the number of the picture at each placeholder
+            "model": self.name,
+            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
+            "seed": seed,
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "source_guidance": request.source_guidance,
+            "width": request.width,
+            "height": request.height,
+        }
+
+
+def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if not low <= value <= high:
+        raise RefusedError(f"The {name} is {value:g}: choose one from {low:g} to {high:g}.")
+
+
+def _open(path: Path, number: int) -> Image.Image:
+    try:
+        return images.open_image(path)
+    except images.BadImageError as error:
+        raise RefusedError(f"Picture {number}: {error.problem}; {error.remedy}.") from error
