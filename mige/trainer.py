@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from mige import inference, latents, training_state
 from mige.averaging import AveragedWeights
-from mige.config import Config
+from mige.config import Config, TrainConfig
 from mige.dataset import Counters, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
 from mige.encoder import set_product_dtype
@@ -65,16 +65,18 @@ class Trainer:
         self.config, self.run_folder = config, run
         settings = config.train
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=settings.accumulate,
+            # As a number a launch file's own, which counts as 1 where it has none, would be taken instead.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
             log_with=list(settings.trackers) or None,
             project_dir=run,
         )
         self.device = self.accelerator.device
         self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
+        self.zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         self.step, self.stopping = 0, False
         self.unread: deque[Watched] = deque()
-        if self.accelerator.is_fsdp2:
-            check_shardable(config)
+        if self.zero2 or self.accelerator.is_fsdp2:
+            check_shardable(settings, "ZeRO-2" if self.zero2 else "FSDP2")
         self._open_run()
         self.pipeline = load_start(config, self.device)
         self.dataset = load_dataset(config, self.pipeline)
@@ -103,16 +105,22 @@ class Trainer:
         model.checkpoint_gradients(settings.gradient_checkpointing)
         model.compile_blocks(settings.compile)
         model.train()
-        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
+        if self.zero2:
+            given = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            given["train_micro_batch_size_per_gpu"] = settings.batch_size
+            given["gradient_accumulation_steps"] = settings.accumulate
+            given["gradient_clipping"] = settings.clip  # it clips by itself, at 1 unless told
         else:
             model.to(self.device)
         if self.accelerator.is_fsdp2 and settings.trainable != "scratch":  # the frozen tower has a precision of its own
             tower = model.encoder.image_encoder
             self.accelerator.state.fsdp_plugin.ignored_modules = [tower.embeddings, tower.encoder]
+        frozen = [(p, p.data) for p in model.encoder.image_encoder.parameters() if not p.requires_grad]
         self.plain, self.work, self.queries = model, {}, self.pipeline.fusion.config.num_queries
         self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model))
+        if self.zero2:  # it casts all there is; the frozen tower has a precision of its own
+            for parameter, data in frozen:
+                parameter.data = data.to(self.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
         if settings.ema is not None:
@@ -311,12 +319,15 @@ class Trainer:
     # ---- saving and resuming -----------------------------------------------------------------------------------------
 
     def _fixed(self) -> dict:
-        """What decides which sample comes when."""
-        return {
+        """What decides which sample comes when; with DeepSpeed also how the optimiser's state is split."""
+        fixed = {
             "seed": self.config.train.seed,
             "samples_a_step": self.samples_a_step,
             "epoch_samples": len(self.dataset),
         }
+        if self.zero2:
+            fixed["processes"] = self.accelerator.num_processes
+        return fixed
 
     def _resume(self, checkpoint: Path | None) -> None:
         whole = training_state.finished(self.run_folder)
@@ -374,14 +385,13 @@ def log_to(path: Path) -> None:
     log.setLevel(logging.INFO)
 
 
-def check_shardable(config: Config) -> None:
-    """Raise TrainingError for what FSDP2 cannot shard."""
-    settings = config.train
-    if settings.trainable == "lora":
+def check_shardable(settings: TrainConfig, by: str) -> None:
+    """Raise TrainingError for what FSDP2 or ZeRO-2 (`by`) cannot split over processes."""
+    if by == "FSDP2" and settings.trainable == "lora":
         raise TrainingError("train.trainable is 'lora': its few weights are not sharded; launch without FSDP2 (DDP)")
     if (settings.optimizer, settings.weights) != ("adamw", "float32"):
         raise TrainingError(
-            f"train.optimizer is {settings.optimizer!r} on {settings.weights} weights; FSDP2 shards 'adamw' on "
+            f"train.optimizer is {settings.optimizer!r} on {settings.weights} weights; {by} shards 'adamw' on "
             "float32 weights (and computes in bfloat16): set these, or launch without it"
         )
 

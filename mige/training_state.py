@@ -76,7 +76,8 @@ def save(
 def restore(accelerator: Accelerator, checkpoint: Path, fixed: Mapping[str, Any]) -> int:
     """Load a checkpoint into what accelerate prepared; returns the steps done.
 
-    Raises TrainingError if the run it belongs to saw other samples in another order.
+    Raises TrainingError if the run it belongs to saw other samples or in another order, or, with DeepSpeed, if its
+    optimiser's state is split for another number of processes.
     """
     saved = json.loads((checkpoint / "progress.json").read_text())
     step = saved.pop("step")
@@ -85,8 +86,9 @@ def restore(accelerator: Accelerator, checkpoint: Path, fixed: Mapping[str, Any]
     ]
     if differing:
         raise TrainingError(
-            f"{checkpoint} cannot be resumed, the samples would be others: {'; '.join(differing)}. "
-            "Keep samples a step = batch_size x accumulate x processes; or start a new run from its model/ folder"
+            f"{checkpoint} cannot be resumed as this run is set: {'; '.join(differing)}. "
+            "Keep seed, data and samples a step = batch_size x accumulate x processes (DeepSpeed: the processes too); "
+            "or start a new run from its model/ folder"
         )
     accelerator.load_state(str(checkpoint / "state"))
     return step

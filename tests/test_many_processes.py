@@ -202,3 +202,39 @@ def test_what_cannot_be_sharded_is_refused(tiny_model, tmp_path, change, said):
     process = shard(tiny_model, tmp_path / "run", 1, 4, change)
     assert said in process.communicate(timeout=200)[1] and process.returncode != 0
     assert not (tmp_path / "run").exists()
+
+
+# ---- DeepSpeed (extra "deepspeed") -----------------------------------------------------------------------------------
+
+
+def zero2(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> subprocess.CompletedProcess:
+    """As accelerate_config.yaml launches it, but for bfloat16."""
+    pytest.importorskip("deepspeed")
+    _, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
+    start = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate_config.yaml"]
+    start += ["--num_processes", str(processes), "--mixed_precision", "no", "tests/zero2_on_cpu.py", config]
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run([sys.executable, *start, *rest], cwd=ROOT, env=environment() | variables,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_zero2_equals_one_process(tiny_model, tmp_path):
+    """With the config's clipping, its accumulation and averaged weights, none of which DeepSpeed takes by itself."""
+    more = ("train.clip=0.01", "train.ema=0.9", "train.accumulate=2")
+    done = zero2(tiny_model, tmp_path / "two", 2, 1, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(tiny_model, tmp_path / "one", 1, 4, *more[:2])
+    one, two = (exported(tmp_path / run / "checkpoints" / "step-00000006" / "model") for run in ("one", "two"))
+    assert distance(one, two, exported(tiny_model)) < 1e-3
+    again = tmp_path / "again" / "checkpoints"
+    shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000003", again / "step-00000003")
+    other = zero2(tiny_model, tmp_path / "again", 1, 2, *more)
+    assert other.returncode != 0 and "cannot be resumed as this run is set: processes: 2 there, 1 now" in other.stderr
+    done = zero2(tiny_model, tmp_path / "again", 2, 1, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert distance(two, exported(again / "step-00000006" / "model"), exported(tiny_model)) < 1e-3
+
+
+def test_zero2_refuses_an_optimiser_it_would_split_wrongly(tiny_model, tmp_path):
+    done = zero2(tiny_model, tmp_path / "run", 1, 4, "train.optimizer=muon")
+    assert done.returncode != 0 and "ZeRO-2 shards 'adamw'" in done.stderr
