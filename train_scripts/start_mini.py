@@ -2,10 +2,11 @@
 
     python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
     python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1
+    python train_scripts/start_mini.py output/mini/on --go-on output/pretrained_models/mige-mini --seconds 150
 
 In the first line the VAE is trained for the error of its reconstructions, with a slight pull of its latents to a
 standard normal; its weights are averaged, and its scale factor is set so that scaled latents have variance 1. The
-second takes tokenizer and VAE of a model and trains nothing.
+second takes tokenizer and VAE of a model and trains nothing. The third trains the VAE of a model and keeps all else.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from mige.world import sprites, tasks
 from mige.world.scenes import Scene, Scenes, draw
 from mige.world.start import fresh_parts, start_from, write_tokenizer
 
-KL = 1e-6  # weight of the pull, a latent value
+KL = 1e-6  # weight of the pull where it and the error are both summed over a picture, as in latent diffusion's VAEs
 
 
 class Pictures(Dataset):
@@ -56,6 +57,13 @@ def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
     errors = ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3))
     return float(-10 * errors.log10().mean())
+
+
+@torch.no_grad()
+def noise_share(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """How much of the latents' standard deviation is noise of the posterior: what no model can predict."""
+    posterior = vae.encode(pictures).latent_dist
+    return float((posterior.var.mean() / (posterior.mean.var() + posterior.var.mean())).sqrt())
 
 
 def train_vae(vae: AutoencoderKL, args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -87,8 +95,9 @@ def train_vae(vae: AutoencoderKL, args: argparse.Namespace, device: torch.device
         if step % 500 == 0 or done >= 1:
             average.store(vae.parameters())
             average.copy_to(vae.parameters())
-            curve.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "loss": float(loss)})
+            curve.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "loss": loss.item()})
             curve[-1]["psnr_unseen"] = round(psnr(vae, held_out), 2)
+            curve[-1]["noise_share"] = round(noise_share(vae, held_out), 3)
             print(json.dumps(curve[-1]), flush=True)
             if done >= 1:
                 break
@@ -97,12 +106,15 @@ def train_vae(vae: AutoencoderKL, args: argparse.Namespace, device: torch.device
 
 
 def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Absolute and squared error of reconstructed pictures, and a weak KL."""
+    """Absolute and squared error of reconstructed pictures, and a weak KL, a value of the pictures.
+
+    Much more of it makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
+    """
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample.float()
     error = decoded - pictures
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-    return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum(dim=(1, 2, 3)).mean()
+    return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum() / error.numel()
 
 
 def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
@@ -123,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--vae", type=Path, help="go on with this one instead of a fresh one")
+    given.add_argument("--go-on", type=Path, help="go on with the VAE of this checkpoint folder, keep its other parts")
     given.add_argument("--from-model", type=Path, help="take tokenizer and VAE of this checkpoint folder as they are")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -134,19 +147,24 @@ def main() -> None:
         start_from(args.from_model, args.folder, sizes, args.seed)
         print(f"{args.folder}: fresh parts, tokenizer and VAE of {args.from_model}")
         return
-    parts = fresh_parts(sizes, args.seed)
     torch.manual_seed(args.seed)
-    if args.vae is not None:
-        parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
-    curve = train_vae(parts["vae"], args, device)
-    parts["vae"].eval()
-    set_scale(parts["vae"], device)
-    parts["vae"].cpu()
+    if args.go_on is not None:
+        pipeline = MIGEPipeline.from_pretrained(args.go_on, dtype=torch.float32)
+    else:
+        parts = fresh_parts(sizes, args.seed)
+        if args.vae is not None:
+            parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
+        pipeline = MIGEPipeline(**parts, tokenizer=None, scheduler=DPMSolver2M())
+    curve = train_vae(pipeline.vae, args, device)
+    pipeline.vae.eval()
+    set_scale(pipeline.vae, device)
+    pipeline.vae.cpu()
     with whole_folder(args.folder) as folder:
-        tokenizer = write_tokenizer(folder, sizes.text_encoder["vocab_size"])
-        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(folder)
+        if args.go_on is None:
+            pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"]))
+        pipeline.save_pretrained(folder)
         (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
-    print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {parts['vae'].config.scaling_factor}")
+    print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {pipeline.vae.config.scaling_factor}")
 
 
 if __name__ == "__main__":
