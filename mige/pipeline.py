@@ -104,13 +104,15 @@ class MIGEPipeline(DiffusionPipeline):
 
         Args:
             compile: as `MIGEPipeline.compile` does.
-            dtype: a half-precision dtype is taken as the weights were trained: VAE float32, vision tower in the dtype
-                its products ran in, the rest as given. A dict names the dtype of each part, as in diffusers.
+            dtype: float32 if None. A half-precision dtype is taken as the weights were trained: VAE float32, vision
+                tower in the dtype its products ran in, the rest as given. A dict names the dtype of each part, as in
+                diffusers.
 
         Raises CheckpointError if a part, a key or a shape is not as its config says.
         """
         folder = cls.locate(path)
         checkpoint.verify(folder)
+        dtype = torch.float32 if dtype is None else dtype  # or transformers would take that of the file, diffusers not
         as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4
         if as_trained:
             dtype = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}

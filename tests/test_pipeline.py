@@ -539,6 +539,17 @@ def test_a_saved_half_precision_model_is_the_same(half_vision, photos, tmp_path)
     assert torch.equal(made(pipe), made(again))
 
 
+def test_a_model_saved_in_float16_runs_in_float32_unless_told(pipe, lively, photos, tmp_path):
+    load(lively, dtype={"default": torch.float16}).save_pretrained(tmp_path)
+    opened = load(tmp_path)
+    assert {
+        p.dtype for part in opened.components.values() if hasattr(part, "parameters") for p in part.parameters()
+    } == {torch.float32}
+    again = opened("a<imagehere>in the snow", [photos[0]], num_inference_steps=STEPS, output_type="latent").images
+    want = pipe("a<imagehere>in the snow", [photos[0]], num_inference_steps=STEPS, output_type="latent").images
+    assert distance(again, want) < 0.05  # what rounding the weights to float16 does
+
+
 def test_patches_are_the_bare_convolution(pipe):
     latent = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     weight = pipe.transformer.pos_embed.proj.weight[:, :4]
