@@ -25,11 +25,12 @@ from transformers import AutoTokenizer
 
 from mige import inference, latents, training_state
 from mige.averaging import AveragedWeights
-from mige.config import Config, TrainConfig
+from mige.config import Config, ConfigError, TrainConfig
 from mige.dataset import Counters, TrainingBatch, collate
 from mige.diffusion import Diffusion, Loss
 from mige.encoder import set_product_dtype
 from mige.lora import add_lora, save_lora
+from mige.model import MODEL_PREFIXES
 from mige.optimizers import build_optimizers, learning_rate
 from mige.parts import build_parts
 from mige.pipeline import MIGEPipeline
@@ -396,6 +397,22 @@ def check_shardable(settings: TrainConfig, by: str) -> None:
         )
 
 
+def check_sizes(config: Config, pipeline: MIGEPipeline) -> None:
+    """Raise ConfigError if the config describes another model than the one training starts from.
+
+    The VAE is left out: it is not trained, and its scale factor is a fact of its weights.
+    """
+    for part in MODEL_PREFIXES:
+        there = getattr(pipeline, part).config
+        for key, value in getattr(config.model, part).items():
+            found = getattr(there, key, None)
+            if found != value and (type(value) is int or part == "fusion"):  # other facts the libraries may rewrite
+                raise ConfigError(
+                    f"model.{part}.{key} is {value!r}, but {config.train.start} has {found!r}: make them equal, or "
+                    "train fresh weights with train.start=None"
+                )
+
+
 def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     """The pipeline that training starts from: a checkpoint folder, or fresh weights from the seed.
 
@@ -406,6 +423,7 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     dtype = getattr(torch, settings.weights)
     if settings.start is not None:
         pipeline = MIGEPipeline.from_pretrained(settings.start, dtype=dtype)
+        check_sizes(config, pipeline)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)

@@ -281,6 +281,18 @@ def test_bad_records_are_refused_or_logged(tiny_model, tmp_path, caplog):
     assert len(trainer.dataset) == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.transformer.num_layers=3", r"model.transformer.num_layers is 3, but .* has 2: make them equal"),
+        ("model.fusion.eps=1e-5", r"model.fusion.eps is 1e-05, but .* has 1e-06: make them equal"),
+    ],
+)
+def test_a_config_of_another_model_than_the_start_is_refused(tiny_model, tmp_path, change, said):
+    with pytest.raises(config.ConfigError, match=said):
+        build(tiny_model, tmp_path / "run", change)
+
+
 def test_sampling_while_training(tiny_model, tmp_path):
     files = [str(ROOT / "example_data" / "subject.json"), str(ROOT / "example_data" / "edit.json")]
     build(

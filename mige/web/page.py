@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 import torch
 
+from mige.images import save_image
 from mige.records import MOST_REFERENCES, Task
 from mige.web import examples, look
 from mige.web.numbered import MOST_CHARACTERS, RefusedError
@@ -370,18 +371,24 @@ def _make(studio: Studio, job: Job, folder: Path, values: Sequence[Any]) -> Iter
                     previews = [look.preview(image) for image in event.previews]
                 yield gr.skip(), gr.skip(), look.progress(event, time.perf_counter() - started, previews)
             else:
-                yield _save(event, job, folder), event.before, look.done(len(event.pictures), event.seconds)
+                yield *_save(event, job, folder), look.done(len(event.pictures), event.seconds)
 
 
-def _save(made: Made, job: Job, folder: Path) -> list[tuple[str, str]]:
-    """Results as PNG files with their settings: (path, caption)."""
+def _save(made: Made, job: Job, folder: Path) -> tuple[list[tuple[str, str]], str | None]:
+    """Results as PNG files with their settings, (path, caption), and the edited picture as one.
+
+    In a folder of their own: Gradio would write the same picture of two requests over itself while it is fetched.
+    """
     below = Path(tempfile.mkdtemp(dir=folder))
-    saved = []
+    saved, before = [], None
     for picture, settings in zip(made.pictures, made.settings, strict=True):
         path = below / f"mige-{job.api_name}-seed-{settings['seed']}.png"
         save_with_settings(picture, path, settings)
         saved.append((str(path), f"seed {settings['seed']}"))
-    return saved
+    if made.before is not None:
+        before = str(below / "before.png")
+        save_image(made.before, Path(before))
+    return saved, before
 
 
 def _show(results: list[tuple[str, str]], before: str | None) -> list[Any]:
