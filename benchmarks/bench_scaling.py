@@ -1,8 +1,8 @@
 """Training and inference on several GPUs against one: samples/s, scaling efficiency, MFU, memory; resuming on half.
 
-    python benchmarks/bench_scaling.py /tmp/scaling                        # all GPUs of this machine; needs no weights
-    python benchmarks/bench_scaling.py /tmp/scaling --parts speed --modes ddp/t5_frozen
-    python benchmarks/bench_scaling.py /tmp/scaling --config configs/tiny.py --cpu --processes 2   # tries it on a CPU
+    python benchmarks/bench_scaling.py output/scaling                        # all GPUs of this machine; needs no weights
+    python benchmarks/bench_scaling.py output/scaling --parts speed --modes ddp/t5_frozen
+    python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 2   # tries it on a CPU
 
 Full-size random weights are made once in FOLDER (13 GB), then the project's own scripts run on them, launched as a user
 does. Parts:
