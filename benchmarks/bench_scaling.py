@@ -1,6 +1,6 @@
 """Training and inference on several GPUs against one: samples/s, scaling efficiency, MFU, memory; resuming on half.
 
-    python benchmarks/bench_scaling.py output/scaling                        # all GPUs of this machine; needs no weights
+    python benchmarks/bench_scaling.py output/scaling                      # all GPUs of this machine; needs no weights
     python benchmarks/bench_scaling.py output/scaling --parts speed --modes ddp/t5_frozen
     python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 2   # tries it on a CPU
 
