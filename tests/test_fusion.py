@@ -156,16 +156,18 @@ WORLD = {
 }
 
 
-def trainer(start: Path, run: Path, steps: int) -> Trainer:
+def trainer(change: dict, start: Path, run: Path, steps: int) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = WORLD | {"train.start": str(start), "train.steps": steps}
+    known = config.load(TINY).model.fusion  # what a config does not mention is as the start has it
+    settings |= {f"model.fusion.{key}": value for key, value in change.items() if key in known}
     return Trainer(config.load(TINY, [f"{key}={value!r}" for key, value in settings.items()]), run)
 
 
 @CHANGES
 def test_training_stops_and_goes_on_to_the_same_weights(change, tokenizer, tmp_path):
     pipeline(change, tokenizer).save_pretrained(tmp_path / "start")
-    whole = trainer(tmp_path / "start", tmp_path / "whole", 2)
+    whole = trainer(change, tmp_path / "start", tmp_path / "whole", 2)
     gradients = {}
 
     def note(name: str, gradient: Tensor) -> None:
@@ -180,8 +182,8 @@ def test_training_stops_and_goes_on_to_the_same_weights(change, tokenizer, tmp_p
     whole.run()
     assert gradients.keys() == trained and all(value > 0 for value in gradients.values())
 
-    trainer(tmp_path / "start", tmp_path / "parts", 1).run()
-    trainer(tmp_path / "start", tmp_path / "parts", 2).run()
+    trainer(change, tmp_path / "start", tmp_path / "parts", 1).run()
+    trainer(change, tmp_path / "start", tmp_path / "parts", 2).run()
     one, other = (
         MIGEPipeline.from_pretrained(tmp_path / run / "checkpoints" / "step-00000002" / "model").model.state_dict()
         for run in ("whole", "parts")

@@ -146,7 +146,7 @@ def trained(start, records, tmp_path_factory) -> Path:
     file = str(records[0].target.with_name("records.json"))
     settings = TRAINING | {"train.start": str(start), "data.sets": [{"file": file, "weight": 1.0}]}
     AcceleratorState._reset_state(reset_partial_state=True)
-    Trainer(config.load(TINY, [f"{key}={value!r}" for key, value in settings.items()]), run).run()
+    Trainer(config.load(TINY, [*MODEL, *(f"{key}={value!r}" for key, value in settings.items())]), run).run()
     return run / "checkpoints" / f"step-{TRAINING['train.steps']:08d}" / "model"
 
 
