@@ -9,7 +9,7 @@ A case is task/batch/mode. Tasks: subject, edit, subject_edit (whole calls at th
 and decoding included) and dit (one forward pass of that many samples, 96 context positions). Mode: "plain", "naive"
 (every step encodes again: all four picture slots, 256 positions, every branch; a few steps are timed, the rest
 reckoned), or any of these joined by "+": compiled, offload, vae16, t5-8, t5-4 (bits), and, approximate, reuse2, reuse3,
-interval (guidance between model times 200 and 900).
+interval (guidance between model times 200 and 900), fp8 (the DiT's products in 8 bits; with compiled).
 
 After an exact case of the same task and batch, a case says how far it is off: `latent_error`, relative L2 of the final
 latents, and `psnr` of the pictures in dB. Random weights make noise, not pictures: trained ones deviate otherwise.
@@ -50,12 +50,8 @@ PICTURES = ROOT / "example_data" / "images"
 CONTEXT = 96  # positions in the dit cases
 SLOTS = 4  # pictures the released code encodes for every sample
 REBUILT = ("offload", "t5-8", "t5-4")  # options that change the pipeline for good
-APPROXIMATE = {
-    "reuse2": {"reuse": 2},
-    "reuse3": {"reuse": 3},
-    "interval": {"guidance_interval": (200.0, 900.0)},
-}
-OPTIONS = ("plain", "naive", "compiled", "vae16", *REBUILT, *APPROXIMATE)
+APPROXIMATE = {"reuse2": {"reuse": 2}, "reuse3": {"reuse": 3}, "interval": {"guidance_interval": (200.0, 900.0)}}
+OPTIONS = ("plain", "naive", "compiled", "vae16", "fp8", *REBUILT, *APPROXIMATE)
 TABLE = "edit/25/compiled subject/5/compiled edit/1/compiled dit/16/compiled dit/48/compiled edit/1/compiled+offload"
 
 
@@ -77,6 +73,8 @@ class Case:
         if task not in ("dit", *Task) or not set(case.options) <= set(OPTIONS) or case.batch < 1:
             known = f"tasks dit, {', '.join(Task)}; modes {', '.join(OPTIONS)}"
             raise argparse.ArgumentTypeError(f"{text!r}: expected {known}")
+        if "fp8" in case.options and "compiled" not in case.options:
+            raise argparse.ArgumentTypeError(f"{text!r}: fp8 is measured with compiled")
         return case
 
     @property
@@ -208,7 +206,7 @@ class Bench:
                 change = self.pipeline.offload_encoders if option == "offload" else self.pipeline.quantise_text_encoder
                 change(self.device if option == "offload" else int(option[-1]))
         pipeline = self.pipeline
-        pipeline.is_compiled = "compiled" in case.options
+        pipeline.is_compiled, pipeline.is_fp8 = "compiled" in case.options, "fp8" in case.options
         pipeline._fast = None  # what an earlier case captured would count as this one's memory
         pipeline.vae = copy.deepcopy(self.vae).to(self.device)  # rounded weights would stay rounded
         if "vae16" in case.options:
@@ -310,7 +308,7 @@ class Bench:
         x, source = (torch.randn(case.batch, 4, cell, cell, generator=random).to(self.device) for _ in range(2))
         context = torch.randn(case.batch, length, fusion.text_width, generator=random).to(self.device)
         condition, t = Condition(context, None, source), torch.tensor(500.0, device=self.device)
-        denoise = self._forward(transformer, condition, t, "compiled" in case.options)
+        denoise = self._forward(transformer, condition, t, case.options)
         denoise(x, t)
         self._reset_peak()
         repeats = 20 if self.on_gpu else 2
@@ -322,14 +320,15 @@ class Bench:
         if self.args.profile:
             print_kernels(lambda: denoise(x, t), self.on_gpu)
         few = Condition(context[:2], None, source[:2])
-        exact = self._forward(copy.deepcopy(transformer).float(), few, t, compiled=False)(x[:2], t)
-        error = (self._forward(transformer, few, t, "compiled" in case.options)(x[:2], t) - exact).norm() / exact.norm()
+        exact = self._forward(copy.deepcopy(transformer).float(), few, t, [])(x[:2], t)
+        error = (self._forward(transformer, few, t, case.options)(x[:2], t) - exact).norm() / exact.norm()
         return line | {"error_to_float32": float(f"{error.item():.3g}")}
 
-    def _forward(self, transformer: torch.nn.Module, condition: Condition, t: Tensor, compiled: bool) -> Callable:
+    def _forward(self, transformer: torch.nn.Module, condition: Condition, t: Tensor, options: list[str]) -> Callable:
         whole, timestep_dtype = [Branch(1.0, False, False)], self.pipeline.model.timestep_dtype
-        if compiled:
-            return FastDenoiser(transformer, timestep_dtype).start(condition, whole, t.reshape(1))
+        if "compiled" in options:
+            fast = FastDenoiser(transformer, timestep_dtype, "fp8" in options)
+            return fast.start(condition, whole, t.reshape(1))
         model = copy.copy(self.pipeline.model)
         model._modules = {**model._modules, "transformer": transformer}
         return lambda x, t: model.denoise(x, t.expand(len(x)), condition)[:, :4].float()

@@ -101,7 +101,7 @@ class TrainConfig:
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    compile: list[str]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer
+    compile: list[str]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
@@ -118,7 +118,7 @@ class TrainConfig:
         for part in self.gradient_checkpointing:
             _one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
         for part in self.compile:
-            _one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer"))
+            _one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer", "vae"))
         at_least_one = ("steps", "batch_size", "accumulate", "noise_levels", "log_every", "checkpoint_every")
         for name in (*at_least_one, "keep_checkpoints"):
             if getattr(self, name) < 1:

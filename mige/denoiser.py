@@ -6,8 +6,9 @@ sums are compiled (three small kernels; everything else is a library call, so ne
 costs a compilation of minutes), and on a GPU the whole step, all guidance branches and their weighted sum included, is
 replayed as one CUDA graph: the host enqueues a step in well under a millisecond.
 
-One approximation, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
-the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125).
+Two approximations, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
+the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125). With `fp8` the
+products of the blocks are computed in 8 bits (see `mige.fp8`).
 
 Letters: B samples of all branches, N patches, M = B x N tokens, L context positions, C channels, H heads, D channels a
 head, S steps; K blocks.
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mige import guidance
 from mige.condition import Condition
+from mige.fp8 import Fp8Linear
 from mige.guidance import Branch
 
 LENGTHS = (32, 64, 96, 128, 192, 256)
@@ -97,25 +99,25 @@ def attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias: Tensor | None, 
 class Block:
     """The products of one transformer block."""
 
-    qkv: Linear
-    out: Linear
-    cross_q: Linear
-    cross_kv: Linear
-    cross_out: Linear
-    up: Linear
-    down: Linear
+    qkv: Linear | Fp8Linear
+    out: Linear | Fp8Linear
+    cross_q: Linear | Fp8Linear
+    cross_kv: Linear  # computed once a batch: not worth a rounding
+    cross_out: Linear | Fp8Linear
+    up: Linear | Fp8Linear
+    down: Linear | Fp8Linear
 
     @classmethod
-    def of(cls, block: torch.nn.Module) -> "Block":
+    def of(cls, block: torch.nn.Module, product: type[Linear] | type[Fp8Linear]) -> "Block":
         own, cross, mlp = block.attn1, block.attn2, block.ff.net
         return cls(
-            qkv=Linear.of(own.to_q, own.to_k, own.to_v),
-            out=Linear.of(own.to_out[0]),
-            cross_q=Linear.of(cross.to_q),
+            qkv=product.of(own.to_q, own.to_k, own.to_v),
+            out=product.of(own.to_out[0]),
+            cross_q=product.of(cross.to_q),
             cross_kv=Linear.of(cross.to_k, cross.to_v),
-            cross_out=Linear.of(cross.to_out[0]),
-            up=Linear.of(mlp[0].proj),
-            down=Linear.of(mlp[2]),
+            cross_out=product.of(cross.to_out[0]),
+            up=product.of(mlp[0].proj),
+            down=product.of(mlp[2]),
         )
 
 
@@ -153,14 +155,18 @@ class Step:
 
 
 class FastDenoiser:
-    """Built once from a PixArt transformer (weights are shared, except the joined query, key and value matrices).
+    """Built once from a PixArt transformer (weights are shared, except the joined and the rounded matrices).
 
-    Raises ValueError for a transformer with parts that this forward pass lacks.
+    Args:
+        timestep_dtype: what times are rounded to, as the weights were trained.
+        fp8: the blocks' products in 8 bits, an approximation.
+
+    Raises ValueError for a transformer with parts that this forward pass lacks, and as `Fp8Linear.of` does.
     """
 
-    def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype):
+    def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype, fp8: bool = False):
         _check(transformer)
-        self.transformer, self.timestep_dtype = transformer, timestep_dtype
+        self.transformer, self.timestep_dtype, self.fp8 = transformer, timestep_dtype, fp8
         self.heads, self.patch = transformer.config.num_attention_heads, transformer.config.patch_size
         self.steps: dict[tuple, Step] = {}
         self.pool = torch.cuda.graph_pool_handle() if transformer.device.type == "cuda" else None
@@ -170,7 +176,8 @@ class FastDenoiser:
     def _take_weights(self) -> None:
         transformer, latent = self.transformer, self.transformer.config.in_channels // 2
         self.device, self.dtype = transformer.device, transformer.dtype
-        self.blocks = [Block.of(block) for block in transformer.transformer_blocks]
+        product = Fp8Linear if self.fp8 else Linear
+        self.blocks = [Block.of(block, product) for block in transformer.transformer_blocks]
         patches = transformer.pos_embed.proj
         self.patches = Linear(patches.weight.flatten(1), patches.bias)  # columns: channel, row, column of a patch
         # Rows come as (row, column, channel) of a patch; of the channels only the noise estimate's are needed.
@@ -179,9 +186,9 @@ class FastDenoiser:
         self.tables_K6C = torch.stack([block.scale_shift_table for block in transformer.transformer_blocks])
         self.one = torch.ones(transformer.inner_dim, device=self.device, dtype=self.dtype)
 
-    def serves(self, transformer: PixArtTransformer2DModel) -> bool:
-        """Whether this was built from that transformer, in the place and precision it has now."""
-        same = transformer is self.transformer
+    def serves(self, transformer: PixArtTransformer2DModel, fp8: bool) -> bool:
+        """Whether this was built from that transformer, in the place and precision it has now, with that `fp8`."""
+        same = transformer is self.transformer and fp8 == self.fp8
         return same and (transformer.device, transformer.dtype) == (self.device, self.dtype)
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ class Metrics:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.work = 0.0  # useful FLOPs of this process
+        self.samples = 0  # of all processes; each may have several losses
         self.started = time.perf_counter()
 
     def work_a_second(self) -> float:
@@ -54,7 +55,7 @@ class Metrics:
         """The means, samples a second, and what else is given; starts anew."""
         seconds = time.perf_counter() - self.started
         means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
-        result = {**more, **means, "samples_per_second": self.counts["loss"] / seconds}
+        result = {**more, **means, "samples_per_second": self.samples / seconds}
         self._reset()
         return result
 

@@ -104,7 +104,9 @@ class Trainer:
         if settings.trainable == "lora":
             add_lora(model.transformer, settings.lora_rank)
         model.checkpoint_gradients(settings.gradient_checkpointing)
-        model.compile_blocks(settings.compile)
+        model.compile_blocks([part for part in settings.compile if part != "vae"])
+        if "vae" in settings.compile:
+            self.vae.encoder.compile(dynamic=True)  # the number of pictures differs from batch to batch
         model.train()
         if self.zero2:
             given = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -264,6 +266,7 @@ class Trainer:
                 if not math.isfinite(last):
                     self._fail(seen.step, "the gradient is not finite", seen.ids)
             metrics.add(mse, vb, task, time, len(self.diffusion.tables["log_beta"]))
+            metrics.samples += len(mse) // self.config.train.noise_levels
             metrics.work += seen.work
         return last
 

@@ -238,3 +238,33 @@ def test_guidance_only_in_an_interval(folder, photos, uncompiled, compile):
 def test_reuse_needs_the_fast_denoiser(folder):
     with pytest.raises(ValueError, match="reuse must be 1, or more with compile=True, got 2"):
         load(folder)("a cat", num_inference_steps=1, reuse=2)
+
+
+def test_fp8_is_near_and_not_the_same(model, uncompiled):
+    """A few per cent of the noise estimate: at most 2^-4 of a value in each factor. Guidance would enlarge it."""
+    alone = guidance.branches(Task.SUBJECT, 1.0, 1.0)
+    condition = stacked(model, (20, 9), (8, 8), alone)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (FastDenoiser(model.transformer, model.timestep_dtype, fp8) for fp8 in (False, True))
+    for t in TIMES:
+        want, got = (fast.start(condition, alone, TIMES)(x, t) for fast in (exact, rounded))
+        assert 5e-3 < distance(got, want) < 0.06
+    assert exact.serves(model.transformer, False) and not exact.serves(model.transformer, True)
+    light = rounded.start(condition, alone, TIMES, reuse=2)  # together with the other approximation
+    assert torch.equal(light(x, TIMES[0]), rounded.start(condition, alone, TIMES)(x, TIMES[0]))
+    assert light(x, TIMES[1]).isfinite().all()
+
+
+def test_fp8_is_a_choice_of_the_fast_mode(folder, uncompiled):
+    def made(pipe):
+        return pipe("a cat", num_inference_steps=2, output_type="latent").images
+
+    with pytest.raises(ValueError, match="fp8=True needs compile=True"):
+        load(folder, fp8=True)
+    exact, pipe = made(load(folder, compile=True)), load(folder, compile=True, fp8=True)
+    rounded = made(pipe)
+    assert 1e-4 < distance(rounded, exact) < 0.1
+    pipe.compile()  # chosen again: what was built for the other is not used
+    assert torch.equal(made(pipe), exact)
+    pipe.compile(fp8=True)
+    assert torch.equal(made(pipe), rounded)
