@@ -2,14 +2,15 @@
 
     python benchmarks/bench_scaling.py output/scaling                      # all GPUs of this machine; needs no weights
     python benchmarks/bench_scaling.py output/scaling --parts speed --modes ddp/t5_frozen
-    python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 2   # tries it on a CPU
+    python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 1 2   # on a CPU
 
 Full-size random weights are made once in FOLDER (13 GB), then the project's own scripts run on them, launched as a user
 does. Parts:
-    speed      steps of train_mige.py in each mode, on one GPU where it fits and on all; the mean after a warm-up.
-               Efficiency: samples/s of all GPUs over those of one, a GPU.
-    resume     a run on all GPUs and its checkpoint gone on with on half of them, with twice the batch: losses compared.
-    inference  infer.py on one GPU and on all; images/s of the denoising loop with encoding and decoding.
+    speed      steps of train_mige.py in each mode, on one GPU where it fits and on more; the mean after a warm-up.
+               Efficiency: samples/s a GPU over those of one GPU.
+    resume     a run on the most GPUs and its checkpoint gone on with on half of them, with twice the batch: losses
+               compared.
+    inference  infer.py; images/s of the denoising loop with encoding and decoding.
 A line of JSON a measurement; one that fails says so and the next one runs.
 """
 
@@ -67,7 +68,8 @@ def launcher(launch: str, processes: int, cpu: bool) -> list[str]:
     file = "accelerate_config.yaml" if launch == "zero2" else f"configs/accelerate/{launch}.yaml"
     if processes == 1 and launch == "ddp":
         file = "configs/accelerate/one_gpu.yaml"
-    return ["accelerate", "launch", "--config_file", file, "--num_processes", str(processes)]
+    launch_command = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch_command, "--config_file", file, "--num_processes", str(processes)]
 
 
 def train(args: argparse.Namespace, mode: str, processes: int, run: Path, *more: str) -> subprocess.Popen:
@@ -168,7 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where weights and runs go")
     parser.add_argument("--config", type=Path, default=Path("configs/mige_512.py"))
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="all GPUs (%(default)s)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, torch.cuda.device_count()],
+                        help="GPUs to use, number after number (%(default)s)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=["speed", "resume", "inference"],
                         default=["speed", "resume", "inference"])  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -177,14 +180,17 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=300, help="seconds a run may take (%(default)s)")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
-    if args.processes < 2:
-        parser.error(f"--processes is {args.processes}; scaling needs at least 2")
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
+    most = max(args.processes)
+    if "resume" in args.parts and most < 2:
+        parser.error(f"--processes is {args.processes}; the part resume needs 2 or more, the others are --parts")
     make_start(args)
     alone: dict[str, float] = {}
     for mode in args.modes if "speed" in args.parts else ():
-        for processes in (1, args.processes) if mode in WHOLE_ON_ONE else (args.processes,):
+        for processes in args.processes:
+            if processes == 1 and mode not in WHOLE_ON_ONE:
+                continue
             row = speed(args, mode, processes)
             rate = row.get("samples_per_second")
             if processes == 1 and rate:
@@ -193,8 +199,8 @@ def main() -> None:
                 row["efficiency"] = round(rate / processes / alone[mode], 3)
             print(json.dumps(row), flush=True)
     if "resume" in args.parts:
-        print(json.dumps(resume(args, args.processes)), flush=True)
-    for processes in (1, args.processes) if "inference" in args.parts else ():
+        print(json.dumps(resume(args, most)), flush=True)
+    for processes in args.processes if "inference" in args.parts else ():
         print(json.dumps(inference(args, processes)), flush=True)
 
 
