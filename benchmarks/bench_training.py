@@ -76,7 +76,8 @@ TABLE = [
 def make_optimizer(settings: TrainConfig, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     if name != "torchao":
         ours = "adamw" if name == "fused" else "adamw_bf16"
-        return build_optimizer(dataclasses.replace(settings, optimizer=ours, weights="bfloat16"), parameters)
+        chosen = dataclasses.replace(settings, optimizer=ours, weights="bfloat16")
+        return build_optimizer(chosen, parameters, parameters[0].device)
     from torchao.optim import _AdamW
 
     options = dict(betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)

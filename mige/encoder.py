@@ -76,8 +76,8 @@ class MultimodalEncoder(nn.Module):
         """
         pictures_RQC = self.see(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, pictures_RQC)
-        context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=mask_BL).last_hidden_state
-        return context_BLC, mask_BL
+        context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=_additive(mask_BL, embeds_BLC.dtype))
+        return context_BLC.last_hidden_state, mask_BL
 
     def see(self, vision_RCHW: Tensor, patches_RNC: Tensor) -> Tensor:
         """Pictures [R, 3, 224, 224] and patch features [R, N, 1152] -> text-like tokens [R, Q, 4096]."""
@@ -118,27 +118,38 @@ class MultimodalEncoder(nn.Module):
     def _layout(self, instructions: Sequence[Instruction]) -> np.ndarray:
         """Word ids, places in the row of all picture tokens (R x Q where there is none) and mask, int64 [3, B, L]."""
         many, limit = self.fusion.config.num_queries, self.fusion.config.max_tokens
-        none = many * sum(instruction.pictures for instruction in instructions)
-        rows, first = [], 0
-        for instruction in instructions:
-            words, slots = list(instruction.segments[0]), [none] * len(instruction.segments[0])
+        gap, words, starts = [_PAD] * many, [], []  # `starts`: row and first position of every picture
+        for row, instruction in enumerate(instructions):
+            line = list(instruction.segments[0])
             for segment in instruction.segments[1:]:
-                words += [_PAD] * many + list(segment)
-                slots += [*range(first, first + many), *[none] * len(segment)]
-                first += many
-            rows.append((words[:limit], slots[:limit]))
-        longest = max(len(words) for words, _ in rows)
-        longest = min(limit, longest + -longest % self.pad_to)
-        layout = np.zeros((3, len(rows), longest), dtype=np.int64)
-        layout[0], layout[1] = _PAD, none
-        for row, (words, slots) in enumerate(rows):
-            layout[:, row, : len(words)] = words, slots, np.ones(len(words))
-        return layout
+                starts.append((row, len(line)))
+                line += gap
+                line += segment
+            words.append(line)
+        lengths = np.array([len(line) for line in words])
+        longest, used = int(lengths.max()), np.minimum(lengths, limit)
+        place = np.arange(max(longest, limit + self.pad_to))
+        layout = np.empty((3, len(words), len(place)), dtype=np.int64)
+        layout[0], layout[1], layout[2] = _PAD, many * len(starts), place < used[:, None]
+        layout[0][place < lengths[:, None]] = [word for line in words for word in line]
+        rows, firsts = np.array(starts, dtype=np.int64).reshape(-1, 2).T[:, :, None]
+        tokens = np.arange(many * len(starts)).reshape(len(starts), many)
+        layout[1][rows, firsts + np.arange(many)] = tokens
+        longest = int(used.max())
+        return layout[:, :, : min(limit, longest + -longest % self.pad_to)].copy()
 
     def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:
         """Word embeddings [B, L, 4096], looked up where the table lies: it may be off the device just now."""
         table = self.text_encoder.get_input_embeddings().weight
         return F.embedding(ids_BL.to(table.device), table).to(like.device, like.dtype)
+
+
+def _additive(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, L] to add to attention scores: 0 for valid positions, else the dtype's least number.
+
+    What transformers makes of `mask_BL` itself, but for a look whether all are valid, which waits for the GPU.
+    """
+    return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(mask_BL == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -21,22 +21,24 @@ def learning_rate(config: TrainConfig, step: int, samples_a_step: int) -> float:
     return full * min(1.0, rising, falling)
 
 
-def build_optimizers(config: TrainConfig, model: MIGEModel) -> list[torch.optim.Optimizer]:
-    """What `config.optimizer` names, over all trained values.
+def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device) -> list[torch.optim.Optimizer]:
+    """What `config.optimizer` names, over all trained values; `device`: where they will be when it steps.
 
     "muon" takes the matrices of the repeated blocks and leaves the rest to AdamW; the others are one optimiser.
     """
     if config.optimizer != "muon":
-        return [build_optimizer(config, model.parameters())]
+        return [build_optimizer(config, model.parameters(), device)]
     hidden = {id(p) for block in model.blocks() for p in block.parameters() if p.ndim == 2 and p.requires_grad}
     matrices = [p for p in model.parameters() if id(p) in hidden]
     others = [p for p in model.parameters() if id(p) not in hidden]
     muon = BatchedMuon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
     rest = "adamw_bf16" if config.weights == "bfloat16" else "adamw"
-    return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others)]
+    return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others, device)]
 
 
-def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
     """AdamW with decay on every parameter, norms and biases too, as the released weights were trained.
 
     "adamw" keeps its moments in the weights' dtype. On bfloat16 weights its updates, a millionth of the value, would
@@ -46,7 +48,8 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     parameters = [p for p in parameters if p.requires_grad]
     options = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=all(p.is_cuda for p in parameters), **options)
+        # The parameters may still be on the CPU: DeepSpeed moves them, and unfused steps of its flat ones take 10 GB.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
     if config.optimizer == "adamw_bf16":
         return StochasticAdamW(parameters, seed=config.seed, **options)
     from bitsandbytes.optim import AdamW8bit  # extra: pip install 'mige[bitsandbytes]'

@@ -98,7 +98,7 @@ class Trainer:
         self.pipeline.vae.to(self.device).requires_grad_(False)
         self.vae = self.pipeline.vae
         if self.config.data.world and self.accelerator.mixed_precision == "bf16":  # encodes anew at every step: be fast
-            self.vae = copy.deepcopy(self.vae).bfloat16()
+            self.vae = copy.deepcopy(self.vae).to(torch.bfloat16, memory_format=torch.channels_last)
         model = self.pipeline.model
         model.freeze(settings.trainable)
         if settings.trainable == "lora":
@@ -120,7 +120,7 @@ class Trainer:
             self.accelerator.state.fsdp_plugin.ignored_modules = [tower.embeddings, tower.encoder]
         frozen = [(p, p.data) for p in model.encoder.image_encoder.parameters() if not p.requires_grad]
         self.plain, self.work, self.queries = model, {}, self.pipeline.fusion.config.num_queries
-        self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model))
+        self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model, self.device))
         if self.zero2:  # it casts all there is; the frozen tower has a precision of its own
             for parameter, data in frozen:
                 parameter.data = data.to(self.device)
@@ -189,6 +189,7 @@ class Trainer:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_sigterm,
         )
 
     def _train_step(self, batches) -> None:
@@ -376,6 +377,11 @@ class Trainer:
             return self.stopping  # asking the GPU would wait for it
         flag = torch.tensor([self.stopping], device=self.device)
         return bool(self.accelerator.gather(flag).any())
+
+
+def _ignore_sigterm(_: int) -> None:
+    """For the data loader's workers: a scheduler signals the whole process group, and they must outlive the save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def log_to(path: Path) -> None:

@@ -60,3 +60,13 @@ def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, tmp_path):
     assert before.tokenizer("a cat").input_ids == after.tokenizer("a cat").input_ids
     assert any(not torch.equal(value, after.vae.state_dict()[key]) for key, value in before.vae.state_dict().items())
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
+
+
+def test_another_vae_takes_its_place_untrained(tiny_model, tmp_path):
+    other = with_posterior(MIGEPipeline.from_pretrained(tiny_model).vae, 0.5, 0.1)
+    other.save_pretrained(tmp_path / "vae")
+    none = ("--vae", tmp_path / "vae", "--steps", 0, "--batch", 4, "--workers", 0, "--device", "cpu")
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *none)
+    after = MIGEPipeline.from_pretrained(tmp_path / "on").vae
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in after.state_dict().items())
+    assert math.isclose(after.config.scaling_factor, 10, rel_tol=0.01)  # its latents are noise of deviation 0.1

@@ -46,7 +46,11 @@ def command(model: Path, run: Path, *more: str) -> list[str]:
 
 def start(model: Path, run: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *command(model, run, *more)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, *command(model, run, *more)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a process group of its own
     )
 
 
@@ -98,10 +102,10 @@ def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, 
     assert training_state.finished(run)[-1].name in ("step-00000003", "step-00000006")  # never the half-written one
     assert left_over or training_state.finished(run)[-1].name == "step-00000006"
 
-    process = start(tiny_model, run, *STEPS)  # 3: asked to stop
+    process = start(tiny_model, run, *STEPS, "data.workers=2")  # 3: asked to stop, as schedulers do it: workers too
     wait_until(lambda: len(metrics(run)) >= 7, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == PREEMPTED
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == PREEMPTED, process.stderr.read().decode()
 
     process = start(tiny_model, run, *STEPS)
     assert process.wait() == 0, process.stderr.read().decode()

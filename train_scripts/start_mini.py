@@ -3,10 +3,12 @@
     python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
     python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1
     python train_scripts/start_mini.py output/mini/on --go-on output/pretrained_models/mige-mini --seconds 150
+    python train_scripts/start_mini.py output/mini/on --go-on output/pretrained_models/mige-mini --vae VAE --steps 0
 
 In the first line the VAE is trained for the error of its reconstructions, with a slight pull of its latents to a
 standard normal; its weights are averaged, and its scale factor is set so that scaled latents have variance 1. The
-second takes tokenizer and VAE of a model and trains nothing. The third trains the VAE of a model and keeps all else.
+second takes tokenizer and VAE of a model and trains nothing. The third trains the VAE of a model and keeps all else;
+the fourth puts another VAE in its place.
 """
 
 import argparse
@@ -67,9 +69,11 @@ def noise_share(vae: AutoencoderKL, pictures: Tensor) -> float:
 
 
 def train_vae(vae: AutoencoderKL, args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Trains in place; returns the curve."""
+    """Trains in place; returns the curve, whose last entry tells of the end, also of no steps."""
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     held_out = draw(stack([Pictures(10_001, sprites.split()[1])[i] for i in range(64)]), device)
+    if args.steps == 0:
+        return [{"step": 0, "psnr_unseen": round(psnr(vae, held_out), 2), "noise_share": noise_share(vae, held_out)}]
     loader = DataLoader(
         Pictures(10_000, sprites.split()[0]),
         batch_size=args.batch // 2,
@@ -131,12 +135,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
     parser.add_argument("--config", default="configs/mini.py")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh parts (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=20_000, help="of the VAE's training (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--vae", type=Path, help="go on with this one instead of a fresh one")
     given.add_argument("--go-on", type=Path, help="go on with the VAE of this checkpoint folder, keep its other parts")
     given.add_argument("--from-model", type=Path, help="take tokenizer and VAE of this checkpoint folder as they are")
+    parser.add_argument("--vae", type=Path, help="go on with this one instead")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=8)
@@ -151,10 +155,9 @@ def main() -> None:
     if args.go_on is not None:
         pipeline = MIGEPipeline.from_pretrained(args.go_on, dtype=torch.float32)
     else:
-        parts = fresh_parts(sizes, args.seed)
-        if args.vae is not None:
-            parts["vae"] = AutoencoderKL.from_pretrained(args.vae)
-        pipeline = MIGEPipeline(**parts, tokenizer=None, scheduler=DPMSolver2M())
+        pipeline = MIGEPipeline(**fresh_parts(sizes, args.seed), tokenizer=None, scheduler=DPMSolver2M())
+    if args.vae is not None:
+        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32))
     curve = train_vae(pipeline.vae, args, device)
     pipeline.vae.eval()
     set_scale(pipeline.vae, device)

@@ -5,7 +5,7 @@ Letters: P pictures, S places for subjects, N pictures or subjects drawn in one 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -86,6 +86,10 @@ class Scenes:
     place: Tensor
     colour: Tensor
 
+    def pin_memory(self) -> "Scenes":
+        """Called by the data loader, for fast copies to a GPU."""
+        return Scenes(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
     @classmethod
     def stack(cls, scenes: Sequence[Scene]) -> "Scenes":
         many = len(scenes)
@@ -108,19 +112,23 @@ def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -
     Everything that decides the shapes of the work is read on the CPU, so that a GPU is never waited for.
     """
     device = torch.device(device)
+    kinds = scenes.background.unique().tolist()
+    there, big = scenes.sprite >= 0, scenes.place[..., 2] > sprites.BIG_FROM  # [P, S]
+    layers = [(sheet, slot) for slot in range(MOST) for sheet in range(2)]
+    chosen = [scenes.background == kind for kind in kinds]
+    chosen += [(there & (~big if sheet else big))[:, slot] for sheet, slot in layers]
+    rows = _upload([one.nonzero().flatten() for one in chosen], device)
     canvas = torch.empty(len(scenes.background), 3, side, side, device=device)
-    variant = scenes.variant.to(device, non_blocking=True)
-    for kind in scenes.background.unique().tolist():
-        rows = _upload((scenes.background == kind).nonzero().flatten(), device)
-        canvas[rows] = backgrounds.draw(kind, variant[rows], side)
-    place, colour, sprite = (t.to(device, non_blocking=True) for t in (scenes.place, scenes.colour, scenes.sprite))
-    for slot in range(MOST):
-        there, big = scenes.sprite[:, slot] >= 0, scenes.place[:, slot, 2] > sprites.BIG_FROM
-        for sheet, chosen in zip(sprites.sheets(device), (there & big, there & ~big), strict=True):
-            if chosen.any():
-                rows = _upload(chosen.nonzero().flatten(), device)
-                layer = _layer(sheet[sprite[rows, slot]], place[rows, slot], colour[rows, slot], side)
-                canvas[rows] = canvas[rows] * (1 - layer[:, 3:]) + layer[:, :3]
+    variant, place, colour, sprite = (
+        t.to(device, non_blocking=True) for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite)
+    )
+    for kind, here in zip(kinds, rows, strict=False):
+        canvas[here] = backgrounds.draw(kind, variant[here], side)
+    sheets = sprites.sheets(device)
+    for (sheet, slot), here in zip(layers, rows[len(kinds) :], strict=True):
+        if len(here):
+            layer = _layer(sheets[sheet][sprite[here, slot]], place[here, slot], colour[here, slot], side)
+            canvas[here] = canvas[here] * (1 - layer[:, 3:]) + layer[:, :3]
     return canvas * 2 - 1
 
 
@@ -141,5 +149,8 @@ def _layer(drawings: Tensor, place: Tensor, colour: Tensor, side: int) -> Tensor
     return torch.cat([painted, layer[:, 3:]], dim=1)
 
 
-def _upload(rows: Tensor, device: torch.device) -> Tensor:
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+def _upload(rows: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Several lists of row numbers in one copy; from pinned memory, since a plain copy would wait for the GPU."""
+    joined = torch.cat(rows)
+    joined = joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
+    return joined.split([len(one) for one in rows])

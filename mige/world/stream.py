@@ -38,7 +38,7 @@ class WorldBatch:
 
     def pin_memory(self) -> "WorldBatch":
         """Called by the data loader, for fast copies to a GPU."""
-        return replace(self, batch=self.batch.pin_memory())
+        return replace(self, batch=self.batch.pin_memory(), scenes=self.scenes.pin_memory())
 
 
 def _vision(pixels_RCHW: Tensor, size: int) -> Tensor:
