@@ -6,7 +6,7 @@
 Random weights make noise, so what bench_inference.py measures of speed is joined here with cases of the mini-bench
 (`mige.world.bench`), half of them about unseen subjects. The reference is the exact mode ("compiled") in float32; every
 setting starts from the same noise. A setting is mode/steps, the modes as bench_inference.py writes them; beside
-those, "bfloat16": the model in that precision, as fp8 has it anyway and the full-size model runs.
+those, "bfloat16": the model in that precision, as the full-size model runs.
 
 A line of JSON a setting. `latent_error`: relative L2 of the final latents, median over cases, and its 95th percentile.
 `psnr`: of the pictures, mean over cases in dB, with its 95 % interval; 120 is the same picture. `success`,
@@ -36,11 +36,10 @@ from mige.world.scenes import SIDE, Scenes, draw
 
 GUIDANCE = {"text_guidance": 2.0, "source_guidance": 1.0}  # the mini-bench's
 VERDICTS = ("success", "identity", "background")
-OPTIONS = ("plain", "compiled", "bfloat16", "fp8", "vae16", *APPROXIMATE)
+OPTIONS = ("plain", "compiled", "bfloat16", "vae16", *APPROXIMATE)
 TABLE = (
     "compiled/1000 compiled/60 compiled/30 compiled/20 compiled/10 compiled+vae16/60 compiled+reuse2/60 "
-    "compiled+reuse3/60 compiled+interval/60 compiled+reuse2+interval/60 compiled+bfloat16/60 compiled+fp8/60 "
-    "compiled+fp8+reuse2+interval/60"
+    "compiled+reuse3/60 compiled+interval/60 compiled+reuse2+interval/60 compiled+bfloat16/60"
 )
 
 
@@ -60,8 +59,6 @@ class Setting:
             raise argparse.ArgumentTypeError(f"{text!r} is not mode/steps") from error
         if not setting.options <= set(OPTIONS) or setting.steps < 1:
             raise argparse.ArgumentTypeError(f"{text!r}: expected at least a step and modes of {', '.join(OPTIONS)}")
-        if "fp8" in setting.options and "compiled" not in setting.options:
-            raise argparse.ArgumentTypeError(f"{text!r}: fp8 is measured with compiled")
         return setting
 
     @property
@@ -70,7 +67,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.options & {"bfloat16", "fp8"} else torch.float32
+        return torch.bfloat16 if "bfloat16" in self.options else torch.float32
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Maker:
     def make(self, setting: Setting) -> Made:
         pipeline = self._pipeline(setting.dtype)
         changes = {name: value for option in setting.options for name, value in APPROXIMATE.get(option, {}).items()}
-        pipeline.is_compiled, pipeline.is_fp8 = "compiled" in setting.options, "fp8" in setting.options
+        pipeline.is_compiled = "compiled" in setting.options
         pipeline._fast, pipeline.vae = None, copy.deepcopy(self.vae)  # rounded weights would stay rounded
         if "vae16" in setting.options:
             pipeline.halve_vae()

@@ -2,17 +2,24 @@
 
     python benchmarks/bench_inference.py                     # the table, on one GPU; needs no weights and no data
     python benchmarks/bench_inference.py --naive             # beside it, what the released code computes
-    python benchmarks/bench_inference.py --cases edit/1/compiled+offload dit/16/compiled --time-limit 240
+    python benchmarks/bench_inference.py --cases dit/16/compiled edit/25/compiled@20 --time-limit 240
+    python benchmarks/bench_inference.py --cases edit/1/compiled+offload --phases
     python benchmarks/bench_inference.py --tiny --steps 3    # a twin of a few hundred thousand values, on a CPU
 
-A case is task/batch/mode. Tasks: subject, edit, subject_edit (whole calls at the official steps and scales, encoding
-and decoding included) and dit (one forward pass of that many samples, 96 context positions). Mode: "plain", "naive"
-(every step encodes again: all four picture slots, 256 positions, every branch; a few steps are timed, the rest
-reckoned), or any of these joined by "+": compiled, offload, vae16, t5-8, t5-4 (bits), and, approximate, reuse2, reuse3,
-interval (guidance between model times 200 and 900), fp8 (the DiT's products in 8 bits; with compiled).
+A case is task/batch/mode, or task/batch/mode@steps. Tasks: subject, edit, subject_edit (whole calls at the official
+steps and scales, encoding and decoding included) and dit (one forward pass of that many samples, 96 context positions;
+no steps). Mode: "plain", "naive" (every step encodes again: all four picture slots, 256 positions, every branch; a few
+steps are timed, the rest reckoned), or any of these joined by "+": compiled, offload, vae16, t5-8, t5-4 (bits), and,
+approximate, reuse2, reuse3, interval (guidance between model times 200 and 900). Modes that rebuild the pipeline
+(offload, t5-8, t5-4) come last.
 
-After an exact case of the same task and batch, a case says how far it is off: `latent_error`, relative L2 of the final
-latents, and `psnr` of the pictures in dB. Random weights make noise, not pictures: trained ones deviate otherwise.
+After an exact case of the same task, batch and steps, a case says how far it is off: `latent_error`, relative L2 of the
+final latents, and `psnr` of the pictures in dB. Random weights make noise, not pictures: trained ones deviate
+otherwise.
+
+`peak_gib`: what whole calls, the first one and its captures included, took from the device ("call"); of a dit or a
+naive case the steps alone ("denoise"). --phases makes one more call that waits between encode, denoise, decode and
+to_pil: milliseconds of each, and its peak from an empty cache on.
 
 FLOPs: branches x steps x DiT and the encoders once, as the exact computation needs them; the VAE is not counted, keys
 and values of the context (1 % of the DiT) count at every step though "compiled" keeps them. The share is of the card's
@@ -51,38 +58,50 @@ CONTEXT = 96  # positions in the dit cases
 SLOTS = 4  # pictures the released code encodes for every sample
 REBUILT = ("offload", "t5-8", "t5-4")  # options that change the pipeline for good
 APPROXIMATE = {"reuse2": {"reuse": 2}, "reuse3": {"reuse": 3}, "interval": {"guidance_interval": (200.0, 900.0)}}
-OPTIONS = ("plain", "naive", "compiled", "vae16", "fp8", *REBUILT, *APPROXIMATE)
-TABLE = "edit/25/compiled subject/5/compiled edit/1/compiled dit/16/compiled dit/48/compiled edit/1/compiled+offload"
+OPTIONS = ("plain", "naive", "compiled", "vae16", *REBUILT, *APPROXIMATE)
+TABLE = "dit/16/compiled dit/48/compiled edit/1/compiled subject/5/compiled edit/25/compiled edit/1/compiled+offload"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, written "edit/25/compiled"."""
+    """What is measured, written "edit/25/compiled" or, with its own number of steps, "edit/25/compiled@20"."""
 
     task: str
     batch: int
     mode: str
+    steps: int | None = None
 
     @classmethod
     def read(cls, text: str) -> "Case":
         try:
-            task, batch, mode = text.split("/")
-            case = cls(task, int(batch), mode)
+            name, at, steps = text.partition("@")
+            task, batch, mode = name.split("/")
+            case = cls(task, int(batch), mode, int(steps) if at else None)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not task/batch/mode") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not task/batch/mode or task/batch/mode@steps") from error
         if task not in ("dit", *Task) or not set(case.options) <= set(OPTIONS) or case.batch < 1:
             known = f"tasks dit, {', '.join(Task)}; modes {', '.join(OPTIONS)}"
             raise argparse.ArgumentTypeError(f"{text!r}: expected {known}")
-        if "fp8" in case.options and "compiled" not in case.options:
-            raise argparse.ArgumentTypeError(f"{text!r}: fp8 is measured with compiled")
+        if case.steps is not None and (task == "dit" or case.steps < 1):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a step at least, and none in a dit case")
         return case
 
     @property
     def options(self) -> list[str]:
         return self.mode.split("+")
 
-    def __str__(self) -> str:
+    @property
+    def rebuilds(self) -> list[str]:
+        """Its options that change the pipeline for good."""
+        return sorted(set(self.options) & set(REBUILT))
+
+    @property
+    def name(self) -> str:
+        """Without the steps, which a line has beside it."""
         return f"{self.task}/{self.batch}/{self.mode}"
+
+    def __str__(self) -> str:
+        return self.name if self.steps is None else f"{self.name}@{self.steps}"
 
 
 # ---- the pipeline and its inputs -------------------------------------------------------------------------------------
@@ -185,9 +204,9 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.on_gpu = self.device.type == "cuda"
         self.rate = matrix_rate(self.device)
-        self.pipeline, self.changed = random_pipeline(args), set()
+        self.pipeline, self.changed = random_pipeline(args), []
         self.vae = copy.deepcopy(self.pipeline.vae).to("cpu")
-        self.exact: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # latents and pixels by task and batch
+        self.exact: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}  # latents, pixels by task, batch and steps
 
     def measure(self, case: Case) -> dict:
         self._prepare(case)
@@ -197,16 +216,15 @@ class Bench:
         return (self._naive if case.mode == "naive" else self._call)(case, chosen, draw(self.pipeline, chosen))
 
     def _prepare(self, case: Case) -> None:
-        wanted = set(case.options) & set(REBUILT)
-        if wanted != self.changed:
+        if case.rebuilds != self.changed:
             self.pipeline = None
             gc.collect()
-            self.pipeline, self.changed = random_pipeline(self.args), wanted
-            for option in sorted(wanted, reverse=True):  # bits before off-loading
+            self.pipeline, self.changed = random_pipeline(self.args), case.rebuilds
+            for option in reversed(case.rebuilds):  # bits before off-loading
                 change = self.pipeline.offload_encoders if option == "offload" else self.pipeline.quantise_text_encoder
                 change(self.device if option == "offload" else int(option[-1]))
         pipeline = self.pipeline
-        pipeline.is_compiled, pipeline.is_fp8 = "compiled" in case.options, "fp8" in case.options
+        pipeline.is_compiled = "compiled" in case.options
         pipeline._fast = None  # what an earlier case captured would count as this one's memory
         pipeline.vae = copy.deepcopy(self.vae).to(self.device)  # rounded weights would stay rounded
         if "vae16" in case.options:
@@ -214,7 +232,7 @@ class Bench:
         gc.collect()
 
     def _call(self, case: Case, chosen: list[Sample], noise: list[SampleNoise]) -> dict:
-        steps, made = self.args.steps or TASKS[case.task].steps, None
+        steps, made = self._steps(case), None
         settings = {name: value for option in case.options for name, value in APPROXIMATE.get(option, {}).items()}
 
         def call() -> None:
@@ -224,16 +242,18 @@ class Bench:
             images.to_pil(pixels)  # arrives on the CPU, so the GPU has finished
             made = final, pixels
 
+        self._reset_peak()  # here, because a timed call after it would be slower: it empties the cache
         first, *seconds = [self._seconds(call) for _ in range(1 + self.args.repeats)]
-        return self._line(case, chosen, steps, statistics.median(seconds)) | {
-            "first_call_seconds": round(first, 2),
-            **self._deviation(case, *(tensor.cpu() for tensor in made)),
-            **self._phases(chosen, noise, steps, settings),
-        }
+        line = self._line(case, chosen, steps, statistics.median(seconds)) | {"first_call_seconds": round(first, 2)}
+        line |= self._deviation(case, steps, *(tensor.cpu() for tensor in made)) | {"peak_gib": {"call": self._peak()}}
+        if self.args.phases:
+            line["ms"], peaks = self._phases(chosen, noise, steps, settings)
+            line["peak_gib"] |= peaks
+        return line
 
-    def _deviation(self, case: Case, latents: Tensor, pixels: Tensor) -> dict:
-        """From the first exact case of this task and batch, which this one may be."""
-        key = case.task, case.batch
+    def _deviation(self, case: Case, steps: int, latents: Tensor, pixels: Tensor) -> dict:
+        """From the first exact case of this task, batch and number of steps, which this one may be."""
+        key = case.task, case.batch, steps
         if key not in self.exact:
             if set(case.options) <= {"plain", "compiled", "offload"}:
                 self.exact[key] = latents, pixels
@@ -244,7 +264,9 @@ class Bench:
         return {"latent_error": float(f"{((latents - wanted).norm() / wanted.norm()).item():.3g}"),
                 "psnr": round(psnr.item(), 1)}  # fmt: skip
 
-    def _phases(self, chosen: list[Sample], noise: list[SampleNoise], steps: int, settings: dict) -> dict:
+    def _phases(
+        self, chosen: list[Sample], noise: list[SampleNoise], steps: int, settings: dict
+    ) -> tuple[dict[str, float], dict[str, float | None]]:
         """Milliseconds and peak GiB of every phase of one more call, waiting between them."""
         pipeline, official = self.pipeline, TASKS[chosen[0].task]
         branches = guidance.branches(chosen[0].task, official.guidance, official.source_guidance)
@@ -263,11 +285,11 @@ class Bench:
                 self._wait()
                 spent[name] = round(1000 * (time.perf_counter() - started), 1)
                 peaks[name] = self._peak()
-        return {"ms": spent, "peak_gib": peaks}
+        return spent, peaks
 
     @torch.no_grad()
     def _naive(self, case: Case, chosen: list[Sample], noise: list[SampleNoise]) -> dict:
-        pipeline, steps = self.pipeline, self.args.steps or TASKS[case.task].steps
+        pipeline, steps = self.pipeline, self._steps(case)
         denoise = naive_denoiser(pipeline, chosen, noise)
         start = torch.stack([n.latent for n in noise]).to(self.device)
         times = [torch.tensor(t, device=self.device) for t in (999.0, 500.0, 1.0)]
@@ -278,6 +300,9 @@ class Bench:
         ends += self._seconds(lambda: images.to_pil(pipeline.decode(start)))
         line = self._line(case, chosen, steps, steps * a_step + ends)
         return line | {"seconds_a_step": round(a_step, 4), "reckoned": True, "peak_gib": {"denoise": self._peak()}}
+
+    def _steps(self, case: Case) -> int:
+        return case.steps or self.args.steps or TASKS[case.task].steps
 
     def _line(self, case: Case, chosen: list[Sample], steps: int, seconds: float) -> dict:
         """The table's columns, from the median seconds of a whole call."""
@@ -290,7 +315,7 @@ class Bench:
             by_part = self._flops(context, len(sample.references))
             work += sum(by_part.values()) + (branches * steps - 1) * by_part["transformer"]
         return {
-            "case": str(case),
+            "case": case.name,
             "steps": steps,
             "seconds": round(seconds, 3),
             "seconds_an_image": round(seconds / case.batch, 4),
@@ -308,27 +333,26 @@ class Bench:
         x, source = (torch.randn(case.batch, 4, cell, cell, generator=random).to(self.device) for _ in range(2))
         context = torch.randn(case.batch, length, fusion.text_width, generator=random).to(self.device)
         condition, t = Condition(context, None, source), torch.tensor(500.0, device=self.device)
-        denoise = self._forward(transformer, condition, t, case.options)
+        denoise = self._forward(transformer, condition, t, "compiled" in case.options)
         denoise(x, t)
         self._reset_peak()
         repeats = 20 if self.on_gpu else 2
         seconds = self._seconds(lambda: [denoise(x, t) for _ in range(repeats)]) / repeats
         work = case.batch * self._flops(length, 0)["transformer"]
-        line = {"case": str(case), "ms": round(1000 * seconds, 3), "ms_a_sample": round(1000 * seconds / case.batch, 3)}
+        line = {"case": case.name, "ms": round(1000 * seconds, 3), "ms_a_sample": round(1000 * seconds / case.batch, 3)}
         line |= {"tflop_a_sample": round(work / case.batch / 1e12, 3), **self._speed(work / seconds)}
         line["peak_gib"] = {"denoise": self._peak()}
         if self.args.profile:
             print_kernels(lambda: denoise(x, t), self.on_gpu)
         few = Condition(context[:2], None, source[:2])
-        exact = self._forward(copy.deepcopy(transformer).float(), few, t, [])(x[:2], t)
-        error = (self._forward(transformer, few, t, case.options)(x[:2], t) - exact).norm() / exact.norm()
+        exact = self._forward(copy.deepcopy(transformer).float(), few, t, compiled=False)(x[:2], t)
+        error = (self._forward(transformer, few, t, "compiled" in case.options)(x[:2], t) - exact).norm() / exact.norm()
         return line | {"error_to_float32": float(f"{error.item():.3g}")}
 
-    def _forward(self, transformer: torch.nn.Module, condition: Condition, t: Tensor, options: list[str]) -> Callable:
+    def _forward(self, transformer: torch.nn.Module, condition: Condition, t: Tensor, compiled: bool) -> Callable:
         whole, timestep_dtype = [Branch(1.0, False, False)], self.pipeline.model.timestep_dtype
-        if "compiled" in options:
-            fast = FastDenoiser(transformer, timestep_dtype, "fp8" in options)
-            return fast.start(condition, whole, t.reshape(1))
+        if compiled:
+            return FastDenoiser(transformer, timestep_dtype).start(condition, whole, t.reshape(1))
         model = copy.copy(self.pipeline.model)
         model._modules = {**model._modules, "transformer": transformer}
         return lambda x, t: model.denoise(x, t.expand(len(x)), condition)[:, :4].float()
@@ -377,16 +401,16 @@ def print_kernels(work: Callable, on_gpu: bool, rows: int = 20) -> None:
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("case", "steps", "seconds_an_image", "images_a_second", "ms_a_sample", "tflops", "share", "peak_gib",
-           "latent_error", "psnr")  # fmt: skip
+COLUMNS = ("case", "steps", "seconds_an_image", "images_a_second", "ms_a_sample", "tflops", "share", "call_gib",
+           "denoise_gib", "latent_error", "psnr")  # fmt: skip
 
 
 def table(lines: list[dict]) -> str:
     """The measured lines as Markdown."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for line in lines:
-        peak = line.get("peak_gib", {}).get("denoise")
-        cells = {**line, "peak_gib": peak, "share": line.get("share") and f"{line['share']:.1%}"}
+        peaks = {f"{phase}_gib": gib for phase, gib in line["peak_gib"].items()}
+        cells = {**line, **peaks, "share": line["share"] and f"{line['share']:.1%}"}
         rows.append([str(cells[name]) if cells.get(name) is not None else "-" for name in COLUMNS])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -399,8 +423,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--steps", type=int, help="default: the official ones of the task")
+    parser.add_argument("--steps", type=int, help="of cases that name none; default: the official ones of the task")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls after a first one; the median counts")
+    parser.add_argument("--phases", action="store_true", help="one more call: time and memory of every phase")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no case is begun")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a dit case's forward pass")
     parser.add_argument("--output", type=Path, help="file that the lines are appended to as well")
@@ -410,6 +435,7 @@ def parse() -> argparse.Namespace:
     if args.naive:
         tasks = {(case.task, case.batch): None for case in args.cases if case.task != "dit"}
         args.cases += [Case(*key, "naive") for key in tasks]
+    args.cases.sort(key=lambda case: case.rebuilds)  # a pipeline of each kind is built once, the untouched one first
     return args
 
 

@@ -57,7 +57,7 @@ def main() -> None:
         paths = [Path(folder) / f"{n}.png" for n in range(args.pictures)]
         for n, path in enumerate(paths):
             noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(path)
+            Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
         for network in networks:
             pixels = torch.randn(args.batch, 3, 224, 224)
             network.encode(pixels)

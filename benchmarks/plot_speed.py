@@ -3,7 +3,8 @@
     python benchmarks/plot_speed.py deviation.jsonl inference.jsonl docs/speed.png
 
 The files are those of bench_deviation.py (--output) and bench_inference.py (--output, cases edit/25/..., some with
---steps). A mode with so many steps stands in the figure if both files have it; of several lines the last counts.
+their own number of steps: edit/25/compiled@20). A mode with so many steps stands in the figure if both files have it;
+of several lines the last counts.
 """
 
 import argparse
@@ -23,9 +24,8 @@ OFFSETS = [(side * x, y) for x in (9, 16, 26) for y in (0, 9, -9, 16, -16, 26, -
            for side in (1, -1)]  # of a label from its dot, in points  # fmt: skip
 HOW_TO_READ = (
     "reuse N: the middle blocks of the DiT only every N-th step.  interval: guidance only between model times 200 and "
-    "900.\nfp8: the DiT's matrix products in 8-bit floats.  vae16: the VAE in bfloat16.  Where no steps are named: "
-    "{usual}.\nBars: 95 % intervals of the mean.  Weights: bfloat16 for speed; for deviation float32, but in the "
-    "modes bfloat16 and fp8."
+    "900.\nvae16: the VAE in bfloat16.  Where no steps are named: {usual}.  Bars: 95 % intervals of the mean.\n"
+    "Weights: bfloat16 for speed; for deviation float32, but in the mode bfloat16."
 )
 
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from mige import fp8, inference, records
+from mige import inference, records
 from mige.convert import CheckpointError
 from mige.lora import merge_lora
 from mige.pipeline import MIGEPipeline
@@ -64,7 +64,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
     )
-    parser.add_argument("--fp8", action="store_true", help="approximate, with --compile: the DiT's products in 8 bits")
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
@@ -76,8 +75,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.reuse < 1 or (args.reuse > 1 and not args.compile):
         parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
-    if args.fp8 and not args.compile:
-        parser.error("--fp8 needs --compile")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -99,8 +96,6 @@ def main() -> int:
     diffusers.utils.logging.disable_progress_bar()  # loading takes seconds; the run has its own bar
     transformers.utils.logging.disable_progress_bar()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.fp8:
-        fp8.require(torch.device(args.device), getattr(torch, args.dtype))
     settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
     state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
     main_process = state is None or state.is_main_process
@@ -126,7 +121,7 @@ def main() -> int:
         pipeline.quantise_text_encoder(args.t5_bits)
     pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
     if args.compile:
-        pipeline.compile(fp8=args.fp8)
+        pipeline.compile()
     options = {"batch_size": args.batch_size, "note": args.note, "state": state}
     inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:

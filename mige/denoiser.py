@@ -6,9 +6,13 @@ sums are compiled (three small kernels; everything else is a library call, so ne
 costs a compilation of minutes), and on a GPU the whole step, all guidance branches and their weighted sum included, is
 replayed as one CUDA graph: the host enqueues a step in well under a millisecond.
 
-Two approximations, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
-the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125). With `fp8` the
-products of the blocks are computed in 8 bits (see `mige.fp8`).
+Cross-attention needs no mask, which would rule out flash attention: padding is told by its keys. For contexts that have
+some, the heads of cross-attention are widened, for it and the products around it. The first new channel is 1 in every
+query, 0 in the key of a valid position and `_PADDED` in the key of a padded one, whose weight in the softmax then is
+exactly zero; the values are 0 in the new channels, and so are the weights that read them afterwards.
+
+One approximation, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
+the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125).
 
 Letters: B samples of all branches, N patches, M = B x N tokens, L context positions, C channels, H heads, D channels a
 head, S steps; K blocks.
@@ -26,16 +30,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mige import guidance
 from mige.condition import Condition
-from mige.fp8 import Fp8Linear
 from mige.guidance import Branch
 
 LENGTHS = (32, 64, 96, 128, 192, 256)
-"""Context lengths that a step is captured for; a shorter context is padded and masked."""
+"""Context lengths that a step is captured for; a shorter context is padded."""
 
 _OUTER = 7  # a step that reuses the middle computes the first and the last K / 7 blocks
 _KEPT = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
 
-# In order of speed at head size 72 on a Hopper GPU; those that a device or a mask rules out are skipped.
+# What a padded key adds to the product with any query. Softmax sees it times D^-0.5, -1931 at 72 channels, and its
+# float32 exponential is zero from 104 below the largest score on: valid scores would have to be below -1800. They are a
+# few hundred at most, and a padded key has nothing else in it. Exact in bfloat16 and float16.
+_PADDED = -(2.0**14)
+
+# In order of speed at head sizes 72 and 80 on a Hopper GPU; those that a device or a precision rules out are skipped.
 _SELF = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _CROSS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -88,36 +96,63 @@ class Linear:
         return F.gelu(self(x_MC), approximate="tanh")
 
 
-def attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias: Tensor | None, backends: list[SDPBackend]) -> Tensor:
-    """Attention by the first of the backends that applies -> [M, C]."""
+def attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale: float, backends: list[SDPBackend]) -> Tensor:
+    """Attention by the first of the backends that applies -> [M, H x D]."""
     with sdpa_kernel(backends, set_priority=True):
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, attn_mask=bias)
+        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, scale=scale)
     return out_BHND.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def widened(head_size: int) -> int:
+    """Channels of a widened head: one more at least, and a multiple of 8, of which flash attention reads."""
+    return head_size + 8 - head_size % 8
+
+
+@dataclass(frozen=True)
+class Cross:
+    """The products before and after cross-attention: of the tokens, for its queries, and of its result."""
+
+    q: Linear
+    out: Linear
+
+    def widen(self, heads: int) -> "Cross":
+        """The same for widened heads, in new tensors."""
+        q_HDC, bias_HD = self.q.weight.unflatten(0, (heads, -1)), self.q.bias.unflatten(0, (heads, -1))
+        size = q_HDC.shape[1]
+        more = widened(size) - size
+        bias_HD = F.pad(bias_HD, (0, more))
+        bias_HD[:, size] = 1.0
+        out_CHD = F.pad(self.out.weight.unflatten(1, (heads, -1)), (0, more))
+        return Cross(
+            q=Linear(F.pad(q_HDC, (0, 0, 0, more)).flatten(0, 1), bias_HD.flatten()),
+            out=Linear(out_CHD.flatten(1), self.out.bias),
+        )
 
 
 @dataclass(frozen=True)
 class Block:
     """The products of one transformer block."""
 
-    qkv: Linear | Fp8Linear
-    out: Linear | Fp8Linear
-    cross_q: Linear | Fp8Linear
-    cross_kv: Linear  # computed once a batch: not worth a rounding
-    cross_out: Linear | Fp8Linear
-    up: Linear | Fp8Linear
-    down: Linear | Fp8Linear
+    qkv: Linear
+    out: Linear
+    cross: Cross
+    cross_wide: Cross  # for contexts with padding
+    cross_kv: Linear
+    up: Linear
+    down: Linear
 
     @classmethod
-    def of(cls, block: torch.nn.Module, product: type[Linear] | type[Fp8Linear]) -> "Block":
-        own, cross, mlp = block.attn1, block.attn2, block.ff.net
+    def of(cls, block: torch.nn.Module) -> "Block":
+        own, other, mlp = block.attn1, block.attn2, block.ff.net
+        cross = Cross(q=Linear.of(other.to_q), out=Linear.of(other.to_out[0]))
         return cls(
-            qkv=product.of(own.to_q, own.to_k, own.to_v),
-            out=product.of(own.to_out[0]),
-            cross_q=product.of(cross.to_q),
-            cross_kv=Linear.of(cross.to_k, cross.to_v),
-            cross_out=product.of(cross.to_out[0]),
-            up=product.of(mlp[0].proj),
-            down=product.of(mlp[2]),
+            qkv=Linear.of(own.to_q, own.to_k, own.to_v),
+            out=Linear.of(own.to_out[0]),
+            cross=cross,
+            cross_wide=cross.widen(other.heads),
+            cross_kv=Linear.of(other.to_k, other.to_v),
+            up=Linear.of(mlp[0].proj),
+            down=Linear.of(mlp[2]),
         )
 
 
@@ -132,8 +167,7 @@ class Inputs:
     source_BCHW: Tensor  # [B, 4, h, w]
     modulation_K6C: Tensor  # of the current time: shift, scale, gate around attention; the same around the MLP
     end_2C: Tensor  # of the current time: shift and scale before the last projection
-    kv_K2BLC: Tensor  # keys and values of the context, of every block
-    bias: Tensor | None  # [B, 1, 1, L], 0 or -inf; None if every position is valid
+    kv_K2BLHD: Tensor  # keys and values of the context, of every block; D is that of widened heads if any is padding
     position_NC: Tensor
     change_MC: Tensor | None  # what the middle blocks added last time, where it is reused; None: never
 
@@ -155,19 +189,16 @@ class Step:
 
 
 class FastDenoiser:
-    """Built once from a PixArt transformer (weights are shared, except the joined and the rounded matrices).
+    """Built once from a PixArt transformer (weights are shared, except the joined and the widened matrices).
 
-    Args:
-        timestep_dtype: what times are rounded to, as the weights were trained.
-        fp8: the blocks' products in 8 bits, an approximation.
-
-    Raises ValueError for a transformer with parts that this forward pass lacks, and as `Fp8Linear.of` does.
+    Raises ValueError for a transformer with parts that this forward pass lacks.
     """
 
-    def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype, fp8: bool = False):
+    def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype):
         _check(transformer)
-        self.transformer, self.timestep_dtype, self.fp8 = transformer, timestep_dtype, fp8
+        self.transformer, self.timestep_dtype = transformer, timestep_dtype
         self.heads, self.patch = transformer.config.num_attention_heads, transformer.config.patch_size
+        self.head_size = transformer.config.attention_head_dim
         self.steps: dict[tuple, Step] = {}
         self.pool = torch.cuda.graph_pool_handle() if transformer.device.type == "cuda" else None
         self._take_weights()
@@ -176,8 +207,7 @@ class FastDenoiser:
     def _take_weights(self) -> None:
         transformer, latent = self.transformer, self.transformer.config.in_channels // 2
         self.device, self.dtype = transformer.device, transformer.dtype
-        product = Fp8Linear if self.fp8 else Linear
-        self.blocks = [Block.of(block, product) for block in transformer.transformer_blocks]
+        self.blocks = [Block.of(block) for block in transformer.transformer_blocks]
         patches = transformer.pos_embed.proj
         self.patches = Linear(patches.weight.flatten(1), patches.bias)  # columns: channel, row, column of a patch
         # Rows come as (row, column, channel) of a patch; of the channels only the noise estimate's are needed.
@@ -186,9 +216,9 @@ class FastDenoiser:
         self.tables_K6C = torch.stack([block.scale_shift_table for block in transformer.transformer_blocks])
         self.one = torch.ones(transformer.inner_dim, device=self.device, dtype=self.dtype)
 
-    def serves(self, transformer: PixArtTransformer2DModel, fp8: bool) -> bool:
-        """Whether this was built from that transformer, in the place and precision it has now, with that `fp8`."""
-        same = transformer is self.transformer and fp8 == self.fp8
+    def serves(self, transformer: PixArtTransformer2DModel) -> bool:
+        """Whether this was built from that transformer, in the place and precision it has now."""
+        same = transformer is self.transformer
         return same and (transformer.device, transformer.dtype) == (self.device, self.dtype)
 
     @torch.no_grad()
@@ -206,8 +236,8 @@ class FastDenoiser:
         condition = condition.without_idle_mask() if condition.mask_BL is not None else condition
         length = condition.context_BLC.shape[1]
         width = _width(length)
-        masked = condition.mask_BL is not None or width > length
-        key = (tuple(chosen), condition.source_BCHW.shape, width, masked, reuse > 1)
+        has_padding = condition.mask_BL is not None or width > length
+        key = (tuple(chosen), condition.source_BCHW.shape, width, has_padding, reuse > 1)
         step = self.steps.pop(key, None) or Step(self._inputs(*key))
         self.steps[key] = step  # the latest last
         while len(self.steps) > _KEPT:
@@ -219,21 +249,23 @@ class FastDenoiser:
                     step.recordings[light] = self._record(step.inputs, chosen, light)
         return Sampling(self, step, list(chosen), times_S.to(self.device), *self._modulations(times_S), reuse)
 
-    def _inputs(self, chosen: tuple[Branch, ...], shape: torch.Size, width: int, masked: bool, reuses: bool) -> Inputs:
+    def _inputs(
+        self, chosen: tuple[Branch, ...], shape: torch.Size, width: int, has_padding: bool, reuses: bool
+    ) -> Inputs:
         """Zeros of the right shapes, and the position table."""
 
         def zeros(*size: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(size, device=self.device, dtype=dtype)
 
         blocks, channels = len(self.blocks), self.transformer.inner_dim
+        size = widened(self.head_size) if has_padding else self.head_size
         rows, columns = shape[2] // self.patch, shape[3] // self.patch
         return Inputs(
             x_BCHW=zeros(shape[0] // len(chosen), *shape[1:], dtype=torch.float32),
             source_BCHW=zeros(*shape),
             modulation_K6C=zeros(blocks, 6, channels),
             end_2C=zeros(2, channels),
-            kv_K2BLC=zeros(blocks, 2, shape[0], width, channels),
-            bias=zeros(shape[0], 1, 1, width) if masked else None,
+            kv_K2BLHD=zeros(blocks, 2, shape[0], width, self.heads, size),
             position_NC=self._positions(rows, columns),
             change_MC=zeros(shape[0] * rows * columns, channels) if reuses else None,
         )
@@ -254,16 +286,21 @@ class FastDenoiser:
         return table.float()
 
     def _fill(self, inputs: Inputs, condition: Condition) -> None:
-        """Source, mask, and the keys and values of the context."""
+        """Source, and the keys and values of the context; those of padding are zero, but for what tells it."""
         context_BLC = self.transformer.caption_projection(condition.context_BLC.to(self.dtype))
-        length = context_BLC.shape[1]
+        length, size = context_BLC.shape[1], self.head_size
         inputs.source_BCHW.copy_(condition.source_BCHW)
-        for block, kv_2BLC in zip(self.blocks, inputs.kv_K2BLC, strict=True):
-            kv_2BLC[:, :, :length] = block.cross_kv(context_BLC).unflatten(-1, (2, -1)).movedim(-2, 0)
-        if inputs.bias is not None:
-            valid = condition.mask_BL if condition.mask_BL is not None else torch.ones(1, length, device=self.device)
-            inputs.bias.fill_(float("-inf"))
-            inputs.bias[:, 0, 0, :length].masked_fill_(valid.bool(), 0.0)
+        for block, kv_2BLHD in zip(self.blocks, inputs.kv_K2BLHD, strict=True):
+            kv_BL2HD = block.cross_kv(context_BLC).unflatten(-1, (2, self.heads, size))
+            kv_2BLHD[:, :, :length, :, :size] = kv_BL2HD.movedim(2, 0)
+        if self._has_padding(inputs):
+            mask_BL = condition.mask_BL if condition.mask_BL is not None else context_BLC.new_ones(1, length)
+            padding_BL = F.pad(mask_BL, (0, inputs.kv_K2BLHD.shape[3] - length)) == 0
+            inputs.kv_K2BLHD.masked_fill_(padding_BL[..., None, None], 0.0)
+            inputs.kv_K2BLHD[:, 0, ..., size] = torch.where(padding_BL, _PADDED, 0.0)[..., None]
+
+    def _has_padding(self, inputs: Inputs) -> bool:
+        return inputs.kv_K2BLHD.shape[-1] > self.head_size
 
     def _modulations(self, times_S: Tensor) -> tuple[Tensor, Tensor]:
         """Of all times at once: those of the blocks [S, K, 6, C] and of the end [S, 2, C]."""
@@ -290,6 +327,7 @@ class FastDenoiser:
         """Guided noise estimate, float32 [samples, 4, h, w]; `light`: with the middle blocks' change of last time."""
         x_MC = self._patchify(inputs, len(chosen))
         batch, mods = len(inputs.source_BCHW), inputs.modulation_K6C.unbind()
+        scale, is_wide = self.head_size**-0.5, self._has_padding(inputs)
         h_MC = modulate(x_MC, mods[0][0], mods[0][1])
         many, outer = len(self.blocks), max(1, len(self.blocks) // _OUTER)
         for i, block in enumerate(self.blocks):
@@ -305,10 +343,11 @@ class FastDenoiser:
             _, _, gate_own, shift_mlp, scale_mlp, gate_mlp = mods[i].unbind()
             shift_next, scale_next = mods[i + 1][:2] if i + 1 < many else inputs.end_2C
             q, k, v = self._heads(block.qkv(h_MC).unflatten(0, (batch, -1)), 3)
-            x_MC = add(x_MC, block.out(attend(q, k, v, None, _SELF)), gate_own)
-            (q,) = self._heads(block.cross_q(x_MC).unflatten(0, (batch, -1)), 1)
-            k, v = self._heads(inputs.kv_K2BLC[i, 0], 1) + self._heads(inputs.kv_K2BLC[i, 1], 1)
-            crossed = block.cross_out(attend(q, k, v, _expand(inputs.bias, q), _CROSS))
+            x_MC = add(x_MC, block.out(attend(q, k, v, scale, _SELF)), gate_own)
+            cross = block.cross_wide if is_wide else block.cross
+            (q,) = self._heads(cross.q(x_MC).unflatten(0, (batch, -1)), 1)
+            k, v = inputs.kv_K2BLHD[i].transpose(2, 3).unbind()
+            crossed = cross.out(attend(q, k, v, scale, _CROSS))
             x_MC, h_MC = add_modulate(x_MC, crossed, self.one, shift_mlp, scale_mlp)
             x_MC, h_MC = add_modulate(x_MC, block.down(block.up.gelu(h_MC)), gate_mlp, shift_next, scale_next)
         eps_BCHW = self._unpatchify(self.last(h_MC), inputs.source_BCHW.shape)
@@ -326,7 +365,7 @@ class FastDenoiser:
         return F.pixel_shuffle(pieces_MC.view(shape[0], rows, columns, -1).permute(0, 3, 1, 2), self.patch)
 
     def _heads(self, x_BNC: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, N, parts x C] -> for every part a view [B, H, N, D]."""
+        """[B, N, parts x H x D] -> for every part a view [B, H, N, D]."""
         return x_BNC.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -360,10 +399,6 @@ class Sampling:
 def _width(length: int) -> int:
     """The first of `LENGTHS` that is long enough; beyond them, multiples of 64."""
     return next((known for known in LENGTHS if known >= length), length + -length % 64)
-
-
-def _expand(bias: Tensor | None, q_BHND: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(-1, q_BHND.shape[1], q_BHND.shape[2], -1)
 
 
 def _check(transformer: PixArtTransformer2DModel) -> None:

@@ -55,7 +55,6 @@ class Settings:
     guidance_low: float = 0.0  # model times that are guided, the full branch alone elsewhere (an approximation)
     guidance_high: float = 1000.0
     reuse: int = 1  # the DiT's middle blocks are computed every so many steps (above 1 an approximation)
-    fp8: bool = False  # the DiT's products in 8 bits (an approximation)
     noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
 
     def __post_init__(self):

@@ -40,7 +40,6 @@ from mige.quantise import quantise
 from mige.records import TASKS, Task, placeholders
 
 Picture = Image.Image
-Precision = torch.dtype | dict[str, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,22 @@ class MIGEPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
-        self.is_compiled, self.is_fp8, self._fast = False, False, None
+        self.is_compiled, self._fast = False, None
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: Precision | None = None, compile: bool = False, fp8: bool = False, **kwargs
+        cls, path: str | Path, *, dtype: torch.dtype | dict | None = None, compile: bool = False, **kwargs
     ) -> "MIGEPipeline":
         """Load a checkpoint folder, or a model of the hub by name.
 
         Args:
-            compile, fp8: as `MIGEPipeline.compile` does, `fp8` only with it.
+            compile: as `MIGEPipeline.compile` does.
             dtype: float32 if None. A half-precision dtype is taken as the weights were trained: VAE float32, vision
                 tower in the dtype its products ran in, the rest as given. A dict names the dtype of each part, as in
                 diffusers.
 
         Raises CheckpointError if a part, a key or a shape is not as its config says.
         """
-        if fp8 and not compile:
-            raise ValueError("fp8=True needs compile=True: it is an approximation of the fast denoiser")
         folder = cls.locate(path)
         checkpoint.verify(folder)
         dtype = torch.float32 if dtype is None else dtype  # or transformers would take that of the file, diffusers not
@@ -124,16 +121,15 @@ class MIGEPipeline(DiffusionPipeline):
         if as_trained:
             set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
         if compile:
-            pipeline.compile(fp8)
+            pipeline.compile()
         return pipeline
 
-    def compile(self, fp8: bool = False) -> None:
+    def compile(self) -> None:
         """Denoise with `FastDenoiser` from now on: the same result but for rounding, one CUDA graph a step.
 
-        With `fp8` an approximation: the DiT's products in 8 bits (GPUs from Ada on; the model in bfloat16).
         It reads the transformer's weights when the first picture is made: change them before (adapters, for one).
         """
-        self.is_compiled, self.is_fp8 = True, fp8
+        self.is_compiled = True
 
     def halve_vae(self) -> None:
         """The VAE in bfloat16, channels last: faster, and pictures differ by rounding (docs/inference.md)."""
@@ -351,8 +347,8 @@ class MIGEPipeline(DiffusionPipeline):
         null = self.model.null_context.to(condition.context_BLC)
         stacked = guidance.stack(condition, chosen, null).without_idle_mask()
         if self.is_compiled:
-            if self._fast is None or not self._fast.serves(self.transformer, self.is_fp8):
-                self._fast = FastDenoiser(self.transformer, self.model.timestep_dtype, self.is_fp8)
+            if self._fast is None or not self._fast.serves(self.transformer):
+                self._fast = FastDenoiser(self.transformer, self.model.timestep_dtype)
             return self._fast.start(stacked, chosen, self._times(steps), reuse)
         model = self.model
 

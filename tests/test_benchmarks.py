@@ -1,4 +1,4 @@
-"""The deviation benchmark: measures against closed forms, a whole run on the tiny model, its figure."""
+"""The benchmarks of speed and deviation: measures against closed forms, whole runs on the tiny model, the figure."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from mige.pipeline import MIGEPipeline
 from mige.world import bench
 
 SETTINGS = ["compiled/6", "compiled/3", "compiled+reuse2+interval/6", "compiled+vae16/6",
-            "compiled+bfloat16/6", "compiled+fp8/6"]  # fmt: skip
+            "compiled+bfloat16/6"]  # fmt: skip
 KINDS = ("two_references", "add", "add_by_reference")  # one of each task
 
 
@@ -92,7 +92,7 @@ def test_a_run_has_a_line_a_setting_and_the_reference_differs_by_nothing(run):
     for line in lines:
         assert (line["cases"], line["reference_steps"], line["device"]) == (6, 6, "cpu")
         assert (line["model"], line["torch"]) == ("model", torch.__version__)
-        assert line["dtype"] == ("bfloat16" if {"bfloat16", "fp8"} & set(line["mode"].split("+")) else "float32")
+        assert line["dtype"] == ("bfloat16" if "bfloat16" in line["mode"].split("+") else "float32")
 
 
 def test_the_figure_shows_what_was_both_timed_and_compared(run, tmp_path):
@@ -120,7 +120,32 @@ def test_the_figure_shows_what_was_both_timed_and_compared(run, tmp_path):
     assert "is in both files" in start("plot_speed.py", run, speeds, figure).stderr
 
 
-@pytest.mark.parametrize("setting", ["compiled", "compiled/0", "compiled/x", "compiled+magic/6", "fp8/6"])
+@pytest.mark.parametrize("setting", ["compiled", "compiled/0", "compiled/x", "compiled+magic/6"])
 def test_an_unknown_setting_is_refused(functions, setting):
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(setting))):
         functions["Setting"].read(setting)
+
+
+def test_cases_of_the_speed_benchmark_may_have_their_own_steps(tmp_path):
+    path, cases = tmp_path / "inference.jsonl", ["edit/1/plain+t5-8", "edit/1/plain@2", "edit/1/plain", "dit/1/plain"]
+    settings = ["--tiny", "--device", "cpu", "--repeats", 1, "--steps", 3, "--output", path]
+    done = start("bench_inference.py", *settings, "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    device, *lines = read(path)
+    assert device["device"] == "cpu"
+    assert [(line["case"], line.get("steps")) for line in lines] == [
+        ("edit/1/plain", 2),
+        ("edit/1/plain", 3),
+        ("dit/1/plain", None),
+        ("edit/1/plain+t5-8", 3),  # rebuilds the pipeline: last
+    ]
+    assert ["latent_error" in line for line in lines] == [False, False, False, True]  # from that of as many steps
+    assert not any("failed" in line for line in lines) and "| edit/1/plain | 2 |" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["edit/1", "edit/1/plain@", "edit/1/plain@0", "dit/1/plain@2", "edit/0/plain"])
+def test_an_unknown_case_is_refused(case):
+    read = runpy.run_path(str(ROOT / "benchmarks" / "bench_inference.py"))["Case"].read
+    assert str(read("edit/25/compiled+vae16@20")) == "edit/25/compiled+vae16@20"
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(case))):
+        read(case)

@@ -1,6 +1,7 @@
 """The fast forward pass against the library's, and what stands around it: captured shapes, off-loading, savings."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -107,6 +108,40 @@ def test_a_shape_seen_before_is_not_prepared_again(model, uncompiled):
     for length in range(10, 10 + 64 * _KEPT, 64):
         fast.start(stacked(model, (length, 3), (8, 8), EVERY), EVERY, TIMES)
     assert len(fast.steps) == _KEPT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_does_not_change_a_bit(model, uncompiled, dtype):
+    """Neither what stands in it, nor what its values would be: its weight in the softmax is exactly zero."""
+    random = torch.Generator().manual_seed(1)
+    transformer, x = copy.deepcopy(model.transformer).to(dtype), torch.randn(2, 4, 8, 8, generator=random)
+    alone, clean = guidance.branches(Task.SUBJECT, 1.0, 1.0), conditions(model, (20, 9), (8, 8))
+    fast = FastDenoiser(transformer, model.timestep_dtype)
+    want = fast.start(clean, alone, TIMES)(x, TIMES[1])
+    assert want.isfinite().all()
+    padding_BL1 = clean.mask_BL[..., None] == 0
+    for garbage in (1e3 * torch.randn(clean.context_BLC.shape, generator=random), torch.tensor(float("nan"))):
+        dirty = replace(clean, context_BLC=torch.where(padding_BL1, garbage, clean.context_BLC))
+        denoise = fast.start(dirty, alone, TIMES)
+        assert torch.equal(denoise(x, TIMES[1]), want)
+    denoise.step.inputs.kv_K2BLHD[:, 1, 1, 9:] = 1e3
+    assert torch.equal(denoise(x, TIMES[1]), want)
+    denoise.step.inputs.kv_K2BLHD[:, 1, 1, 8] = 1e3  # a valid position: this one would be seen
+    assert not torch.equal(denoise(x, TIMES[1]), want)
+
+
+def test_a_sample_is_the_same_alone_and_beside_a_longer_one(model, uncompiled):
+    """Alone it fills its context, and has no padding; beside others it has some, of one length or of another."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    whole = conditions(model, (70, 32), (8, 8))
+    alone, fast = guidance.branches(Task.SUBJECT, 1.0, 1.0), FastDenoiser(model.transformer, model.timestep_dtype)
+    short = Condition(whole.context_BLC[1:, :32], None, whole.source_BCHW[1:])
+    want = fast.start(short, alone, TIMES)(x[1:], TIMES[1])
+    for length in (33, 70):
+        context, mask = whole.context_BLC[:, :length], whole.mask_BL[:, :length]
+        got = fast.start(Condition(context, mask, whole.source_BCHW), alone, TIMES)(x, TIMES[1])[1:]
+        assert distance(got, want) < 1e-5
+    assert [key[3] for key in fast.steps] == [False, True, True]  # has padding
 
 
 def test_what_it_does_not_know_is_refused():
@@ -238,33 +273,3 @@ def test_guidance_only_in_an_interval(folder, photos, uncompiled, compile):
 def test_reuse_needs_the_fast_denoiser(folder):
     with pytest.raises(ValueError, match="reuse must be 1, or more with compile=True, got 2"):
         load(folder)("a cat", num_inference_steps=1, reuse=2)
-
-
-def test_fp8_is_near_and_not_the_same(model, uncompiled):
-    """A few per cent of the noise estimate: at most 2^-4 of a value in each factor. Guidance would enlarge it."""
-    alone = guidance.branches(Task.SUBJECT, 1.0, 1.0)
-    condition = stacked(model, (20, 9), (8, 8), alone)
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    exact, rounded = (FastDenoiser(model.transformer, model.timestep_dtype, fp8) for fp8 in (False, True))
-    for t in TIMES:
-        want, got = (fast.start(condition, alone, TIMES)(x, t) for fast in (exact, rounded))
-        assert 5e-3 < distance(got, want) < 0.06
-    assert exact.serves(model.transformer, False) and not exact.serves(model.transformer, True)
-    light = rounded.start(condition, alone, TIMES, reuse=2)  # together with the other approximation
-    assert torch.equal(light(x, TIMES[0]), rounded.start(condition, alone, TIMES)(x, TIMES[0]))
-    assert light(x, TIMES[1]).isfinite().all()
-
-
-def test_fp8_is_a_choice_of_the_fast_mode(folder, uncompiled):
-    def made(pipe):
-        return pipe("a cat", num_inference_steps=2, output_type="latent").images
-
-    with pytest.raises(ValueError, match="fp8=True needs compile=True"):
-        load(folder, fp8=True)
-    exact, pipe = made(load(folder, compile=True)), load(folder, compile=True, fp8=True)
-    rounded = made(pipe)
-    assert 1e-4 < distance(rounded, exact) < 0.1
-    pipe.compile()  # chosen again: what was built for the other is not used
-    assert torch.equal(made(pipe), exact)
-    pipe.compile(fp8=True)
-    assert torch.equal(made(pipe), rounded)
