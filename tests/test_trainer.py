@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mige import config, training_state
+from mige import config, progress, training_state
 from mige.convert import CheckpointError
 from mige.lora import merge_lora
 from mige.optimizers import learning_rate
@@ -126,6 +126,16 @@ def test_the_run_folder(uninterrupted):
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert all(abs(line["loss"] - line["mse"] - line["vb"]) < 1e-5 * line["loss"] for line in lines)
     assert any("loss/subject_edit" in line for line in lines) and any("loss/t 0-249" in line for line in lines)
+
+
+def test_samples_are_counted_once_however_many_noise_levels_they_have(monkeypatch):
+    clock = iter([0.0, 2.0, 2.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    metrics, six = progress.Metrics(), torch.ones(6)  # three samples at two noise levels
+    metrics.add(six, 2 * six, 0 * six, 10 * six, 1000)
+    metrics.samples += 3
+    line = metrics.line(step=1)
+    assert line["samples_per_second"] == 1.5 and line["loss"] == 3.0 == line["loss/t 0-249"]
 
 
 def test_two_processes_equal_one_with_the_double_batch(tiny_model, tmp_path):
