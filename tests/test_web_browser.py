@@ -91,8 +91,13 @@ def choose(tab, label: str, value: int) -> None:
     number = tab.get_by_label(f"number input for {label}")
     if not number.is_visible():
         tab.get_by_text("Size, steps, guidance").click()
-    number.fill(str(value))
-    number.press("Tab")
+    for _ in range(10):  # a slider that has only just been drawn may go back to its first value
+        number.fill(str(value))
+        number.press("Tab")
+        tab.page.wait_for_timeout(300)
+        if number.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not stay at {value}")
 
 
 def run(tab) -> None:
