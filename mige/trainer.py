@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import math
+import os
 import signal
 from collections import deque
 from collections.abc import Sequence
@@ -189,7 +190,7 @@ class Trainer:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_leave_group,
         )
 
     def _train_step(self, batches) -> None:
@@ -379,9 +380,12 @@ class Trainer:
         return bool(self.accelerator.gather(flag).any())
 
 
-def _ignore_sigterm(_: int) -> None:
-    """For the data loader's workers: a scheduler signals the whole process group, and they must outlive the save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_group(_: int) -> None:
+    """For the data loader's workers: a scheduler's SIGTERM to the process group must not reach them before the save.
+
+    Ignoring it would not do: at an exception Python ends its workers by SIGTERM and waits for them.
+    """
+    os.setpgid(0, 0)
 
 
 def log_to(path: Path) -> None:

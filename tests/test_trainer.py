@@ -128,6 +128,20 @@ def test_the_run_folder(uninterrupted):
     assert any("loss/subject_edit" in line for line in lines) and any("loss/t 0-249" in line for line in lines)
 
 
+def test_an_unforeseen_error_ends_the_workers_too(tiny_model, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from mige import config, trainer\n"
+        "def broken(self, batch): raise RuntimeError('unforeseen')\n"
+        "trainer.Trainer._loss = broken\n"
+        "trainer.Trainer(config.load('configs/tiny.py', sys.argv[2:]), Path(sys.argv[1])).run()\n"
+    )
+    given = command(tiny_model, tmp_path / "run", "data.workers=2")
+    options = [given[2], *given[5:]]
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), *options], cwd=ROOT, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and "RuntimeError: unforeseen" in done.stderr
+
+
 def test_samples_are_counted_once_however_many_noise_levels_they_have(monkeypatch):
     clock = iter([0.0, 2.0, 2.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
