@@ -29,8 +29,9 @@ from torch import Tensor
 
 from mige import images
 from mige.checkpoint import CheckpointError
-from mige.pipeline import MIGEPipeline, Sample, SampleNoise, make_sample
+from mige.pipeline import MIGEPipeline
 from mige.records import Task
+from mige.samples import Sample, SampleNoise, make_sample
 from mige.world import bench, tasks
 from mige.world.scenes import SIDE, Scenes, draw
 

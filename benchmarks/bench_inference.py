@@ -47,10 +47,11 @@ from mige.denoiser import FastDenoiser
 from mige.encoder import set_product_dtype
 from mige.guidance import Branch
 from mige.parts import build_parts
-from mige.pipeline import MIGEPipeline, Sample, SampleNoise, make_sample
+from mige.pipeline import MIGEPipeline
 from mige.progress import forward_flops, matrix_rate
 from mige.records import TASKS, Task
 from mige.sampler import DPMSolver2M
+from mige.samples import Sample, SampleNoise, make_sample
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "example_data" / "images"

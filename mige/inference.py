@@ -28,9 +28,10 @@ import mige
 from mige import checkpoint, images
 from mige.fusion import MIGEFusion
 from mige.instruction import check_lengths
-from mige.pipeline import MIGEPipeline, Sample, SampleNoise
+from mige.pipeline import MIGEPipeline
 from mige.records import TASKS, Record, Report, Task
 from mige.report import Case, contact_sheet, html_page, write_text
+from mige.samples import Sample, SampleNoise
 
 
 class RunError(RuntimeError):

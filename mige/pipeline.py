@@ -11,7 +11,6 @@ Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], picture
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from diffusers import (
     PixArtTransformer2DModel,
     SchedulerMixin,
 )
-from PIL import Image
 from torch import Tensor
 from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -38,29 +36,7 @@ from mige.model import MODEL_PREFIXES, MIGEModel
 from mige.offload import stream_blocks
 from mige.quantise import quantise
 from mige.records import TASKS, Task, placeholders
-
-Picture = Image.Image
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with its pictures. The source, if any, is one of the references (the same object)."""
-
-    task: Task
-    prompt: str
-    references: tuple[Picture, ...]
-    source: Picture | None = None
-    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no placeholder
-
-
-@dataclass(frozen=True)
-class SampleNoise:
-    """All randomness of one sample; tensors are standard normal, float32 on the CPU."""
-
-    latent: Tensor  # [4, h, w]
-    references: tuple[Tensor, ...]  # one [4, h', w'] a reference: the VAE posterior's
-    source: Tensor  # [4, h, w]: the posterior's of a source that is encoded apart from its reference
-    step_seed: int  # of what a stochastic scheduler draws at its steps
+from mige.samples import Picture, Sample, SampleNoise, make_sample
 
 
 class MIGEPipeline(DiffusionPipeline):
@@ -427,19 +403,6 @@ class MIGEPipeline(DiffusionPipeline):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Final latents -> pixels, float32 [B, 3, H, W], about [-1, 1]."""
         return latents.decode(self.vae, latents_BCHW).float()
-
-
-def make_sample(
-    prompt: str, references: Sequence[Picture], source: Picture | None, edit_type: str | None = None
-) -> Sample:
-    """A sample whose task follows from its pictures; raises ValueError if the source is not among the references."""
-    if source is None:
-        return Sample(Task.SUBJECT, prompt, tuple(references))
-    references = tuple(references) or (source,)
-    if not any(reference is source for reference in references):
-        raise ValueError("the source must be among the references: <imagehere> stands for it too")
-    task = Task.EDIT if len(references) == 1 else Task.SUBJECT_EDIT
-    return Sample(task, prompt, references, source, edit_type)
 
 
 def _slots(samples: Sequence[Sample], instructions: Sequence[Instruction]) -> list[int | None]:

@@ -14,8 +14,9 @@ from mige import guidance, images
 from mige.condition import Condition
 from mige.denoiser import _KEPT, FastDenoiser
 from mige.lora import add_lora
-from mige.pipeline import MIGEPipeline, make_sample
+from mige.pipeline import MIGEPipeline
 from mige.records import Task
+from mige.samples import make_sample
 
 PICTURES = Path(__file__).parent.parent / "example_data" / "images"
 TIMES = torch.tensor([999.0, 513.3, 7.25])

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from mige import guidance, images, latents
 from mige.condition import Condition
 from mige.instruction import full_text, tokenize
-from mige.pipeline import MIGEPipeline, Sample, make_sample
+from mige.pipeline import MIGEPipeline
 from mige.records import TASKS, Task
 from mige.sampler import DPMSolver2M
+from mige.samples import Sample, make_sample
 
 PICTURES = Path(__file__).parent.parent / "example_data" / "images"
 STEPS = 3
