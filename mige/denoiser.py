@@ -12,7 +12,8 @@ query, 0 in the key of a valid position and `_PADDED` in the key of a padded one
 exactly zero; the values are 0 in the new channels, and so are the weights that read them afterwards.
 
 One approximation, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
-the outer ones and add what the middle ones changed last time (the idea of Delta-DiT, arXiv 2406.01125).
+the outer ones and add what the middle ones would change if that went on as between the last two times (the idea of
+Delta-DiT, arXiv 2406.01125, with the first order of TaylorSeer, arXiv 2503.06923).
 
 Letters: B samples of all branches, N patches, M = B x N tokens, L context positions, C channels, H heads, D channels a
 head, S steps; K blocks.
@@ -169,7 +170,8 @@ class Inputs:
     end_2C: Tensor  # of the current time: shift and scale before the last projection
     kv_K2BLHD: Tensor  # keys and values of the context, of every block; D is that of widened heads if any is padding
     position_NC: Tensor
-    change_MC: Tensor | None  # what the middle blocks added last time, where it is reused; None: never
+    change_2MC: Tensor | None  # what the middle blocks added last time, and the time before; None: never reused
+    ahead: Tensor  # float32 [1], how far past the last time, in distances of the last two
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,8 @@ class FastDenoiser:
             end_2C=zeros(2, channels),
             kv_K2BLHD=zeros(blocks, 2, shape[0], width, self.heads, size),
             position_NC=self._positions(rows, columns),
-            change_MC=zeros(shape[0] * rows * columns, channels) if reuses else None,
+            change_2MC=zeros(2, shape[0] * rows * columns, channels) if reuses else None,
+            ahead=zeros(1, dtype=torch.float32),
         )
 
     def _positions(self, rows: int, columns: int) -> Tensor:
@@ -333,13 +336,15 @@ class FastDenoiser:
         for i, block in enumerate(self.blocks):
             if light and outer <= i < many - outer:
                 continue
-            if i == outer and inputs.change_MC is not None:
+            if i == outer and inputs.change_2MC is not None:
                 before_MC = x_MC
             if i == many - outer and light:
-                x_MC = x_MC + inputs.change_MC
+                last_MC, earlier_MC = inputs.change_2MC
+                x_MC = x_MC + torch.lerp(last_MC, earlier_MC, -inputs.ahead.to(last_MC.dtype))
                 h_MC = modulate(x_MC, mods[i][0], mods[i][1])
-            elif i == many - outer and inputs.change_MC is not None:
-                torch.sub(x_MC, before_MC, out=inputs.change_MC)
+            elif i == many - outer and inputs.change_2MC is not None:
+                inputs.change_2MC[1].copy_(inputs.change_2MC[0])
+                torch.sub(x_MC, before_MC, out=inputs.change_2MC[0])
             _, _, gate_own, shift_mlp, scale_mlp, gate_mlp = mods[i].unbind()
             shift_next, scale_next = mods[i + 1][:2] if i + 1 < many else inputs.end_2C
             q, k, v = self._heads(block.qkv(h_MC).unflatten(0, (batch, -1)), 3)
@@ -388,7 +393,10 @@ class Sampling:
         inputs.x_BCHW.copy_(x_BCHW)
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
-        light, self.calls = self.calls % self.reuse > 0, self.calls + 1
+        since = self.calls % self.reuse
+        light, first = since > 0, self.calls < self.reuse  # in the first round there is nothing to go on from
+        inputs.ahead.fill_(0.0 if first else since / self.reuse)
+        self.calls += 1
         if not self.step.recordings:
             return self.denoiser.forward(inputs, self.chosen, light)
         recording = self.step.recordings[light]
