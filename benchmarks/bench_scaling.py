@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where weights and runs go")
     parser.add_argument("--config", type=Path, default=Path("configs/mige_512.py"))
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, torch.cuda.device_count()],
+    parser.add_argument("--processes", type=int, nargs="+", default=sorted({1, torch.cuda.device_count()} - {0}),
                         help="GPUs to use, number after number (%(default)s)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=["speed", "resume", "inference"],
                         default=["speed", "resume", "inference"])  # fmt: skip
@@ -183,8 +183,8 @@ def main() -> None:
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
     most = max(args.processes)
-    if "resume" in args.parts and most < 2:
-        parser.error(f"--processes is {args.processes}; the part resume needs 2 or more, the others are --parts")
+    if min(args.processes) < 1 or ("resume" in args.parts and most < 2):
+        parser.error(f"--processes is {args.processes}; expected 1 and more, 2 for the part resume")
     make_start(args)
     alone: dict[str, float] = {}
     for mode in args.modes if "speed" in args.parts else ():

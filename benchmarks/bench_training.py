@@ -13,6 +13,7 @@ A variant that runs out of memory says so.
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class Clock:
         result = {}
         for name, between in clocks.items():
             phases = result[name] = {}
-            for before, mark in zip(self.marks, self.marks[1:], strict=False):
+            for before, mark in itertools.pairwise(self.marks):
                 if mark[0] != "start":
                     phases[mark[0]] = phases.get(mark[0], 0.0) + between(before, mark) / steps
             result[name] = {phase: round(ms, 1) for phase, ms in phases.items()}

@@ -24,6 +24,7 @@ from mige import config
 from mige.parts import build_parts
 
 ROOT = Path(__file__).parent.parent
+VARIANTS = ["plain", "channels last", "fused norms", "compiled"]
 
 
 def _norm_silu(x_BCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels a side (%(default)s)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", default=["plain", "channels last", "fused norms", "compiled"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, wait = torch.device(args.device), torch.cuda.synchronize if args.device != "cpu" else lambda: None

@@ -144,6 +144,7 @@ class Block:
 
     @classmethod
     def of(cls, block: torch.nn.Module) -> "Block":
+        """Of a PixArt transformer's block; queries, keys and values are joined, cross-attention is widened too."""
         own, other, mlp = block.attn1, block.attn2, block.ff.net
         cross = Cross(q=Linear.of(other.to_q), out=Linear.of(other.to_out[0]))
         return cls(
@@ -293,6 +294,8 @@ class FastDenoiser:
         context_BLC = self.transformer.caption_projection(condition.context_BLC.to(self.dtype))
         length, size = context_BLC.shape[1], self.head_size
         inputs.source_BCHW.copy_(condition.source_BCHW)
+        if inputs.change_2MC is not None:
+            inputs.change_2MC.zero_()  # an earlier run's NaN, taken no times, would still be NaN
         for block, kv_2BLHD in zip(self.blocks, inputs.kv_K2BLHD, strict=True):
             kv_BL2HD = block.cross_kv(context_BLC).unflatten(-1, (2, self.heads, size))
             kv_2BLHD[:, :, :length, :, :size] = kv_BL2HD.movedim(2, 0)

@@ -117,7 +117,7 @@ def _encode(vae: AutoencoderKL, batch: Sequence[_Picture], batch_size: int, meta
     if not batch:
         return np.empty((0, *meta.row), DTYPES[meta.dtype])
     pixels = torch.zeros(batch_size, 3, meta.height, meta.width)
-    for place, picture in zip(pixels, batch, strict=False):
+    for place, picture in zip(pixels[: len(batch)], batch, strict=True):
         place.copy_(picture.pixels)
     try:
         moments = [latents.encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]

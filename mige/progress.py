@@ -18,16 +18,19 @@ QUARTILES = ("0-249", "250-499", "500-749", "750-999")
 
 
 class Metrics:
-    """Means over the samples since the last line: loss and its terms, by task and by quartile of the timestep."""
+    """Means over the losses since the last line: loss and its terms, by task and by quartile of the timestep.
 
-    def __init__(self):
+    `noise_levels`: losses that every sample has.
+    """
+
+    def __init__(self, noise_levels: int):
+        self.noise_levels = noise_levels
         self._reset()
 
     def _reset(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.work = 0.0  # useful FLOPs of this process
-        self.samples = 0  # of all processes; each may have several losses
         self.started = time.perf_counter()
 
     def work_a_second(self) -> float:
@@ -55,7 +58,7 @@ class Metrics:
         """The means, samples a second, and what else is given; starts anew."""
         seconds = time.perf_counter() - self.started
         means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
-        result = {**more, **means, "samples_per_second": self.samples / seconds}
+        result = {**more, **means, "samples_per_second": self.counts["loss"] / self.noise_levels / seconds}
         self._reset()
         return result
 

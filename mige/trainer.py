@@ -150,7 +150,7 @@ class Trainer:
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
-        metrics, batches = Metrics(), iter(self._loader())
+        metrics, batches = Metrics(settings.noise_levels), iter(self._loader())
         rate = matrix_rate(self.device)
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
@@ -268,7 +268,6 @@ class Trainer:
                 if not math.isfinite(last):
                     self._fail(seen.step, "the gradient is not finite", seen.ids)
             metrics.add(mse, vb, task, time, len(self.diffusion.tables["log_beta"]))
-            metrics.samples += len(mse) // self.config.train.noise_levels
             metrics.work += seen.work
         return last
 

@@ -1,6 +1,7 @@
 """The benchmarks of speed and deviation: measures against closed forms, whole runs on the tiny model, the figure."""
 
 import argparse
+import copy
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment
+from diffusers import AutoencoderKL
 from lively import lively_checkpoint
 from PIL import Image
 
@@ -149,3 +151,21 @@ def test_an_unknown_case_is_refused(case):
     assert str(read("edit/25/compiled+vae16@20")) == "edit/25/compiled+vae16@20"
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(case))):
         read(case)
+
+
+def test_the_fused_norms_of_the_vae_are_its_norms():
+    fuse_norms = runpy.run_path(str(ROOT / "benchmarks" / "bench_vae.py"))["fuse_norms"]
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, **blocks).eval()
+    with torch.no_grad():
+        for weight in vae.parameters():  # weights and shifts of every channel its own
+            weight += 0.1 * torch.randn_like(weight)
+        vae.encoder.conv_in.bias += 30  # a mean far from zero, from which a sum of squares would cancel
+        fused, x = copy.deepcopy(vae), torch.randn(2, 3, 16, 16)
+        fuse_norms(fused)
+        with torch.compiler.set_stance("force_eager"):
+            got, want = (one.encode(x).latent_dist.mean for one in (fused, vae))
+            assert (got - want).norm() < 1e-4 * want.norm()
+            got, want = (one.decode(want).sample for one in (fused, vae))
+            assert (got - want).norm() < 1e-4 * want.norm()

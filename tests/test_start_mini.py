@@ -2,7 +2,9 @@
 
 import math
 import runpy
+import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL
@@ -60,6 +62,15 @@ def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, tmp_path):
     assert before.tokenizer("a cat").input_ids == after.tokenizer("a cat").input_ids
     assert any(not torch.equal(value, after.vae.state_dict()[key]) for key, value in before.vae.state_dict().items())
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
+
+
+def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp_path, capsys, monkeypatch):
+    given = ["start_mini.py", tmp_path / "on", "--from-model", tiny_model, "--vae", tmp_path / "vae"]
+    monkeypatch.setattr(sys, "argv", list(map(str, given)))
+    with pytest.raises(SystemExit, match="2"):
+        script["main"]()
+    assert "--from-model takes the model's VAE as it is" in capsys.readouterr().err
+    assert not (tmp_path / "on").exists()
 
 
 def test_another_vae_takes_its_place_untrained(tiny_model, tmp_path):

@@ -1,5 +1,6 @@
 """Real training runs of the tiny model on the CPU: resuming, many processes, refusals, the way back to inference."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,14 +144,21 @@ def test_an_unforeseen_error_ends_the_workers_too(tiny_model, tmp_path):
     assert done.returncode == 1 and "RuntimeError: unforeseen" in done.stderr
 
 
-def test_samples_are_counted_once_however_many_noise_levels_they_have(monkeypatch):
-    clock = iter([0.0, 2.0, 2.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    metrics, six = progress.Metrics(), torch.ones(6)  # three samples at two noise levels
-    metrics.add(six, 2 * six, 0 * six, 10 * six, 1000)
-    metrics.samples += 3
-    line = metrics.line(step=1)
-    assert line["samples_per_second"] == 1.5 and line["loss"] == 3.0 == line["loss/t 0-249"]
+@pytest.mark.parametrize("levels", [1, 2])
+def test_samples_are_counted_once_however_many_noise_levels_they_have(tiny_model, tmp_path, monkeypatch, levels):
+    clock = itertools.count()  # a look is a second; a line takes two, for its work and for itself
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    build(tiny_model, tmp_path / "run", "train.steps=2", f"train.noise_levels={levels}", "train.batch_size=3").run()
+    assert [line["samples_per_second"] for line in metrics(tmp_path / "run")] == [1.5, 1.5]
+
+
+def test_the_compiled_encoder_of_the_vae_trains_alike(tiny_model, tmp_path):
+    with torch.compiler.set_stance("force_eager"):  # what is compiled, without the compiler's minutes
+        for name, parts in (("plain", "[]"), ("compiled", "['vae']")):
+            trainer = build(tiny_model, tmp_path / name, "train.steps=2", f"train.compile={parts}")
+            assert (trainer.vae.encoder._compiled_call_impl is not None) == (name == "compiled")
+            trainer.run()
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
 
 
 def test_two_processes_equal_one_with_the_double_batch(tiny_model, tmp_path):

@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    if args.from_model is not None and args.vae is not None:
+        parser.error("--from-model takes the model's VAE as it is; give --vae with --go-on, or alone")
     device, sizes = torch.device(args.device), config.load(args.config, args.overrides).model
     if args.from_model is not None:
         start_from(args.from_model, args.folder, sizes, args.seed)
@@ -173,5 +175,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (config.ConfigError, CheckpointError, FileExistsError) as error:
+    except (config.ConfigError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")

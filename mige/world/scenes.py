@@ -92,6 +92,7 @@ class Scenes:
 
     @classmethod
     def stack(cls, scenes: Sequence[Scene]) -> "Scenes":
+        """Scenes of at most S subjects each, in the order given."""
         many = len(scenes)
         sprite = np.full((many, MOST), -1, dtype=np.int64)
         place, colour = np.zeros((many, MOST, 5), np.float32), np.zeros((many, MOST, 3, 3), np.float32)
@@ -122,7 +123,7 @@ def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -
     variant, place, colour, sprite = (
         t.to(device, non_blocking=True) for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite)
     )
-    for kind, here in zip(kinds, rows, strict=False):
+    for kind, here in zip(kinds, rows[: len(kinds)], strict=True):
         canvas[here] = backgrounds.draw(kind, variant[here], side)
     sheets = sprites.sheets(device)
     for (sheet, slot), here in zip(layers, rows[len(kinds) :], strict=True):
