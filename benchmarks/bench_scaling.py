@@ -42,6 +42,8 @@ MODES = {  # launch file, overrides
     "zero2/full": ("zero2", ()),
 }
 WHOLE_ON_ONE = ("ddp/t5_frozen", "ddp/full")  # float32 weights and moments do not fit one card of 80 GB
+RESUMED = "ddp/t5_frozen"
+RESUMED_STEPS = ("train.steps=20", "train.checkpoint_every=10", "train.log_every=1", "train.keep_checkpoints=2")
 WARM_UP, LINES, EVERY = 2, 3, 5  # lines of metrics.jsonl left out and averaged; steps a line
 
 
@@ -95,22 +97,27 @@ def failure(run: Path) -> str:
 
 
 def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
-    """Mean of a few lines of metrics, after which the run is stopped: its checkpoint would take longer."""
+    """Mean of a few lines of metrics; the run is stopped then, as its checkpoint would take longer."""
     run = fresh(args.folder / f"speed-{mode.replace('/', '-')}-{processes}")
     never = 10**6
     process = train(args, mode, processes, run, f"train.batch_size={args.batch}", f"train.steps={never}",
                     f"train.checkpoint_every={never}", f"train.log_every={EVERY}")  # fmt: skip
-    started, wanted = time.monotonic(), WARM_UP + LINES
-    while len(lines(run)) < wanted and process.poll() is None and time.monotonic() - started < args.patience:
-        time.sleep(0.2)
-    kill(process)
-    row = {"mode": mode, "processes": processes, "batch": args.batch}
-    if len(measured := lines(run)) < wanted:
-        return row | {"failed": failure(run), "seconds": round(time.monotonic() - started)}
+    row, wanted = {"mode": mode, "processes": processes, "batch": args.batch}, WARM_UP + LINES
+    if len(measured := lines_until(process, run, wanted, args.patience)) < wanted:
+        return row | {"failed": failure(run)}
     kept = measured[WARM_UP:wanted]
     mean = {key: sum(line[key] for line in kept) / len(kept) for key in ("samples_per_second", "mfu", "memory_gib")
             if key in kept[0]}  # fmt: skip
     return row | {key: round(value, 3) for key, value in mean.items()}
+
+
+def lines_until(process: subprocess.Popen, run: Path, wanted: int, patience: float) -> list[dict]:
+    """The run's metrics, once it has written so many lines, ended by itself or lost patience; it is stopped then."""
+    started = time.monotonic()
+    while len(lines(run)) < wanted and process.poll() is None and time.monotonic() - started < patience:
+        time.sleep(0.2)
+    kill(process)
+    return lines(run)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -124,22 +131,26 @@ def kill(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def resume(args: argparse.Namespace, processes: int) -> dict:
-    """20 steps on all processes; its checkpoint of step 10 gone on with on half of them."""
-    mode, steps = "ddp/t5_frozen", ("train.steps=20", "train.checkpoint_every=10", "train.log_every=1")
-    whole, half = fresh(args.folder / "resume-all"), fresh(args.folder / "resume-half")
-    row = {"mode": mode, "processes": [processes, processes // 2]}
-    if train(args, mode, processes, whole, *steps, f"train.batch_size={args.batch // 2}").wait(args.patience):
+def train_on_all(args: argparse.Namespace, processes: int) -> tuple[Path, list[dict]]:
+    """20 steps on all processes, checkpoints at 10 and 20: the run and its metrics."""
+    run = fresh(args.folder / "resume-all")
+    process = train(args, RESUMED, processes, run, *RESUMED_STEPS, f"train.batch_size={args.batch // 2}")
+    return run, lines_until(process, run, 20, args.patience)
+
+
+def resume_on_half(args: argparse.Namespace, processes: int, whole: Path, first: list[dict]) -> dict:
+    """The checkpoint of step 10 gone on with on half the processes with twice the batch: losses compared."""
+    half, row = fresh(args.folder / "resume-half"), {"mode": RESUMED, "processes": [processes, processes // 2]}
+    if len(first) < 20:
         return row | {"failed": failure(whole)}
-    (half / "checkpoints").mkdir(parents=True)
-    (whole / "checkpoints" / "step-00000010").rename(half / "checkpoints" / "step-00000010")
-    if train(args, mode, processes // 2, half, *steps, f"train.batch_size={args.batch}").wait(args.patience):
+    shutil.copytree(whole / "checkpoints" / "step-00000010", half / "checkpoints" / "step-00000010")
+    process = train(args, RESUMED, processes // 2, half, *RESUMED_STEPS, f"train.batch_size={args.batch}")
+    second = lines_until(process, half, 10, args.patience)
+    if [line["step"] for line in second] != list(range(11, 21)):
         return row | {"failed": failure(half)}
-    first, second = ({line["step"]: line["loss"] for line in lines(run)} for run in (whole, half))
-    differences = [abs(second[step] - first[step]) / first[step] for step in range(11, 21)]
-    return row | {"losses_all": [round(first[step], 5) for step in range(11, 21)],
-                  "losses_half": [round(second[step], 5) for step in range(11, 21)],
-                  "largest_relative_difference": max(differences)}  # fmt: skip
+    losses = [(a["loss"], b["loss"]) for a, b in zip(first[10:], second, strict=True)]
+    return row | {"losses_all": [round(a, 5) for a, _ in losses], "losses_half": [round(b, 5) for _, b in losses],
+                  "largest_relative_difference": max(abs(b - a) / a for a, b in losses)}  # fmt: skip
 
 
 def inference(args: argparse.Namespace, processes: int) -> dict:
@@ -199,7 +210,7 @@ def main() -> None:
                 row["efficiency"] = round(rate / processes / alone[mode], 3)
             print(json.dumps(row), flush=True)
     if "resume" in args.parts:
-        print(json.dumps(resume(args, most)), flush=True)
+        print(json.dumps(resume_on_half(args, most, *train_on_all(args, most))), flush=True)
     for processes in args.processes if "inference" in args.parts else ():
         print(json.dumps(inference(args, processes)), flush=True)
 
