@@ -27,4 +27,5 @@ data = dict(
 )
 
 # Four checkpoints are scored. Of a rate that stays constant each is what a shorter run would have ended with.
-train = dict(steps=1200, warmup=100, cooldown=0, log_every=50)
+# Of the small parts, compiling takes longer than it saves in a short run.
+train = dict(steps=1200, warmup=100, cooldown=0, log_every=50, compile=["transformer", "vae"])
