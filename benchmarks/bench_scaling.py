@@ -102,9 +102,10 @@ def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
     never = 10**6
     process = train(args, mode, processes, run, f"train.batch_size={args.batch}", f"train.steps={never}",
                     f"train.checkpoint_every={never}", f"train.log_every={EVERY}")  # fmt: skip
-    row, wanted = {"mode": mode, "processes": processes, "batch": args.batch}, WARM_UP + LINES
+    started, wanted = time.monotonic(), WARM_UP + LINES
+    row = {"mode": mode, "processes": processes, "batch": args.batch}
     if len(measured := lines_until(process, run, wanted, args.patience)) < wanted:
-        return row | {"failed": failure(run)}
+        return row | {"failed": failure(run), "seconds": round(time.monotonic() - started)}
     kept = measured[WARM_UP:wanted]
     mean = {key: sum(line[key] for line in kept) / len(kept) for key in ("samples_per_second", "mfu", "memory_gib")
             if key in kept[0]}  # fmt: skip
@@ -143,7 +144,8 @@ def resume_on_half(args: argparse.Namespace, processes: int, whole: Path, first:
     half, row = fresh(args.folder / "resume-half"), {"mode": RESUMED, "processes": [processes, processes // 2]}
     if len(first) < 20:
         return row | {"failed": failure(whole)}
-    shutil.copytree(whole / "checkpoints" / "step-00000010", half / "checkpoints" / "step-00000010")
+    (half / "checkpoints").mkdir(parents=True)
+    (whole / "checkpoints" / "step-00000010").rename(half / "checkpoints" / "step-00000010")
     process = train(args, RESUMED, processes // 2, half, *RESUMED_STEPS, f"train.batch_size={args.batch}")
     second = lines_until(process, half, 10, args.patience)
     if [line["step"] for line in second] != list(range(11, 21)):
