@@ -109,12 +109,12 @@ class TrainingBatch:
 
     Attributes:
         pixels_PCHW, moments, vision_RCHW: as in `TrainingSample`.
+        task_B: int64, places in `Task`.
         target_B, reference_R, source_B: int64, places in the row of pictures; a sample without a source has -1.
         noise_BCHW, time_B: K noise levels of every sample, the first of all samples first: [K B, ...].
     """
 
     ids: tuple[str, ...]
-    tasks: tuple[Task, ...]
     instructions: tuple[Instruction, ...]
     vision_RCHW: Tensor | None
     pixels_PCHW: Tensor | None
@@ -122,6 +122,7 @@ class TrainingBatch:
     noise_BCHW: Tensor
     posterior_PCHW: Tensor
     source_posterior_BCHW: Tensor
+    task_B: Tensor
     target_B: Tensor
     reference_R: Tensor
     source_B: Tensor
@@ -175,7 +176,6 @@ def collate(samples: Sequence[TrainingSample]) -> TrainingBatch:
     moments = [sample.moments for sample in samples if with_moments]
     return TrainingBatch(
         ids=tuple(sample.id for sample in samples),
-        tasks=tuple(sample.task for sample in samples),
         instructions=tuple(sample.instruction for sample in samples),
         vision_RCHW=_cat([sample.vision for sample in samples]),
         pixels_PCHW=_cat([sample.pixels for sample in samples]),
@@ -183,6 +183,7 @@ def collate(samples: Sequence[TrainingSample]) -> TrainingBatch:
         noise_BCHW=torch.stack([sample.noise for sample in samples], dim=1).flatten(0, 1),
         posterior_PCHW=torch.cat([sample.posterior for sample in samples]),
         source_posterior_BCHW=torch.stack(source_posterior),
+        task_B=torch.tensor([list(Task).index(sample.task) for sample in samples]),
         target_B=torch.tensor(target),
         reference_R=torch.tensor(reference, dtype=torch.long),
         source_B=torch.tensor(source),

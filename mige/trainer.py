@@ -36,7 +36,7 @@ from mige.optimizers import build_optimizers, learning_rate
 from mige.parts import build_parts
 from mige.pipeline import MIGEPipeline
 from mige.progress import Metrics, forget_after, forward_flops, matrix_rate, useful_flops, write_line
-from mige.records import Task, read_records
+from mige.records import read_records
 from mige.sampler import DPMSolver2M
 from mige.training_data import load_dataset
 from mige.training_state import TrainingError
@@ -55,7 +55,9 @@ class Watched:
     step: int
     ids: tuple[str, ...]  # the samples of this process
     mine: Tensor  # float32 [K B], their losses
-    everyone: Tensor  # float32 [4, all samples]: mse, vb, place of the task in `Task`, time
+    everyone: (
+        Tensor  # float32 [5, all samples]: mse, vb, place of the task in `Task`, time, 1 where a process is to stop
+    )
     norm: Tensor | None  # of the gradient, where an optimiser step ended
     work: float  # useful FLOPs of this process
 
@@ -75,7 +77,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
         self.zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
-        self.step, self.stopping = 0, False
+        self.step, self.stopping, self.all_stop = 0, False, False
         self.unread: deque[Watched] = deque()
         if self.zero2 or self.accelerator.is_fsdp2:
             check_shardable(settings, "ZeRO-2" if self.zero2 else "FSDP2")
@@ -140,10 +142,14 @@ class Trainer:
         before = signal.signal(signal.SIGTERM, self._stop)
         try:
             self._resume(resume)
-            return self._loop()
+            code = self._loop()
         finally:
             signal.signal(signal.SIGTERM, before)
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        # Not after an error: it waits for the other processes, they for this one, and nobody would hear of the error.
+        self.accelerator.state.destroy_process_group()
+        return code
 
     def _stop(self, *_) -> None:
         self.stopping = True
@@ -161,7 +167,7 @@ class Trainer:
             if self.step % settings.log_every == 0:
                 self._log(metrics, self._read(metrics), rate)
             last = self.step == settings.steps
-            stop = self._anyone_stopping()
+            stop = self.all_stop
             if self.step % settings.checkpoint_every == 0 or last or stop:
                 self._read(metrics)  # a checkpoint is good only if the loss was
                 self._save()
@@ -246,9 +252,10 @@ class Trainer:
     # ---- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self, batch: TrainingBatch, loss: Loss, norm: Tensor | None) -> None:
-        """Collect the losses of all processes, to be read when the GPU has them."""
-        tasks = torch.tensor([list(Task).index(task) for task in batch.tasks] * self.config.train.noise_levels)
-        rows = torch.stack([loss.mse, loss.vb, tasks.to(loss.mse), batch.time_B.float()]).detach()
+        """Collect the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
+        tasks = batch.task_B.repeat(self.config.train.noise_levels)
+        stopping = torch.full_like(loss.mse, self.stopping)
+        rows = torch.stack([loss.mse, loss.vb, tasks.float(), batch.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         work = sum(self._work(i.length(self.queries), i.pictures) for i in batch.instructions)
         self.unread.append(Watched(self.step, batch.ids, rows[0] + rows[1], everyone, norm, work))
@@ -258,7 +265,8 @@ class Trainer:
         last = None
         while len(self.unread) > all_but:
             seen = self.unread.popleft()
-            mse, vb, task, time = seen.everyone.cpu()
+            mse, vb, task, time, stopping = seen.everyone.cpu()
+            self.all_stop |= bool(stopping.any())
             if not (mse + vb).isfinite().all():
                 bad = (~seen.mine.isfinite()).reshape(-1, len(seen.ids)).any(0).tolist()
                 ids = [id_ for id_, is_bad in zip(seen.ids, bad, strict=True) if is_bad]
@@ -371,12 +379,6 @@ class Trainer:
         average = dict(zip(map(id, self.trained), self.ema.whole(), strict=True))
         named = self.plain.named_parameters(remove_duplicate=False)
         return {name: average[id(parameter)] for name, parameter in named if id(parameter) in average}
-
-    def _anyone_stopping(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stopping  # asking the GPU would wait for it
-        flag = torch.tensor([self.stopping], device=self.device)
-        return bool(self.accelerator.gather(flag).any())
 
 
 def _leave_group(_: int) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -142,6 +143,32 @@ def test_an_unforeseen_error_ends_the_workers_too(tiny_model, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), *options], cwd=ROOT, timeout=120,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 1 and "RuntimeError: unforeseen" in done.stderr
+
+
+def test_an_error_is_told_without_waiting_for_the_other_processes(tiny_model, tmp_path, monkeypatch):
+    trainer, waited = build(tiny_model, tmp_path / "run", "train.steps=1"), []
+    monkeypatch.setattr(AcceleratorState, "destroy_process_group", lambda *_: waited.append(True))
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(Trainer, "_train_step", lambda *_: (_ for _ in ()).throw(MemoryError))
+        trainer.run()
+    assert not waited
+    assert trainer.run() == 0 and waited
+
+
+def test_a_sigterm_to_one_of_two_processes_saves_and_ends_both(tiny_model, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         *command(tiny_model, tmp_path / "run", "train.steps=100000", "train.checkpoint_every=100000")],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, process)
+    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    workers["1"].send_signal(signal.SIGTERM)  # not to the one that writes
+    assert process.wait(timeout=120) != 0
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert [saved.name for saved in training_state.finished(tmp_path / "run")] == [f"step-{last:08d}"]
+    assert f"SIGTERM: saved at step {last}" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("levels", [1, 2])

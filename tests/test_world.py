@@ -32,7 +32,8 @@ def picture(*scenes: Scene, side: int = SIDE) -> torch.Tensor:
 
 def numbers(of: tasks.Case) -> set[int]:
     """Every subject the case shows."""
-    return {s.sprite for scene in (of.target, *of.references) for s in scene.subjects}
+    shown = [s for scene in (of.target, *of.references) for s in scene.subjects]
+    return {s.sprite for s in shown} | {s.other for s in shown if s.other >= 0}
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -138,12 +139,29 @@ def test_what_a_reference_shows_is_in_the_answer(kind):
         assert all(len(subjects & asked) == 1 for subjects in shown)
 
 
+@pytest.mark.parametrize("kind", ["one_reference", "two_references", "add_by_reference", "replace_by_reference"])
+def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+    plain = [tasks.make(kind, np.random.default_rng(seed), SEEN) for seed in range(200)]
+    asked = [s for one in made for s in one.asked]
+    for one in made:
+        shown = [s for i, r in enumerate(one.references) if i != one.source for s in r.subjects]
+        for a, b in zip(shown, one.asked, strict=True):
+            assert (a.sprite, a.other, a.cut, a.angle, a.flip) == (b.sprite, b.other, b.cut, b.angle, b.flip)
+            assert np.array_equal(a.colour, b.colour) and a.sprite != a.other
+    joined = sum(s.other >= 0 for s in asked) / len(asked)
+    turned = sum(abs(s.angle) > 12 for s in asked) / len(asked)
+    assert joined == pytest.approx(0.7 * 2 / 3, abs=0.1) and turned == pytest.approx(0.7 * 3 / 4, abs=0.1)
+    for one in plain:  # the benchmark's way
+        assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
+
+
 def test_unseen_subjects_stay_unseen():
     assert len(UNSEEN) == 90 and not set(SEEN) & set(UNSEEN)
     assert set(SEEN) | set(UNSEEN) == set(range(len(sprites.names())))
     held_out, shown = {sprites.names()[n] for n in UNSEEN}, set()
     for seed in range(1500):
-        one = tasks.sample(np.random.default_rng(seed), SEEN)
+        one = tasks.sample(np.random.default_rng(seed), SEEN, invent=seed % 2 == 0)
         shown |= numbers(one)
     assert shown <= set(SEEN) and len(shown) > 0.9 * len(SEEN)
     for kind in tasks.KINDS:
@@ -151,6 +169,26 @@ def test_unseen_subjects_stay_unseen():
             prompt = f" {case(kind, seed, UNSEEN).prompt} "
             names = [name for name in sprites.names() if f" {name} " in prompt]
             assert not names or max(names, key=len) not in held_out, prompt  # no word that training did not teach
+
+
+def test_two_drawings_are_joined_along_the_line():
+    def alone(number: int, size: float, **how) -> torch.Tensor:
+        return picture(Scene(22, VARIANT, (Placed(number, 64, 64, size, **how),)))[0]
+
+    first, second = SEEN[:2]
+    for size in (48, 100):  # of the small sheet and of the large one
+        a, b = alone(first, size), alone(second, size)
+        right = alone(first, size, other=second)  # everything right of the middle is the second's
+        assert torch.equal(right[:, :, :62], a[:, :, :62]) and torch.equal(right[:, :, 66:], b[:, :, 66:])
+        below = alone(first, size, other=second, cut=(90.0, 0.0))
+        assert torch.equal(below[:, :62], a[:, :62]) and torch.equal(below[:, 66:], b[:, 66:])
+        assert torch.equal(alone(first, size, other=second, cut=(30.0, 2.0)), a)  # a line that misses the drawing
+        assert torch.equal(alone(first, size, other=second, cut=(30.0, -2.0)), b)
+        mirrored = alone(first, size, other=second, flip=True)
+        assert torch.allclose(mirrored.flip(2)[:, :, 66:], b[:, :, 66:], atol=1e-4)  # the line turns with the subject
+    beside = Placed(SEEN[2], 20, 64, 30)  # a subject without a second drawing in the same slot of another picture
+    both = picture(Scene(22, VARIANT, (Placed(first, 64, 64, 48, other=second),)), Scene(22, VARIANT, (beside,)))
+    assert torch.equal(both[1], picture(Scene(22, VARIANT, (beside,)))[0])
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python tools/make_world.py output/world_unseen --cases 200 --unseen --kinds one_reference replace_by_reference
 
 makes OUT/records.jsonl and OUT/images/ (PNG, 128 px). Case N depends on the seed, the kinds and N alone, so a larger
-set begins with the smaller one.
+set begins with the smaller one. Most subjects of a reference are invented, as in training, but with --unseen.
 """
 
 import argparse
@@ -25,14 +25,18 @@ _AT_ONCE = 64  # cases drawn together
 _KINDS = [kind for kind in tasks.KINDS if kind != "text_to_image"]  # a record has a reference
 
 
-def write(folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float]) -> Counter:
+def write(
+    folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, invent: bool
+) -> Counter:
     """Records and pictures of these cases; returns how many there are of each kind."""
     (folder / "images").mkdir()
     counts = Counter()
     with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
         for first in tqdm(range(0, len(cases), _AT_ONCE), unit=f"x {_AT_ONCE} cases"):
             numbers = cases[first : first + _AT_ONCE]
-            made = {n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture) for n in numbers}
+            made = {
+                n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture, invent=invent) for n in numbers
+            }
             names, scenes = [], []
             for number, case in made.items():
                 row = _record(number, case)
@@ -74,7 +78,7 @@ def main() -> None:
     cases, subjects = range(args.first, args.first + args.cases), sprites.split()[args.unseen]
     try:
         with whole_folder(args.folder) as folder:
-            counts = write(folder, args.seed, cases, subjects, mixture)
+            counts = write(folder, args.seed, cases, subjects, mixture, invent=not args.unseen)
     except OSError as error:
         sys.exit(f"error: {error}")
     for kind in args.kinds:

@@ -44,6 +44,8 @@ class Placed:
     angle: float = 0.0  # degrees, clockwise
     flip: bool = False  # mirrored
     colour: np.ndarray = field(default_factory=lambda: PLAIN_COLOUR)  # [3, 3], new red, green, blue from the drawing's
+    other: int = -1  # number of a drawing that takes over beyond a line, -1 for none
+    cut: tuple[float, float] = (0.0, 0.0)  # that line: direction of its far side, degrees; offset, half sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,7 @@ class Scenes:
     Attributes:
         background: int64 [P]. variant: float32 [P, VARIANT]. sprite: int64 [P, S], -1 for none.
         place: float32 [P, S, 5]: x, y, size, angle in radians, flip (-1 or 1). colour: float32 [P, S, 3, 3].
+        other: int64 [P, S], -1 for none. cut: float32 [P, S, 3]: the line's normal (x, y) and its offset.
     """
 
     background: Tensor
@@ -85,6 +88,8 @@ class Scenes:
     sprite: Tensor
     place: Tensor
     colour: Tensor
+    other: Tensor
+    cut: Tensor
 
     def pin_memory(self) -> "Scenes":
         """Called by the data loader, for fast copies to a GPU."""
@@ -96,14 +101,18 @@ class Scenes:
         many = len(scenes)
         sprite = np.full((many, MOST), -1, dtype=np.int64)
         place, colour = np.zeros((many, MOST, 5), np.float32), np.zeros((many, MOST, 3, 3), np.float32)
+        other, cut = np.full((many, MOST), -1, dtype=np.int64), np.zeros((many, MOST, 3), np.float32)
         for row, scene in enumerate(scenes):
             for slot, s in enumerate(scene.subjects):
                 sprite[row, slot], colour[row, slot] = s.sprite, s.colour
                 place[row, slot] = s.x, s.y, s.size, math.radians(s.angle), -1 if s.flip else 1
+                if s.other >= 0:
+                    towards = math.radians(s.cut[0])
+                    other[row, slot], cut[row, slot] = s.other, (math.cos(towards), math.sin(towards), s.cut[1])
         return cls(
             torch.tensor([scene.background for scene in scenes], dtype=torch.long),
             torch.from_numpy(np.stack([scene.variant for scene in scenes])),
-            *map(torch.from_numpy, (sprite, place, colour)),
+            *map(torch.from_numpy, (sprite, place, colour, other, cut)),
         )
 
 
@@ -120,17 +129,31 @@ def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -
     chosen += [(there & (~big if sheet else big))[:, slot] for sheet, slot in layers]
     rows = _upload([one.nonzero().flatten() for one in chosen], device)
     canvas = torch.empty(len(scenes.background), 3, side, side, device=device)
-    variant, place, colour, sprite = (
-        t.to(device, non_blocking=True) for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite)
+    variant, place, colour, sprite, other, cut = (
+        t.to(device, non_blocking=True)
+        for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite, scenes.other, scenes.cut)
     )
+    joined = (scenes.other >= 0).any(dim=0).tolist()  # in which slots
     for kind, here in zip(kinds, rows[: len(kinds)], strict=True):
         canvas[here] = backgrounds.draw(kind, variant[here], side)
     sheets = sprites.sheets(device)
     for (sheet, slot), here in zip(layers, rows[len(kinds) :], strict=True):
         if len(here):
-            layer = _layer(sheets[sheet][sprite[here, slot]], place[here, slot], colour[here, slot], side)
+            drawings = sheets[sheet][sprite[here, slot]]
+            if joined[slot]:
+                drawings = _join(drawings, sheets[sheet], other[here, slot], cut[here, slot])
+            layer = _layer(drawings, place[here, slot], colour[here, slot], side)
             canvas[here] = canvas[here] * (1 - layer[:, 3:]) + layer[:, :3]
     return canvas * 2 - 1
+
+
+def _join(drawings: Tensor, sheet: Tensor, other: Tensor, cut: Tensor) -> Tensor:
+    """Drawings [N, 4, h, w] with those of numbers `other` [N] (-1: none) beyond lines `cut` [N, 3]."""
+    side = drawings.shape[-1]
+    ticks = (torch.arange(side, device=drawings.device) * 2 + 1) / side - 1  # middles of pixels
+    beyond = cut[:, :1, None] * ticks + cut[:, 1:2, None] * ticks[:, None] > cut[:, 2:, None]  # [N, h, w]
+    beyond &= (other >= 0)[:, None, None]
+    return torch.where(beyond[:, None], sheet[other.clamp(min=0)], drawings)
 
 
 def _layer(drawings: Tensor, place: Tensor, colour: Tensor, side: int) -> Tensor:

@@ -84,7 +84,8 @@ class WorldDataset(Dataset):
         return _EPOCH
 
     def __getitem__(self, counter: int) -> tuple[TrainingSample, tuple[Scene, ...], int, int]:
-        case = tasks.sample(np.random.default_rng([self.seed, counter]), sprites.split()[0], self.mixture)
+        rng, seen = np.random.default_rng([self.seed, counter]), sprites.split()[0]
+        case = tasks.sample(rng, seen, self.mixture, invent=True)
         scenes = (case.target, *case.references)
         sample = TrainingSample(
             id=f"{case.kind}-{counter}",

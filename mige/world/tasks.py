@@ -28,6 +28,8 @@ PLACES = (
 SIZES = {"small": 28, "": 38, "large": 50}
 HUGE = 76  # fits the centre only
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+INVENTED = 0.7
+"""Share of the referenced subjects that are invented, where any are."""
 APART = 38  # from middle to middle of what stands side by side, px
 GROW, SHRINK = 1.45, 0.65
 
@@ -51,24 +53,35 @@ class Case:
     asked: tuple[Placed, ...] = ()
 
 
-def sample(rng: np.random.Generator, subjects: Sequence[int], mixture: Mapping[str, float] | None = None) -> Case:
-    """A case of a kind drawn by the weights of `mixture` (default `MIXTURE`), about the given subjects."""
+def sample(
+    rng: np.random.Generator,
+    subjects: Sequence[int],
+    mixture: Mapping[str, float] | None = None,
+    *,
+    invent: bool = False,
+) -> Case:
+    """A case of a kind drawn by the weights of `mixture` (default `MIXTURE`); the rest as `make`."""
     mixture = MIXTURE if mixture is None else mixture
     weights = np.array(list(mixture.values()), dtype=float)
     kind = list(mixture)[int(rng.choice(len(weights), p=weights / weights.sum()))]
-    return make(kind, rng, subjects)
+    return make(kind, rng, subjects, invent=invent)
 
 
-def make(kind: str, rng: np.random.Generator, subjects: Sequence[int]) -> Case:
-    """A case of one kind about the given subjects; those that are called by a name are always seen ones."""
-    return KINDS[kind](_Author(rng, subjects))
+def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, invent: bool = False) -> Case:
+    """A case of one kind about the given subjects; those that are called by a name are always seen ones.
+
+    invent: most subjects that a reference shows are no drawing of the sheet: turned by quarters, or joined of
+    two drawings along a line (as CutMix, arXiv 1905.04899, joins pictures), or both. A model that has only some hundred
+    drawings to learn from remembers them else, and doesn't look at a new one.
+    """
+    return KINDS[kind](_Author(rng, subjects, invent))
 
 
 class _Author:
     """Draws the pieces of a case: scenes, subjects, words."""
 
-    def __init__(self, rng: np.random.Generator, subjects: Sequence[int]):
-        self.rng, self.subjects = rng, subjects
+    def __init__(self, rng: np.random.Generator, subjects: Sequence[int], invent: bool):
+        self.rng, self.subjects, self.invent = rng, subjects, invent
         self.named = set(sprites.split()[0])
         self.used: set[int] = set()
 
@@ -121,10 +134,18 @@ class _Author:
         """A picture of one subject alone, large, and the subject as it will appear elsewhere."""
         swap = self.pick(SWAPS) if self.chance(0.5) else SWAPS[0]
         subject = Placed(self.subject(), SIDE / 2, SIDE / 2, SIZES[""], self.scatter(12), self.chance(0.5), swap)
+        subject = self.invented(subject) if self.invent and self.chance(INVENTED) else subject
         ground = backgrounds.PLAIN_WHITE if self.chance(0.4) else self.pick(backgrounds.PLAIN)
         size = float(self.rng.uniform(88, 116))
         shown = replace(subject, x=64 + self.scatter(5), y=64 + self.scatter(5), size=size)
         return Scene(ground, self.variant(), (shown,)), subject
+
+    def invented(self, subject: Placed) -> Placed:
+        """A new subject made of it: turned by quarters, in two of three cases joined with another drawing."""
+        turned = replace(subject, angle=subject.angle + 90 * int(self.rng.integers(4)))
+        if self.chance(1 / 3):
+            return turned
+        return replace(turned, other=self.subject(), cut=(self.scatter(180), self.scatter(0.4)))
 
     def old(self, subject: Placed, place: int) -> str:
         """How an instruction calls something in the picture: by its name, its place, or both."""
