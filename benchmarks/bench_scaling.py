@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -80,7 +81,11 @@ def train(args: argparse.Namespace, mode: str, processes: int, run: Path, *more:
     common = (f"train.start={str(args.folder / 'start')!r}", "train.warmup=0", "train.sample_every=0",
               "train.trackers=[]", f"data.workers={0 if args.cpu else 6}")  # fmt: skip
     log = run.with_suffix(".log").open("w")
-    variables = {"OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_CPU": "true"} if args.cpu else {})}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        **({"ACCELERATE_USE_CPU": "true"} if args.cpu else {}),
+    }
     return subprocess.Popen([*map(str, command), *common, *overrides, *more], cwd=ROOT, env=os.environ | variables,
                             stdout=log, stderr=log)  # fmt: skip
 
@@ -91,8 +96,11 @@ def lines(run: Path) -> list[dict]:
 
 
 def failure(run: Path) -> str:
-    """The last line of a run's log that names an error."""
-    said = [line for line in run.with_suffix(".log").read_text(errors="replace").splitlines() if "rror" in line]
+    """The last line of a run's log that names an error, or that it lost patience."""
+    log = run.with_suffix(".log")
+    said = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+    if any("Fatal Python error: Aborted" in line for line in said):
+        return f"too slow or stuck; {log} says where its processes stood"
     return said[-1][-300:] if said else "no error in its log"
 
 
@@ -115,7 +123,14 @@ def speed(args: argparse.Namespace, mode: str, processes: int) -> dict:
 def lines_until(process: subprocess.Popen, run: Path, wanted: int, patience: float) -> list[dict]:
     """The run's metrics, once it has written so many lines, ended by itself or lost patience; it is stopped then."""
     started = time.monotonic()
-    while len(lines(run)) < wanted and process.poll() is None and time.monotonic() - started < patience:
+    while len(lines(run)) < wanted and process.poll() is None:
+        if time.monotonic() - started > patience:
+            launcher = psutil.Process(process.pid)
+            launcher.suspend()  # or it ends the others as soon as the first is gone
+            for worker in launcher.children():
+                worker.send_signal(signal.SIGABRT)  # at which faulthandler writes the stacks of all its threads
+                time.sleep(0.5)  # one after the other
+            break
         time.sleep(0.2)
     kill(process)
     return lines(run)
