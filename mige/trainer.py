@@ -55,9 +55,7 @@ class Watched:
     step: int
     ids: tuple[str, ...]  # the samples of this process
     mine: Tensor  # float32 [K B], their losses
-    everyone: (
-        Tensor  # float32 [5, all samples]: mse, vb, place of the task in `Task`, time, 1 where a process is to stop
-    )
+    everyone: Tensor  # float32 [5, all samples]: mse, vb, place in `Task`, time, whether their process is to stop
     norm: Tensor | None  # of the gradient, where an optimiser step ended
     work: float  # useful FLOPs of this process
 
@@ -147,7 +145,7 @@ class Trainer:
             signal.signal(signal.SIGTERM, before)
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        # Not after an error: it waits for the other processes, they for this one, and nobody would hear of the error.
+        # Not after an error: it may wait for the other processes, they for this one, and the error would go unheard.
         self.accelerator.state.destroy_process_group()
         return code
 
@@ -167,7 +165,7 @@ class Trainer:
             if self.step % settings.log_every == 0:
                 self._log(metrics, self._read(metrics), rate)
             last = self.step == settings.steps
-            stop = self.all_stop
+            stop = self.all_stop  # as of the step before, which is read by now: asking for this one would wait for it
             if self.step % settings.checkpoint_every == 0 or last or stop:
                 self._read(metrics)  # a checkpoint is good only if the loss was
                 self._save()
@@ -261,7 +259,10 @@ class Trainer:
         self.unread.append(Watched(self.step, batch.ids, rows[0] + rows[1], everyone, norm, work))
 
     def _read(self, metrics: Metrics, all_but: int = 0) -> float | None:
-        """Read what was watched, but for the newest few; the last gradient norm. Stops if anything is not finite."""
+        """Read what was watched, but for the newest few; the last gradient norm. Raises if anything is not finite.
+
+        What is read is alike in all processes, so they agree on the step at which a SIGTERM to one of them ends all.
+        """
         last = None
         while len(self.unread) > all_but:
             seen = self.unread.popleft()

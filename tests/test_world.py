@@ -151,7 +151,8 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
             assert np.array_equal(a.colour, b.colour) and a.sprite != a.other
     joined = sum(s.other >= 0 for s in asked) / len(asked)
     turned = sum(abs(s.angle) > 12 for s in asked) / len(asked)
-    assert joined == pytest.approx(0.7 * 2 / 3, abs=0.1) and turned == pytest.approx(0.7 * 3 / 4, abs=0.1)
+    assert joined == pytest.approx(tasks.INVENTED * 2 / 3, abs=0.1)
+    assert turned == pytest.approx(tasks.INVENTED * 3 / 4, abs=0.1)
     for one in plain:  # the benchmark's way
         assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
 
@@ -199,8 +200,9 @@ def make_world(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path):
-    done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", "--unseen")
+@pytest.mark.parametrize("unseen", [False, True])
+def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path, unseen):
+    done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", *["--unseen"] * unseen)
     assert done.returncode == 0, done.stderr
     records = read_records([tmp_path / "world" / "records.jsonl"]).require()
     assert len(records) == 70 and len(list((tmp_path / "world" / "images").iterdir())) == 70 + sum(
@@ -208,7 +210,8 @@ def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path):
     )
     mixture = {kind: weight for kind, weight in tasks.MIXTURE.items() if kind != "text_to_image"}
     for number, record in enumerate(records):
-        one = tasks.sample(np.random.default_rng([5, number]), UNSEEN, mixture)
+        rng, subjects = np.random.default_rng([5, number]), UNSEEN if unseen else SEEN
+        one = tasks.sample(rng, subjects, mixture, invent=not unseen)  # as training does
         assert record.task is one.task and record.prompt == one.prompt and record.id.startswith(one.kind)
         source = None if record.source is None else record.references.index(record.source)
         assert source == one.source
@@ -255,6 +258,11 @@ def test_the_stream_is_a_function_of_seed_and_counter(stream):
     assert one.pixels_PCHW.shape == (pictures, 3, 64, 64)
     assert one.vision_RCHW.shape == (pictures - 8, 3, 28, 28)
     assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(pictures))
+
+
+def test_the_stream_invents_subjects(stream):
+    scenes = [scene for counter in range(60) for scene in stream[counter][1]]
+    assert any(s.other >= 0 for scene in scenes for s in scene.subjects)
 
 
 def test_a_mixture_is_kept(stream):

@@ -29,7 +29,7 @@ SIZES = {"small": 28, "": 38, "large": 50}
 HUGE = 76  # fits the centre only
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 INVENTED = 0.7
-"""Share of the referenced subjects that are invented, where any are."""
+"""Share of the referenced subjects that `invented` is asked for; one of twelve of these comes back as it is drawn."""
 APART = 38  # from middle to middle of what stands side by side, px
 GROW, SHRINK = 1.45, 0.65
 
