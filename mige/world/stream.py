@@ -34,14 +34,16 @@ class WorldBatch:
         """The whole batch on the device, its pictures drawn there."""
         batch = self.batch.to(device)
         pixels = draw(self.scenes, device, self.size)
-        return replace(batch, pixels_PCHW=pixels, vision_RCHW=_vision(pixels[batch.reference_R], self.vision_size))
+        return replace(
+            batch, pixels_PCHW=pixels, vision_RCHW=vision_pixels(pixels[batch.reference_R], self.vision_size)
+        )
 
     def pin_memory(self) -> "WorldBatch":
         """Called by the data loader, for fast copies to a GPU."""
         return replace(self, batch=self.batch.pin_memory(), scenes=self.scenes.pin_memory())
 
 
-def _vision(pixels_RCHW: Tensor, size: int) -> Tensor:
+def vision_pixels(pixels_RCHW: Tensor, size: int) -> Tensor:
     """`images.vision_pixels` of drawn pictures in [-1, 1], on their device."""
     squeezed = F.resize(pixels_RCHW, [size, size], InterpolationMode.BICUBIC, antialias=True)
     mean, std = _statistics(pixels_RCHW.device)
