@@ -2,17 +2,17 @@
 
 import json
 import math
-import runpy
 
+import numpy as np
 import torch
 from conftest import ROOT
 from test_ablation import run_script
 
 from mige.instruction import Instruction
 from mige.pipeline import MIGEPipeline
+from mige.world import pretraining, sprites, tasks
 
 SCRIPT = "train_scripts/pretrain_mini_encoder.py"
-script = runpy.run_path(str(ROOT / SCRIPT))
 TOLD = [Instruction(((5,), (6, 7), (8, 1))), Instruction(((9, 1),)), Instruction(((5, 6), (7, 1)))]  # 2, 0, 1 pictures
 
 
@@ -36,7 +36,7 @@ def ask(tiny_model, answer):
     references = torch.randn(3, 4, 16, 16, generator=generator)
     patches = vision.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).reshape(3, 4, 3 * 14 * 14)
     reader = Asked(answer(patches))
-    lost = float(script["lost"](pipeline.model, reader, TOLD, vision, references))
+    lost = float(pretraining.lost(pipeline.model, reader, TOLD, vision, references))
     context, mask = pipeline.model.encoder(TOLD, vision, pipeline.model.patchify(references))
     return lost, reader, context, mask
 
@@ -55,8 +55,8 @@ def test_every_picture_is_read_from_its_own_instruction(tiny_model):
 
 def test_the_reader_does_not_look_at_padding():
     torch.manual_seed(0)
-    reader = script["Reader"](8, 4, 6)
-    context, mask, which = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([0, 2])
+    reader = pretraining.Reader(8, 4, 6)
+    context, mask, which = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([0, 1])
     told = reader(context, mask, which)
     context[0, 3:] = 1e3
     torch.testing.assert_close(reader(context, mask, which), told)
@@ -78,3 +78,9 @@ def test_the_encoder_learns_and_the_rest_stays(tiny_model, tmp_path):
     curve = json.loads((tmp_path / "on" / "encoder_curve.json").read_text())
     assert [line["step"] for line in curve] == [1, 40]
     assert curve[1]["lost_unseen"] < 0.9 * curve[0]["lost_unseen"]
+
+
+def test_the_reader_knows_as_many_pictures_as_an_instruction_of_the_world_shows():
+    makers = [(kind, np.random.default_rng([n, seed])) for n, kind in enumerate(tasks.KINDS) for seed in range(20)]
+    most = max(len(tasks.make(kind, rng, sprites.split()[0]).references) for kind, rng in makers)
+    assert most == pretraining.MOST

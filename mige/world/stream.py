@@ -34,9 +34,8 @@ class WorldBatch:
         """The whole batch on the device, its pictures drawn there."""
         batch = self.batch.to(device)
         pixels = draw(self.scenes, device, self.size)
-        return replace(
-            batch, pixels_PCHW=pixels, vision_RCHW=vision_pixels(pixels[batch.reference_R], self.vision_size)
-        )
+        seen = vision_pixels(pixels[batch.reference_R], self.vision_size)
+        return replace(batch, pixels_PCHW=pixels, vision_RCHW=seen)
 
     def pin_memory(self) -> "WorldBatch":
         """Called by the data loader, for fast copies to a GPU."""
