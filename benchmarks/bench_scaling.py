@@ -15,6 +15,7 @@ A line of JSON a measurement; one that fails says so and the next one runs.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -99,6 +100,8 @@ def failure(run: Path) -> str:
     """The last line of a run's log that names an error, or that it lost patience."""
     log = run.with_suffix(".log")
     said = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+    if named := [line for line in said if "Error: " in line]:
+        return named[-1][-300:]
     if any("Fatal Python error: Aborted" in line for line in said):
         return f"too slow or stuck; {log} says where its processes stood"
     return said[-1][-300:] if said else "no error in its log"
@@ -214,6 +217,8 @@ def main() -> None:
     if min(args.processes) < 1 or ("resume" in args.parts and most < 2):
         parser.error(f"--processes is {args.processes}; expected 1 and more, 2 for the part resume")
     make_start(args)
+    gc.collect()
+    torch.cuda.empty_cache()  # of what the weights were made with: the runs need the whole card
     alone: dict[str, float] = {}
     for mode in args.modes if "speed" in args.parts else ():
         for processes in args.processes:
