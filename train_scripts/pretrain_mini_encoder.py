@@ -28,20 +28,22 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="checkpoint folder whose encoder is taught")
     parser.add_argument("--config", type=Path, default=Path("configs/mini.py"))
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
     parser.add_argument("--batch", type=int, default=256, help="cases a step (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=20_000, help="none that a training has (%(default)s)")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
-    if min(args.steps, args.batch) < 1:
-        parser.error(f"--steps is {args.steps}, --batch {args.batch}; expected 1 and more")
+    if min(args.steps, args.batch) < 1 or args.seconds <= 0:
+        parser.error(f"--steps is {args.steps}, --batch {args.batch}, --seconds {args.seconds}; "
+                     "expected >= 1, >= 1 and > 0")  # fmt: skip
     with whole_folder(args.folder) as folder:
         settings = config.load(args.config, [f"train.start={str(args.start)!r}", *args.overrides])
         pipeline = MIGEPipeline.from_pretrained(args.start, dtype=torch.float32)
         check_sizes(settings, pipeline)
-        chosen = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed", "workers", "device")}
-        curve = pretrain(pipeline, settings, **chosen)
+        chosen = ("steps", "seconds", "batch", "rate", "seed", "workers", "device")
+        curve = pretrain(pipeline, settings, **{name: getattr(args, name) for name in chosen})
         pipeline.to("cpu").save_pretrained(folder)
         (folder / "encoder_curve.json").write_text(json.dumps(curve) + "\n")
 

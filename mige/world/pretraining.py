@@ -3,6 +3,7 @@
 Letters: B instructions, R pictures of all of them, L context positions, N patches of a picture, C values.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from mige.config import Config
 from mige.dataset import Counters, Dropout
 from mige.instruction import Instruction, tokenize, training_text
 from mige.model import MIGEModel
+from mige.muon import BatchedMuon
 from mige.pipeline import MIGEPipeline
 from mige.world import sprites, tasks
 from mige.world.scenes import Scenes, draw
@@ -82,14 +84,16 @@ def pretrain(
     settings: Config,
     *,
     steps: int,
+    seconds: float,
     batch: int,
     rate: float,
     seed: int,
     workers: int,
     device: str,
 ) -> list[dict]:
-    """Train the encoder of `pipeline` in place, on `settings.data.world`; returns the curve, which it prints.
+    """Train the encoder of `pipeline` in place, on `settings.data.world`, until so many steps or seconds are over.
 
+    Matrices of repeated blocks are Muon's, the rest AdamW's. Returns the curve, which it prints.
     Raises RuntimeError for a gradient that is not finite.
     """
     device, model = torch.device(device), pipeline.model.to(device)
@@ -112,22 +116,32 @@ def pretrain(
     reader = Reader(pipeline.fusion.config.text_width, patches, values).to(device)
     model.encoder.train().requires_grad_(True)
     trained = [*model.encoder.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    blocks = [*model.blocks(("text_encoder", "image_encoder", "qformer")), *reader.layers.layers]
+    matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
+    others = [p for p in trained if id(p) not in matrices]
+    optimizers = [
+        BatchedMuon([p for p in trained if id(p) in matrices], lr=rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
     held_out, curve, started = unseen_pictures(pipeline, device), [], time.perf_counter()
-    for step, drawn in zip(range(1, steps + 1), loader, strict=False):  # the loader never ends
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 100, 1.25 * (1 - (step - 1) / steps))
+    for step, drawn in zip(itertools.count(1), loader, strict=False):  # neither ends
+        done = max(step / steps, (time.perf_counter() - started) / seconds)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, 1.25 * (1 - min(done, 0.999)))
         samples = drawn.to(device)
         references = samples.latents(pipeline.vae)[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = lost(model, reader, samples.instructions, samples.vision_RCHW, references)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step in (1, steps) or step % 100 == 0:
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 1 or step % 100 == 0 or done >= 1:
             with torch.no_grad():
                 unseen = float(lost(model, reader, *held_out))
             line = {"step": step, "lost": round(loss.item(), 4), "lost_unseen": round(unseen, 4)}
             curve.append(line | {"seconds": round(time.perf_counter() - started, 1)})
             print(json.dumps(curve[-1]), flush=True)
-    return curve
+            if done >= 1:
+                return curve
