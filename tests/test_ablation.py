@@ -27,7 +27,7 @@ from mige.world import ablation, ablation_report, bench
 from mige.world.ablation import VARIANTS, AblationError, Plan
 from mige.world.ablation_report import COMPARISONS, Comparison, Scores, compare
 from mige.world.intervals import Estimate, estimate, spread, t_quantile
-from mige.world.start import start_from
+from mige.world.start import start_from, start_with
 
 TOY = f"""
 _base_ = {str(ROOT / "configs" / "tiny.py")!r}
@@ -537,3 +537,54 @@ def test_the_script_makes_such_a_start(toy, tiny_model, tmp_path):
     start_from(tiny_model, tmp_path / "same", config.load(toy, ["model.fusion.num_queries=0"]).model, 1)
     one, same = (MIGEPipeline.from_pretrained(tmp_path / name).model.state_dict() for name in ("start", "same"))
     assert all(np.array_equal(one[key], same[key]) for key in same)
+
+
+def test_a_run_starts_with_all_parts_of_the_model_and_of_a_changed_fusion_with_what_fits(toy, tiny_model, tmp_path):
+    given = MIGEPipeline.from_pretrained(tiny_model, dtype=torch.float32)
+    given.fusion.fusion.out.weight.data.normal_()  # no longer as a fresh one
+    given.save_pretrained(tmp_path / "given")
+    states = {}
+    for change in ((), ("model.fusion.vae_features=False",), ("model.fusion.num_queries=0",)):
+        folder = tmp_path / f"start{len(states)}"
+        start_with(tmp_path / "given", folder, config.load(toy, change).model, 7)
+        states[change] = MIGEPipeline.from_pretrained(folder, dtype=torch.float32).model.state_dict()
+    whole, without, textual = states.values()
+    theirs = given.model.state_dict()
+    assert whole.keys() == theirs.keys() and all(torch.equal(whole[key], theirs[key]) for key in theirs)
+    assert without.keys() == {key for key in theirs if ".fusion.fusion." not in key}
+    assert all(torch.equal(without[key], theirs[key]) for key in without)
+    queries = "encoder.fusion.query_tokens"
+    assert textual[queries].shape[1] == 0
+    assert all(torch.equal(textual[key], theirs[key]) for key in theirs if key != queries)
+
+    start_with(tmp_path / "start1", tmp_path / "back", config.load(toy).model, 7)  # VAE features after a start without
+    back = MIGEPipeline.from_pretrained(tmp_path / "back", dtype=torch.float32).model.state_dict()
+    assert all(torch.equal(back[key], value) for key, value in without.items())
+    assert not back["encoder.fusion.fusion.out.weight"].any()
+    with pytest.raises(CheckpointError, match=r"its transformer is not of the config's sizes \(\d+ tensors differ"):
+        start_with(tiny_model, tmp_path / "deep", config.load(toy, ["model.transformer.num_layers=3"]).model, 0)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_what_the_ablations_start_from(toy, tiny_model, one_thread, tmp_path):
+    few = ("--encoder-steps", 2, "--encoder-batch", 2, "--steps", 2, "data.workers=0", "train.trackers=[]")
+    script = ("train_scripts/start_ablation.py", tmp_path / "base", "--config", toy, "--from-model", tiny_model, *few)
+    run_script(*script)
+    names = ("start", "seeing", "model")
+    start, seeing, model = (MIGEPipeline.from_pretrained(tmp_path / "base" / n).model.state_dict() for n in names)
+    dit = [key for key in start if key.startswith("transformer.")]
+    assert all(torch.equal(start[key], seeing[key]) for key in dit)
+    tower = [key for key in start if key.startswith("encoder.image_encoder.") and key.endswith("qkv.weight")]
+    assert tower and not any(torch.equal(start[key], seeing[key]) for key in tower)
+    assert any(not torch.equal(seeing[key], model[key]) for key in dit)
+    assert not any(".fusion.fusion." in key for key in model)
+    metrics = (tmp_path / "base" / "text" / "metrics.jsonl").read_text()
+    assert "loss/subject" in metrics and "loss/edit" not in metrics
+    shutil.rmtree(tmp_path / "base" / "model")  # stopped before the end: the stages that are done are kept
+    kept = (tmp_path / "base" / "seeing" / "model_index.json").stat().st_mtime_ns
+    run_script(*script)
+    assert (tmp_path / "base" / "seeing" / "model_index.json").stat().st_mtime_ns == kept
+    again = MIGEPipeline.from_pretrained(tmp_path / "base" / "model").model.state_dict()
+    assert all(torch.equal(again[key], model[key]) for key in model)
+    with pytest.raises(SystemExit, match="is there: it is done, or give another folder"):
+        run_script(*script)

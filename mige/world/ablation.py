@@ -35,7 +35,7 @@ from mige.records import Task
 from mige.report import write_text
 from mige.trainer import PREEMPTED
 from mige.world import bench, sprites, tasks
-from mige.world.start import start_from
+from mige.world.start import start_with
 
 QUARTERS = 4  # checkpoints of a run that are scored
 NO_MATTER = {"data": ("workers",), "train": ("start", "seed", "log_every", "trackers")}  # to any score
@@ -74,7 +74,7 @@ class Plan:
     Attributes:
         out: folder of settings.json, scores.jsonl and runs/.
         file, overrides: the config and what of it is overridden.
-        model: checkpoint folder whose VAE and tokenizer all runs use.
+        model: checkpoint folder that all runs start from.
         trainer: the training script. per_kind: cases of each kind. sampler_steps, batch: of generation.
         keep_weights: don't delete checkpoints once they are scored.
     """
@@ -120,11 +120,11 @@ class Plan:
         dumped = self.config.dump()
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}
-        files = sorted(path for part in ("vae", "tokenizer") for path in (self.model / part).glob("*"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        files = sorted(path for path in self.model.glob("*/*") if path.suffix in (".safetensors", ".json"))
+        start = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
         how = {"per_kind": self.per_kind, "sampler_steps": self.sampler_steps, "bench_seed": bench.SEED}
         precision = "bf16" if torch.cuda.is_available() else "float32"
-        made = {**dumped, **how, "vae_and_tokenizer": digest, "precision": precision}
+        made = {**dumped, **how, "start": start, "precision": precision}
         return json.loads(json.dumps(made))
 
 
@@ -224,7 +224,7 @@ def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
     if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.finished(folder)]:
         return  # stopped while it was scored
     if not (folder / "start").exists():
-        start_from(plan.model, folder / "start", config.load(plan.file, own).model, seed)
+        start_with(plan.model, folder / "start", config.load(plan.file, own).model, seed)
     command = [sys.executable, str(plan.trainer), str(plan.file), "--output", str(folder), *own]
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
     child = subprocess.Popen(command, env=os.environ | precision, pass_fds=[lock])

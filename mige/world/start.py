@@ -1,4 +1,4 @@
-"""What a model of the miniature world starts from: fresh parts around a tokenizer and a VAE."""
+"""What a model of the miniature world starts from: fresh parts around a tokenizer and a VAE, or another's parts."""
 
 from pathlib import Path
 
@@ -82,5 +82,25 @@ def start_from(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
     """
     vae, tokenizer = trained_parts(model, sizes)
     parts = fresh_parts(sizes, seed) | {"vae": vae}
+    with whole_folder(folder) as beside:
+        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)
+
+
+def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None:
+    """Write a checkpoint folder to train from: all parts of `model`; whole or not at all.
+
+    Its fusion may be another (without queries, with or without VAE features): what fits is taken, the rest is fresh, by
+    the seed. Raises FileExistsError if `folder` is there, CheckpointError as `trained_parts`, or if another part
+    has other sizes.
+    """
+    vae, tokenizer = trained_parts(model, sizes)
+    parts, given = fresh_parts(sizes, seed) | {"vae": vae}, MIGEPipeline.from_pretrained(model, dtype=torch.float32)
+    for name, part in parts.items():
+        own, theirs = part.state_dict(), getattr(given, name).state_dict()
+        fits = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+        if name != "fusion" and (other := sorted(own.keys() ^ fits.keys() | theirs.keys() ^ fits.keys())):
+            raise CheckpointError(f"{model}: its {name} is not of the config's sizes ({len(other)} tensors differ, the "
+                                  f"first {other[0]}): make them equal, or start from another model")  # fmt: skip
+        part.load_state_dict(own | fits)
     with whole_folder(folder) as beside:
         MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)

@@ -1,0 +1,89 @@
+"""What the ablations start from, in place of the paper's PixArt, T5 and BLIP-2: parts that know their own trade alone.
+
+    python train_scripts/start_ablation.py output/ablation-base
+    python tools/ablate.py output/ablation --from-model output/ablation-base/model
+
+Tokenizer and VAE are those of --from-model. The encoder learns to tell the pictures of an instruction, without VAE
+features; then the model learns to draw from names. The DiT has never been asked to draw what a picture shows, and
+nothing has seen VAE features. Stopped at any point, the same command goes on after the last stage that was done.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from mige import config
+from mige.checkpoint import CheckpointError, whole_folder
+from mige.pipeline import MIGEPipeline
+from mige.world.pretraining import pretrain
+from mige.world.start import start_from
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ("model.fusion.vae_features=False", "data.world={'text_to_image': 1}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
+    parser.add_argument("--from-model", type=Path, default=ROOT / "output" / "pretrained_models" / "mige-mini",
+                        help="whose VAE and tokenizer are taken (%(default)s)")  # fmt: skip
+    parser.add_argument("--encoder-steps", type=int, default=800, help="of the encoder's training (%(default)s)")
+    parser.add_argument("--encoder-batch", type=int, default=256, help="cases a step of it (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="of drawing from names (%(default)s)")
+    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    if min(args.encoder_steps, args.encoder_batch, args.steps) < 1:
+        parser.error(f"--encoder-steps is {args.encoder_steps}, --encoder-batch {args.encoder_batch}, --steps "
+                     f"{args.steps}; expected 1 and more")  # fmt: skip
+    return args
+
+
+def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
+    """`pretrain_mini_encoder.py` on all tasks of the config; their answers are not shown."""
+    settings = config.load(args.config, [*args.overrides, OWN[0], f"train.start={str(start)!r}"])
+    pipeline = MIGEPipeline.from_pretrained(start, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = {"steps": args.encoder_steps, "batch": args.encoder_batch, "workers": settings.data.workers}
+    with whole_folder(seeing) as folder:
+        curve = pretrain(pipeline, settings, **how, seconds=1e9, rate=2e-3, seed=20_000, device=device)
+        pipeline.to("cpu").save_pretrained(folder)
+        (folder / "encoder_curve.json").write_text(json.dumps(curve) + "\n")
+
+
+def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
+    """A training on text to image alone, cooled down over its second half; returns the folder of its last weights."""
+    own = [f"train.start={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
+           f"train.checkpoint_every={args.steps}"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_mige.py"), str(args.config), "--output", str(run)]
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
+    code = subprocess.run([*command, *args.overrides, *OWN, *own], env=os.environ | precision).returncode
+    if code:
+        sys.exit(code)
+    return run / "checkpoints" / f"step-{args.steps:08d}" / "model"
+
+
+def main(args: argparse.Namespace) -> None:
+    start, seeing, model = (args.folder / name for name in ("start", "seeing", "model"))
+    if model.exists():
+        raise FileExistsError(f"{model} is there: it is done, or give another folder")
+    if not start.exists():
+        start_from(args.from_model, start, config.load(args.config, [*args.overrides, *OWN]).model, seed=0)
+    if not seeing.exists():
+        teach_encoder(start, seeing, args)
+    trained = teach_drawing(seeing, args.folder / "text", args)
+    with whole_folder(model) as folder:
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except (config.ConfigError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
