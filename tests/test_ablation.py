@@ -473,6 +473,15 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(whol
     assert (out / "scores.jsonl").read_bytes() == before
 
 
+def test_without_a_model_to_start_from_nothing_is_begun(toy, tmp_path):
+    with pytest.raises(AblationError, match=r"no model to start from; make it with train_scripts/start_ablation\.py"):
+        ablation.run(plan(tmp_path / "out", toy, tmp_path / "nowhere"), ["joint"], [0])
+    (tmp_path / "half").mkdir()
+    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
+        ablation.run(plan(tmp_path / "out", toy, tmp_path / "half"), ["joint"], [0])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_training_that_fails_is_reported(toy, tiny_model, tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import sys; sys.exit(3)")

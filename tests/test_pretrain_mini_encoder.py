@@ -84,3 +84,10 @@ def test_the_reader_knows_as_many_pictures_as_an_instruction_of_the_world_shows(
     makers = [(kind, np.random.default_rng([n, seed])) for n, kind in enumerate(tasks.KINDS) for seed in range(20)]
     most = max(len(tasks.make(kind, rng, sprites.split()[0]).references) for kind, rng in makers)
     assert most == pretraining.MOST
+
+
+def test_it_ends_by_time(tiny_model, tmp_path):
+    few = ("--steps", 1000, "--seconds", 1e-6, "--batch", 2, "--workers", 0, "--device", "cpu")
+    world = ("data.sets=[]", "data.world={'one_reference': 1}")
+    run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
+    assert [line["step"] for line in json.loads((tmp_path / "on" / "encoder_curve.json").read_text())] == [1]

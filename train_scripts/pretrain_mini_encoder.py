@@ -8,17 +8,15 @@ stay as they are. It prints the share of the pictures' variance that is lost: of
 """
 
 import argparse
-import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 from mige import config
-from mige.checkpoint import CheckpointError, whole_folder
-from mige.pipeline import MIGEPipeline
-from mige.trainer import check_sizes
-from mige.world.pretraining import pretrain
+from mige.checkpoint import CheckpointError
+from mige.world.pretraining import RATE, SEED, teach
 
 
 def main() -> None:
@@ -28,24 +26,19 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="checkpoint folder whose encoder is taught")
     parser.add_argument("--config", type=Path, default=Path("configs/mini.py"))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--batch", type=int, default=256, help="cases a step (%(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=20_000, help="none that a training has (%(default)s)")
+    parser.add_argument("--rate", type=float, default=RATE, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="none that a training has (%(default)s)")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
     if min(args.steps, args.batch) < 1 or args.seconds <= 0:
         parser.error(f"--steps is {args.steps}, --batch {args.batch}, --seconds {args.seconds}; "
                      "expected >= 1, >= 1 and > 0")  # fmt: skip
-    with whole_folder(args.folder) as folder:
-        settings = config.load(args.config, [f"train.start={str(args.start)!r}", *args.overrides])
-        pipeline = MIGEPipeline.from_pretrained(args.start, dtype=torch.float32)
-        check_sizes(settings, pipeline)
-        chosen = ("steps", "seconds", "batch", "rate", "seed", "workers", "device")
-        curve = pretrain(pipeline, settings, **{name: getattr(args, name) for name in chosen})
-        pipeline.to("cpu").save_pretrained(folder)
-        (folder / "encoder_curve.json").write_text(json.dumps(curve) + "\n")
+    settings = config.load(args.config, [f"train.start={str(args.start)!r}", *args.overrides])
+    how = ("steps", "seconds", "batch", "rate", "seed", "workers", "device")
+    teach(args.start, args.folder, settings, **{name: getattr(args, name) for name in how})
 
 
 if __name__ == "__main__":

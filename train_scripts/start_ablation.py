@@ -9,19 +9,18 @@ nothing has seen VAE features. Stopped at any point, the same command goes on af
 """
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from mige import config
+from mige import config, training_state
 from mige.checkpoint import CheckpointError, whole_folder
-from mige.pipeline import MIGEPipeline
-from mige.world.pretraining import pretrain
+from mige.trainer import PREEMPTED
+from mige.world import ablation
+from mige.world.pretraining import teach
 from mige.world.start import start_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,28 +47,23 @@ def parse() -> argparse.Namespace:
 def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
     """`pretrain_mini_encoder.py` on all tasks of the config; their answers are not shown."""
     settings = config.load(args.config, [*args.overrides, OWN[0], f"train.start={str(start)!r}"])
-    pipeline = MIGEPipeline.from_pretrained(start, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"steps": args.encoder_steps, "batch": args.encoder_batch, "workers": settings.data.workers}
-    with whole_folder(seeing) as folder:
-        curve = pretrain(pipeline, settings, **how, seconds=1e9, rate=2e-3, seed=20_000, device=device)
-        pipeline.to("cpu").save_pretrained(folder)
-        (folder / "encoder_curve.json").write_text(json.dumps(curve) + "\n")
+    teach(start, seeing, settings, **how, device=device)
 
 
 def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
     """A training on text to image alone, cooled down over its second half; returns the folder of its last weights."""
     own = [f"train.start={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
            f"train.checkpoint_every={args.steps}"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_scripts" / "train_mige.py"), str(args.config), "--output", str(run)]
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
-    code = subprocess.run([*command, *args.overrides, *OWN, *own], env=os.environ | precision).returncode
-    if code:
+    trainer = ROOT / "train_scripts" / "train_mige.py"
+    if code := ablation.launch(trainer, args.config, run, [*args.overrides, *OWN, *own]):
         sys.exit(code)
-    return run / "checkpoints" / f"step-{args.steps:08d}" / "model"
+    return training_state.finished(run)[-1] / "model"
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # the training saves before it ends
     start, seeing, model = (args.folder / name for name in ("start", "seeing", "model"))
     if model.exists():
         raise FileExistsError(f"{model} is there: it is done, or give another folder")

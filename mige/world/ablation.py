@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from mige import config, training_state
+from mige.checkpoint import verify
 from mige.config import Config
 from mige.pipeline import MIGEPipeline
 from mige.records import Task
@@ -150,9 +151,14 @@ def task_of(kind: str) -> Task:
 def run(plan: Plan, variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Train and score every run of these variants and seeds that is not finished, all variants of a seed first.
 
-    Can be killed at any point and called again. Raises AblationError if the folder holds runs with other settings or is
-    at work already, or if a training fails.
+    Can be killed at any point and called again. Raises CheckpointError if the model to start from is not whole,
+    AblationError if there is none, if the folder holds runs with other settings or is at work already, or if a training
+    fails.
     """
+    if not plan.model.exists():
+        raise AblationError(f"{plan.model}: no model to start from; make it with train_scripts/start_ablation.py, or "
+                            "name one with --from-model")  # fmt: skip
+    verify(plan.model)  # before its digest enters the settings
     plan.out.mkdir(parents=True, exist_ok=True)
     with _alone(plan.out) as lock:
         setting = _settle(plan)
@@ -215,30 +221,35 @@ def overrides(plan: Plan, name: str, seed: int) -> list[str]:
 
 
 def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
-    """Train to the last step, from the newest checkpoint if there is one; SIGTERM to this process is passed on.
-
-    One process and one card, as `accelerate launch --num_processes 1 --mixed_precision bf16` starts it, but as our own
-    child: signals reach it.
-    """
+    """Train to the last step, from the newest checkpoint if there is one."""
     folder, own = plan.folder(name, seed), overrides(plan, name, seed)
     if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.finished(folder)]:
         return  # stopped while it was scored
     if not (folder / "start").exists():
         start_with(plan.model, folder / "start", config.load(plan.file, own).model, seed)
-    command = [sys.executable, str(plan.trainer), str(plan.file), "--output", str(folder), *own]
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
-    child = subprocess.Popen(command, env=os.environ | precision, pass_fds=[lock])
-    try:
-        code = child.wait()
-    finally:
-        if child.poll() is None:  # we are being stopped
-            child.terminate()
-            child.wait()
+    code = launch(plan.trainer, plan.file, folder, own, lock)
     if code == PREEMPTED:
         sys.exit(PREEMPTED)
     if code:
         raise AblationError(f"the training of {name}, seed {seed}, ended with exit code {code}: see {folder}/log.txt "
                             "and the lines above; the same command goes on from its newest checkpoint")  # fmt: skip
+
+
+def launch(trainer: Path, file: Path, folder: Path, overrides: Sequence[str], *passed: int) -> int:
+    """Train in a process of its own, which is told when this one is stopped and waited for; returns its exit code.
+
+    One process and one card, as `accelerate launch --num_processes 1 --mixed_precision bf16` starts it, but as our own
+    child: signals reach it. `passed`: file descriptors that it inherits.
+    """
+    command = [sys.executable, str(trainer), str(file), "--output", str(folder), *overrides]
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
+    child = subprocess.Popen(command, env=os.environ | precision, pass_fds=passed)
+    try:
+        return child.wait()
+    finally:
+        if child.poll() is None:  # we are being stopped
+            child.terminate()
+            child.wait()
 
 
 def _score(plan: Plan, name: str, seed: int, setting: str) -> list[dict]:

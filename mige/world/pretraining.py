@@ -3,10 +3,12 @@
 Letters: B instructions, R pictures of all of them, L context positions, N patches of a picture, C values.
 """
 
-import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +17,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mige import latents
+from mige.checkpoint import whole_folder
 from mige.config import Config
 from mige.dataset import Counters, Dropout
 from mige.instruction import Instruction, tokenize, training_text
 from mige.model import MIGEModel
 from mige.muon import BatchedMuon
 from mige.pipeline import MIGEPipeline
+from mige.trainer import check_sizes
 from mige.world import sprites, tasks
 from mige.world.scenes import Scenes, draw
 from mige.world.stream import WorldDataset, collate_world, vision_pixels
 
 MOST = 2  # pictures an instruction of the world shows at most
 WIDTH, LAYERS, HEADS = 256, 2, 4
+RATE = 2e-3
+SEED = 20_000  # none that a training has
 
 
 class Reader(nn.Module):
@@ -84,12 +90,12 @@ def pretrain(
     settings: Config,
     *,
     steps: int,
-    seconds: float,
     batch: int,
-    rate: float,
-    seed: int,
     workers: int,
     device: str,
+    seconds: float = math.inf,
+    rate: float = RATE,
+    seed: int = SEED,
 ) -> list[dict]:
     """Train the encoder of `pipeline` in place, on `settings.data.world`, until so many steps or seconds are over.
 
@@ -124,7 +130,7 @@ def pretrain(
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01),
     ]
     held_out, curve, started = unseen_pictures(pipeline, device), [], time.perf_counter()
-    for step, drawn in zip(itertools.count(1), loader, strict=False):  # neither ends
+    for step, drawn in enumerate(loader, start=1):  # which never ends
         done = max(step / steps, (time.perf_counter() - started) / seconds)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, 1.25 * (1 - min(done, 0.999)))
@@ -145,3 +151,17 @@ def pretrain(
             print(json.dumps(curve[-1]), flush=True)
             if done >= 1:
                 return curve
+
+
+def teach(start: Path, folder: Path, settings: Config, **how: Any) -> None:
+    """Write a checkpoint folder: that of `start` after `pretrain`, and its curve; whole or not at all.
+
+    `how`: arguments of `pretrain`. Raises FileExistsError if `folder` is there, CheckpointError if `start` is not
+    whole, ConfigError if it is not of the settings' sizes.
+    """
+    with whole_folder(folder) as beside:
+        pipeline = MIGEPipeline.from_pretrained(start, dtype=torch.float32)
+        check_sizes(settings, pipeline)
+        curve = pretrain(pipeline, settings, **how)
+        pipeline.to("cpu").save_pretrained(beside)
+        (beside / "encoder_curve.json").write_text(json.dumps(curve) + "\n")

@@ -94,7 +94,8 @@ def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
     has other sizes.
     """
     vae, tokenizer = trained_parts(model, sizes)
-    parts, given = fresh_parts(sizes, seed) | {"vae": vae}, MIGEPipeline.from_pretrained(model, dtype=torch.float32)
+    parts = fresh_parts(sizes, seed) | {"vae": vae}
+    given = MIGEPipeline.from_pretrained(model, dtype=torch.float32)
     for name, part in parts.items():
         own, theirs = part.state_dict(), getattr(given, name).state_dict()
         fits = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
