@@ -66,6 +66,7 @@ train = dict(
     trainable="full",
     noise_levels=1,
     snr_gamma=None,
+    snr_power=0.0,
     lora_rank=16,
     gradient_checkpointing=["transformer"],
     compile=[],

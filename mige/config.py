@@ -99,6 +99,7 @@ class TrainConfig:
     trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); scratch (all)
     noise_levels: int  # of every sample a step: the encoder's work is shared by them
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
+    snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
     compile: list[str]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae

@@ -59,10 +59,17 @@ class Diffusion:
         """x_t from scaled latents and normal noise, float [B, C, h, w]; t: int64 [B] in 0..T-1. [DDPM] eq. 4."""
         return self.at("sqrt_abar", t_B) * x0_BCHW + self.at("sqrt_one_minus_abar", t_B) * noise_BCHW
 
-    def min_snr(self, t_B: Tensor, gamma: float) -> Tensor:
-        """Weights min(SNR, gamma) / SNR of the samples' losses, float32 [B] (arXiv 2303.09556, for noise estimates)."""
+    def weight(self, t_B: Tensor, gamma: float | None = None, power: float = 0.0) -> Tensor:
+        """Weights of the samples' losses by their signal-to-noise ratio, float32 [B]; 1 by the defaults.
+
+        min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss,
+        times max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise
+        decides, namely what is drawn and where. At power 1 the error of the picture counts there.
+        """
         abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
-        return (gamma * (1 - abar) / abar).clamp(max=1).float()
+        snr = abar / (1 - abar)
+        least = 1.0 if gamma is None else (gamma / snr).clamp(max=1)
+        return (least * (snr**-power).clamp(min=1)).float()
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:
         """Hybrid loss of the network's output [B, 2C, h, w] (noise estimate, variance interpolation v). [iDDPM] eq. 16.

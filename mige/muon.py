@@ -2,16 +2,19 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5Attention
 
 
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` (Jordan et al. 2024), the same update in few large kernels instead of thousands.
 
     Its step sizes are Muon's "match_rms_adamw" (arXiv 2502.16982): 0.2 sqrt(longer side) x `lr`, so that rates that
-    suit AdamW suit it too. Args: `params`, `lr`, `weight_decay`, `momentum` as in torch's class, whose state it keeps.
+    suit AdamW suit it too. Args: `params`, `lr`, `weight_decay`, `momentum` as in torch's class, whose state it keeps;
+    a group of parameters may have a `scale` by which its steps are multiplied.
     """
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -36,7 +39,7 @@ class BatchedMuon(torch.optim.Muon):
             for shape, same in updates.items():
                 parameters, rows = zip(*same, strict=True)
                 turned = orthogonalise(torch.stack(rows), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                alpha = -0.2 * math.sqrt(max(shape)) * lr
+                alpha = -0.2 * math.sqrt(max(shape)) * lr * group.get("scale", 1.0)
                 torch._foreach_add_(parameters, list(turned.to(parameters[0].dtype).unbind()), alpha=alpha)
         return loss
 
@@ -45,6 +48,22 @@ class BatchedMuon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
+
+
+def muon_groups(blocks: Iterable[nn.Module]) -> list[dict]:
+    """The trained matrices of repeated blocks as groups of parameters for `BatchedMuon`.
+
+    T5 does not divide its attention's products by sqrt(d), d the width of a head: its queries start smaller by that
+    instead (arXiv 1910.10683), so their steps must be smaller too. With steps of full size the attention of
+    MIGE-mini's text encoder hardened: it looked at one or two positions, and where to look could no longer be learnt.
+    """
+    modules = [module for block in blocks for module in block.modules()]
+    attentions = [module for module in modules if isinstance(module, T5Attention)]
+    queries = [a.q.weight for a in attentions if a.q.weight.requires_grad]
+    own = {id(p) for p in queries}
+    others = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2 and p.requires_grad]
+    groups = [{"params": [p for p in others if id(p) not in own]}]
+    return [*groups, {"params": queries, "scale": attentions[0].key_value_proj_dim ** -0.5}] if queries else groups
 
 
 def orthogonalise(matrices_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from mige.adamw import StochasticAdamW
 from mige.config import TrainConfig
 from mige.model import MIGEModel
-from mige.muon import BatchedMuon
+from mige.muon import BatchedMuon, muon_groups
 
 
 def learning_rate(config: TrainConfig, step: int, samples_a_step: int) -> float:
@@ -28,10 +28,10 @@ def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device
     """
     if config.optimizer != "muon":
         return [build_optimizer(config, model.parameters(), device)]
-    hidden = {id(p) for block in model.blocks() for p in block.parameters() if p.ndim == 2 and p.requires_grad}
-    matrices = [p for p in model.parameters() if id(p) in hidden]
-    others = [p for p in model.parameters() if id(p) not in hidden]
-    muon = BatchedMuon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
+    groups = muon_groups(model.blocks())
+    matrices = {id(p) for group in groups for p in group["params"]}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    muon = BatchedMuon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     rest = "adamw_bf16" if config.weights == "bfloat16" else "adamw"
     return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others, device)]
 

@@ -207,7 +207,8 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
                 loss, norm = self._loss(batch), None
-                self.accelerator.backward((loss.total * self._weight(batch)).mean())
+                weight = self.diffusion.weight(batch.time_B, settings.snr_gamma, settings.snr_power)
+                self.accelerator.backward((loss.total * weight).mean())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.trained, settings.clip)
                 for optimizer in self.optimizers:
@@ -229,10 +230,6 @@ class Trainer:
         with self.accelerator.autocast():
             output = self._forward(self.model, batch, x_t, references, source)
         return self.diffusion.loss(output, x0, x_t, batch.noise_BCHW, batch.time_B)
-
-    def _weight(self, batch: TrainingBatch) -> Tensor | float:
-        gamma = self.config.train.snr_gamma
-        return 1.0 if gamma is None else self.diffusion.min_snr(batch.time_B, gamma)
 
     @staticmethod
     def _forward(model: nn.Module, batch: TrainingBatch, x_t: Tensor, references: Tensor, source: Tensor) -> Tensor:

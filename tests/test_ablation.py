@@ -35,7 +35,7 @@ model = dict(fusion=dict(vae_features=True))
 data = dict(sets=[], world=dict(one_reference=2, two_references=2, add=1, remove=1, add_by_reference=1,
                                 replace_by_reference=1))
 train = dict(steps=4, batch_size=4, lr_batch=4, warmup=1, optimizer="muon", trainable="scratch", ema=0.9995,
-             noise_levels=2, snr_gamma=5.0, log_every=1, sample_every=0, sample_records=[])
+             noise_levels=2, snr_gamma=5.0, snr_power=0.5, log_every=1, sample_every=0, sample_records=[])
 """
 
 

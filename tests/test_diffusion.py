@@ -146,6 +146,26 @@ def test_the_ends_of_the_schedule():
     assert torch.equal(diffusion.add_noise(x0, torch.zeros_like(x0), ends)[0], alpha[0] * x0[0])
 
 
+def test_weights_of_the_loss():
+    t = torch.tensor(T)
+    snr = ABAR[T] / (1 - ABAR[T])
+    weight = Diffusion().weight
+    assert weight(t).tolist() == [1.0] * len(T)
+    assert weight(t, gamma=5.0).tolist() == pytest.approx(np.minimum(snr, 5) / snr, rel=1e-6)  # arXiv 2303.09556
+    assert weight(t, power=0.5).tolist() == pytest.approx(np.where(snr < 1, snr**-0.5, 1), rel=1e-6)
+    assert weight(t, gamma=5.0, power=1.0).tolist() == pytest.approx(np.minimum(snr, 5) / snr / np.minimum(snr, 1))
+    assert weight(t, gamma=5.0, power=0.5).dtype == torch.float32
+
+
+def test_at_power_one_and_much_noise_the_error_of_the_picture_counts():
+    output, x0, x_t, noise, t = batch([500, 800, 999])
+    eps = output[:, :4]
+    diffusion = Diffusion()
+    x0_hat = diffusion.at("sqrt_recip_abar", t) * x_t - diffusion.at("sqrt_recip_abar_minus_one", t) * eps
+    weighted = diffusion.weight(t, power=1.0) * (eps - noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(weighted, (x0_hat - x0).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=0)
+
+
 def test_other_betas():
     short = Diffusion(torch.tensor([0.5, 0.75], dtype=torch.float64))
     got = short.add_noise(torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])).flatten()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mige.muon import BatchedMuon, orthogonalise
+from mige.muon import BatchedMuon, muon_groups, orthogonalise
+from mige.pipeline import MIGEPipeline
 
 SHAPES = [(8, 16), (16, 8), (8, 16), (12, 12), (12, 12), (5, 40)]
 
@@ -56,3 +57,30 @@ def test_singular_values_come_near_one():
     for batch in (rows, rows.mT):
         values = torch.linalg.svdvals(orthogonalise(batch, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_the_steps_of_a_group_are_scaled():
+    plain, scaled = matrices(), matrices()
+    one = BatchedMuon(plain, lr=0.1, weight_decay=0.0)
+    two = BatchedMuon([{"params": scaled[:3]}, {"params": scaled[3:], "scale": 0.25}], lr=0.1, weight_decay=0.0)
+    give_gradients(0, plain, scaled)
+    one.step()
+    two.step()
+    for number, (p, q, start) in enumerate(zip(plain, scaled, matrices(), strict=True)):
+        share = 1.0 if number < 3 else 0.25
+        torch.testing.assert_close(q - start, share * (p - start), rtol=1e-3, atol=1e-4)
+
+
+def test_queries_of_t5_alone_step_less(tiny_model):
+    model = MIGEPipeline.from_pretrained(tiny_model).model.requires_grad_(True)
+    text_encoder = model.encoder.text_encoder
+    plain, queries = muon_groups(model.blocks())
+    attentions = [block.layer[0].SelfAttention for block in text_encoder.encoder.block]
+    assert [id(p) for p in queries["params"]] == [id(a.q.weight) for a in attentions]
+    assert queries["scale"] == text_encoder.config.d_kv**-0.5 and "scale" not in plain
+    there = [id(p) for group in (plain, queries) for p in group["params"]]
+    expected = {id(p) for block in model.blocks() for p in block.parameters() if p.ndim == 2}
+    assert len(there) == len(set(there)) and set(there) == expected
+    text_encoder.requires_grad_(False)
+    [alone] = muon_groups(model.blocks())
+    assert {id(p) for p in alone["params"]} == expected - {id(p) for p in text_encoder.parameters()}

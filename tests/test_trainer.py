@@ -216,6 +216,17 @@ def test_two_processes_equal_one_with_the_double_batch(tiny_model, tmp_path):
         build(tiny_model, tmp_path / "two", *more, "train.batch_size=4").run()
 
 
+@pytest.mark.parametrize("key", ["train.snr_gamma=0.01", "train.snr_power=0.5"])
+def test_weights_by_noise_change_the_gradient_and_not_the_reported_loss(tiny_model, tmp_path, key):
+    lines = []
+    for name, more in (("plain", ()), ("weighted", (key,))):
+        build(tiny_model, tmp_path / name, "train.steps=1", "train.batch_size=8", *more).run()
+        lines += metrics(tmp_path / name)
+    plain, weighted = lines
+    assert plain["loss"] == weighted["loss"]
+    assert abs(plain["grad_norm"] / weighted["grad_norm"] - 1) > 0.01
+
+
 def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
     build(tiny_model, tmp_path / "a", "train.steps=3", "train.batch_size=4").run()
     build(tiny_model, tmp_path / "b", "train.steps=3", "train.batch_size=2", "train.accumulate=2").run()

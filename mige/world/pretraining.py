@@ -22,7 +22,7 @@ from mige.config import Config
 from mige.dataset import Counters, Dropout
 from mige.instruction import Instruction, tokenize, training_text
 from mige.model import MIGEModel
-from mige.muon import BatchedMuon
+from mige.muon import BatchedMuon, muon_groups
 from mige.pipeline import MIGEPipeline
 from mige.trainer import check_sizes
 from mige.world import sprites, tasks
@@ -123,17 +123,18 @@ def pretrain(
     model.encoder.train().requires_grad_(True)
     trained = [*model.encoder.parameters(), *reader.parameters()]
     blocks = [*model.blocks(("text_encoder", "image_encoder", "qformer")), *reader.layers.layers]
-    matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
+    groups = muon_groups(blocks)
+    matrices = {id(p) for group in groups for p in group["params"]}
     others = [p for p in trained if id(p) not in matrices]
     optimizers = [
-        BatchedMuon([p for p in trained if id(p) in matrices], lr=rate, weight_decay=0.01),
+        BatchedMuon(groups, lr=rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01),
     ]
     held_out, curve, started = unseen_pictures(pipeline, device), [], time.perf_counter()
     for step, drawn in enumerate(loader, start=1):  # which never ends
         done = max(step / steps, (time.perf_counter() - started) / seconds)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, 1.25 * (1 - min(done, 0.999)))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * min(1.0, step / 50, 1.25 * (1 - min(done, 0.999)))
         samples = drawn.to(device)
         references = samples.latents(pipeline.vae)[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
