@@ -68,8 +68,9 @@ class Diffusion:
         """
         abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
         snr = abar / (1 - abar)
-        least = 1.0 if gamma is None else (gamma / snr).clamp(max=1)
-        return (least * (snr**-power).clamp(min=1)).float()
+        little_noise = 1.0 if gamma is None else (gamma / snr).clamp(max=1)
+        much_noise = (snr**-power).clamp(min=1)
+        return (little_noise * much_noise).float()
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:
         """Hybrid loss of the network's output [B, 2C, h, w] (noise estimate, variance interpolation v). [iDDPM] eq. 16.

@@ -55,7 +55,7 @@ def muon_groups(blocks: Iterable[nn.Module]) -> list[dict]:
 
     T5 does not divide its attention's products by sqrt(d), d the width of a head: its queries start smaller by that
     instead (arXiv 1910.10683), so their steps must be smaller too. With steps of full size the attention of
-    MIGE-mini's text encoder hardened: it looked at one or two positions, and where to look could no longer be learnt.
+    MIGE-mini's text encoder hardened to one or two positions, and learnt more slowly where to look (docs/mini.md).
     """
     modules = [module for block in blocks for module in block.modules()]
     attentions = [module for module in modules if isinstance(module, T5Attention)]
