@@ -157,6 +157,19 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
         assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
 
 
+@pytest.mark.parametrize("kind", ["move", "scale", "flip", "recolour", "replace", "remove", "add_relative"])
+def test_training_invents_what_is_edited_and_calls_it_by_its_place(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+    standing = [s for one in made for s in one.references[0].subjects]
+    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(tasks.INVENTED_THERE * 2 / 3, abs=0.1)
+    for one in made:
+        first = one.references[0].subjects[0]
+        if first.other >= 0 or abs(first.angle) > 45:
+            assert "object" in one.prompt or "thing" in one.prompt, one.prompt
+    plain = [tasks.make(kind, np.random.default_rng(seed), SEEN) for seed in range(50)]  # the benchmark's way
+    assert all(s.other < 0 and abs(s.angle) <= 12 for one in plain for s in one.references[0].subjects)
+
+
 def test_unseen_subjects_stay_unseen():
     assert len(UNSEEN) == 90 and not set(SEEN) & set(UNSEEN)
     assert set(SEEN) | set(UNSEEN) == set(range(len(sprites.names())))

@@ -49,7 +49,7 @@ def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
     settings = config.load(args.config, [*args.overrides, OWN[0], f"train.start={str(start)!r}"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"steps": args.encoder_steps, "batch": args.encoder_batch, "workers": settings.data.workers}
-    teach(start, seeing, settings, **how, device=device)
+    teach(start, seeing, settings, **how, device=device, with_answers=False)
 
 
 def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:

@@ -20,6 +20,9 @@ from mige.world.scenes import Scene, Scenes, draw
 
 _EPOCH = 1_000_000  # samples called an epoch; none is ever shown twice
 
+Drawn = tuple[TrainingSample, tuple[Scene, ...], int, int]
+"""A sample, its scenes (the target, then the references), the side of pictures and of the vision tower's."""
+
 
 @dataclass(frozen=True)
 class WorldBatch:
@@ -84,9 +87,16 @@ class WorldDataset(Dataset):
     def __len__(self) -> int:
         return _EPOCH
 
-    def __getitem__(self, counter: int) -> tuple[TrainingSample, tuple[Scene, ...], int, int]:
+    def __getitem__(self, counter: int) -> Drawn:
+        return self.sample(counter, self.case(counter))
+
+    def case(self, counter: int) -> tasks.Case:
+        """The case of that number."""
         rng, seen = np.random.default_rng([self.seed, counter]), sprites.split()[0]
-        case = tasks.sample(rng, seen, self.mixture, invent=True)
+        return tasks.sample(rng, seen, self.mixture, invent=True)
+
+    def sample(self, counter: int, case: tasks.Case) -> Drawn:
+        """A case with its instruction in tokens and its chance, as `collate_world` takes it."""
         scenes = (case.target, *case.references)
         sample = TrainingSample(
             id=f"{case.kind}-{counter}",
@@ -108,7 +118,7 @@ class WorldDataset(Dataset):
         return sample, scenes, self.size, self.vision_size
 
 
-def collate_world(drawn: Sequence[tuple[TrainingSample, tuple[Scene, ...], int, int]]) -> WorldBatch:
+def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
     """Samples of a `WorldDataset` -> batch."""
     samples, scenes, sizes, vision_sizes = zip(*drawn, strict=True)
     stacked = Scenes.stack([scene for pictures in scenes for scene in pictures])

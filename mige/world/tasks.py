@@ -30,6 +30,8 @@ HUGE = 76  # fits the centre only
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 INVENTED = 0.7
 """Share of the referenced subjects that `invented` is asked for; one of twelve of these comes back as it is drawn."""
+INVENTED_THERE = 0.5
+"""Share of what stands in the pictures to edit; the rest must do for learning names."""
 APART = 38  # from middle to middle of what stands side by side, px
 GROW, SHRINK = 1.45, 0.65
 
@@ -70,9 +72,9 @@ def sample(
 def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, invent: bool = False) -> Case:
     """A case of one kind about the given subjects; those that are called by a name are always seen ones.
 
-    invent: most subjects that a reference shows are no drawing of the sheet: turned by quarters, or joined of
-    two drawings along a line (as CutMix, arXiv 1905.04899, joins pictures), or both. A model that has only some hundred
-    drawings to learn from remembers them else, and doesn't look at a new one.
+    invent: most subjects that a reference shows, and half of those in pictures to edit, are no drawing of the sheet:
+    turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins pictures), or both.
+    A model that has only some hundred drawings to learn from remembers them else, and doesn't look at a new one.
     """
     return KINDS[kind](_Author(rng, subjects, invent))
 
@@ -118,7 +120,8 @@ class _Author:
         colour = SWAPS[0] if plain or not self.chance(0.2) else self.pick(SWAPS)
         size = float(self.rng.uniform(*sizes))
         turned = self.scatter(12), self.chance(0.5)
-        return Placed(number, x + self.scatter(5), y + self.scatter(5), size, *turned, colour)
+        placed = Placed(number, x + self.scatter(5), y + self.scatter(5), size, *turned, colour)
+        return self.invented(placed) if self.invent and self.chance(INVENTED_THERE) else placed
 
     def scene(self, many: int | None = None, **first) -> tuple[Scene, list[int]]:
         """A scene of one to four subjects and their places; `first` is about the first subject."""
@@ -149,8 +152,8 @@ class _Author:
 
     def old(self, subject: Placed, place: int) -> str:
         """How an instruction calls something in the picture: by its name, its place, or both."""
-        canonical = np.array_equal(subject.colour, SWAPS[0])
-        known = subject.sprite in self.named and canonical
+        as_drawn = np.array_equal(subject.colour, SWAPS[0]) and abs(subject.angle) < 45 and subject.other < 0
+        known = subject.sprite in self.named and as_drawn
         way = self.rng.random()
         if known and way < 0.5:
             return f"the {name(subject)}"
