@@ -23,7 +23,7 @@ from mige.checkpoint import CheckpointError
 from mige.optimizers import learning_rate
 from mige.pipeline import MIGEPipeline
 from mige.records import Task
-from mige.world import ablation, ablation_report, bench
+from mige.world import ablation, ablation_report, bench, pretraining
 from mige.world.ablation import VARIANTS, AblationError, Plan
 from mige.world.ablation_report import COMPARISONS, Comparison, Scores, compare
 from mige.world.intervals import Estimate, estimate, spread, t_quantile
@@ -578,7 +578,12 @@ def test_a_run_starts_with_all_parts_of_the_model_and_of_a_changed_fusion_with_w
 def test_what_the_ablations_start_from(toy, tiny_model, one_thread, tmp_path):
     few = ("--encoder-steps", 2, "--encoder-batch", 2, "--steps", 2, "data.workers=0", "train.trackers=[]")
     script = ("train_scripts/start_ablation.py", tmp_path / "base", "--config", toy, "--from-model", tiny_model, *few)
-    run_script(*script)
+    taught, teach = [], pretraining.teach
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "teach", lambda *given, **how: taught.append(given[2]) or teach(*given, **how))
+        run_script(*script)
+    mixture = {"one_reference": 2, "two_references": 2, "add": 1, "remove": 1, "text_to_image": 2}
+    assert taught[0].data.world == mixture  # names a quarter, no subject edits
     names = ("start", "seeing", "model")
     start, seeing, model = (MIGEPipeline.from_pretrained(tmp_path / "base" / n).model.state_dict() for n in names)
     dit = [key for key in start if key.startswith("transformer.")]
@@ -587,6 +592,9 @@ def test_what_the_ablations_start_from(toy, tiny_model, one_thread, tmp_path):
     assert tower and not any(torch.equal(start[key], seeing[key]) for key in tower)
     assert any(not torch.equal(seeing[key], model[key]) for key in dit)
     assert not any(".fusion.fusion." in key for key in model)
+    words = [key for key in start if key.startswith("encoder.text_encoder.") and key.endswith("SelfAttention.k.weight")]
+    assert words and not any(torch.equal(start[key], seeing[key]) for key in words)
+    assert all(torch.equal(seeing[key], model[key]) for key in words)  # or it would forget the pictures
     metrics = (tmp_path / "base" / "text" / "metrics.jsonl").read_text()
     assert "loss/subject" in metrics and "loss/edit" not in metrics
     shutil.rmtree(tmp_path / "base" / "model")  # stopped before the end: the stages that are done are kept

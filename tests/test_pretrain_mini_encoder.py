@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT
 from test_ablation import run_script
 
-from mige import config
 from mige.dataset import Dropout
 from mige.instruction import Instruction
 from mige.pipeline import MIGEPipeline
@@ -157,14 +156,6 @@ def test_the_reader_knows_as_many_pictures_as_an_instruction_of_the_world_shows(
     makers = [(kind, np.random.default_rng([n, seed])) for n, kind in enumerate(tasks.KINDS) for seed in range(20)]
     most = max(len(tasks.make(kind, rng, sprites.split()[0]).references) for kind, rng in makers)
     assert most == pretraining.MOST
-
-
-def test_without_answers_only_pictures_are_asked_for(tiny_model):
-    settings = config.load(ROOT / "configs" / "tiny.py", ["data.sets=[]", "data.world={'one_reference': 1}"])
-    pipeline = MIGEPipeline.from_pretrained(tiny_model, dtype=torch.float32)
-    how = dict(steps=1, batch=2, workers=0, device="cpu")
-    [line] = pretraining.pretrain(pipeline, settings, **how, with_answers=False)
-    assert {"lost", "lost_unseen"} == line.keys() - {"step", "seconds"}
 
 
 def test_a_batch_without_answers_is_no_error(tiny_model, tmp_path):

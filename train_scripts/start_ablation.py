@@ -3,9 +3,10 @@
     python train_scripts/start_ablation.py output/ablation-base
     python tools/ablate.py output/ablation --from-model output/ablation-base/model
 
-Tokenizer and VAE are those of --from-model. The encoder learns to tell the pictures of an instruction, without VAE
-features; then the model learns to draw from names. The DiT has never been asked to draw what a picture shows, and
-nothing has seen VAE features. Stopped at any point, the same command goes on after the last stage that was done.
+Tokenizer and VAE are those of --from-model. The encoder learns to tell the pictures of an instruction and what stands
+where in the answer, of all tasks but the composed one, without VAE features; then the DiT learns to draw from names. It
+has never been asked to draw what a picture shows or to edit, nothing has seen a subject edit, and nothing VAE features.
+Stopped at any point, the same command goes on after the last stage that was done.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import torch
 
 from mige import config, training_state
 from mige.checkpoint import CheckpointError, whole_folder
+from mige.records import Task
 from mige.trainer import PREEMPTED
 from mige.world import ablation
 from mige.world.pretraining import teach
 from mige.world.start import start_from
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = ("model.fusion.vae_features=False", "data.world={'text_to_image': 1}")
+WITHOUT = "model.fusion.vae_features=False"
+NAMES = "text_to_image"  # the kind that the DiT learns, and a quarter of what the encoder does
 
 
 def parse() -> argparse.Namespace:
@@ -45,19 +48,26 @@ def parse() -> argparse.Namespace:
 
 
 def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
-    """`pretrain_mini_encoder.py` on all tasks of the config; their answers are not shown."""
-    settings = config.load(args.config, [*args.overrides, OWN[0], f"train.start={str(start)!r}"])
+    """`pretrain_mini_encoder.py` on names and the mixture without subject edits, whose emergence is tested."""
+    own = [*args.overrides, WITHOUT, f"train.start={str(start)!r}"]
+    mixture = config.load(args.config, own).data.world
+    known = {kind: mixture[kind] for kind in ablation.kinds_of(mixture, (Task.SUBJECT, Task.EDIT))}
+    settings = config.load(args.config, [*own, f"data.world={known | {NAMES: sum(known.values()) / 3}}"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"steps": args.encoder_steps, "batch": args.encoder_batch, "workers": settings.data.workers}
-    teach(start, seeing, settings, **how, device=device, with_answers=False)
+    teach(start, seeing, settings, **how, device=device)
 
 
 def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
-    """A training on text to image alone, cooled down over its second half; returns the folder of its last weights."""
+    """A training on text to image alone, cooled down over its second half; returns the folder of its last weights.
+
+    The text encoder stays as it is, or it would forget what it has learnt of pictures.
+    """
     own = [f"train.start={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
-           f"train.checkpoint_every={args.steps}"]  # fmt: skip
+           f"train.checkpoint_every={args.steps}", "train.trainable='text_encoder_frozen'",
+           f"data.world={ {NAMES: 1} }"]  # fmt: skip
     trainer = ROOT / "train_scripts" / "train_mige.py"
-    if code := ablation.launch(trainer, args.config, run, [*args.overrides, *OWN, *own]):
+    if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT, *own]):
         sys.exit(code)
     return training_state.finished(run)[-1] / "model"
 
@@ -68,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     if model.exists():
         raise FileExistsError(f"{model} is there: it is done, or give another folder")
     if not start.exists():
-        start_from(args.from_model, start, config.load(args.config, [*args.overrides, *OWN]).model, seed=0)
+        start_from(args.from_model, start, config.load(args.config, [*args.overrides, WITHOUT]).model, seed=0)
     if not seeing.exists():
         teach_encoder(start, seeing, args)
     trained = teach_drawing(seeing, args.folder / "text", args)

@@ -158,16 +158,14 @@ def pretrain(
     batch: int,
     workers: int,
     device: str,
-    with_answers: bool = True,
     seconds: float = math.inf,
     rate: float = RATE,
     seed: int = SEED,
 ) -> list[dict]:
     """Train the encoder of `pipeline` in place, on `settings.data.world`, until so many steps or seconds are over.
 
-    `with_answers`: the reader is asked for the subjects of the answers too, by where they stand there, so the encoder
-    learns what an instruction means; without, for its pictures alone. Matrices of repeated blocks are Muon's, the rest
-    AdamW's. Returns the curve, which it prints.
+    The reader is asked for the subjects of the answers too, by where they stand there, so the encoder learns what an
+    instruction means. Matrices of repeated blocks are Muon's, the rest AdamW's. Returns the curve, which it prints.
     Raises RuntimeError for a gradient that is not finite.
     """
     device, model = torch.device(device), pipeline.model.to(device)
@@ -206,8 +204,7 @@ def pretrain(
         samples = drawn.to(device)
         references = samples.latents(pipeline.vae)[1]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            asked = answered if with_answers else None
-            losses = read(model, reader, samples.instructions, samples.vision_RCHW, references, asked)
+            losses = read(model, reader, samples.instructions, samples.vision_RCHW, references, answered)
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=True)
         for optimizer in optimizers:
@@ -215,7 +212,7 @@ def pretrain(
             optimizer.zero_grad()
         if step == 1 or step % 100 == 0 or done >= 1:
             with torch.no_grad():
-                unseen = read(model, reader, *(held_out if with_answers else held_out[:3]))
+                unseen = read(model, reader, *held_out)
             now = losses | {f"{name}_unseen": share for name, share in unseen.items()}
             line = {"step": step} | {name: round(share.item(), 4) for name, share in now.items()}
             curve.append(line | {"seconds": round(time.perf_counter() - started, 1)})
