@@ -37,8 +37,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
     parser.add_argument("--from-model", type=Path, default=ROOT / "output" / "pretrained_models" / "mige-mini",
                         help="whose VAE and tokenizer are taken (%(default)s)")  # fmt: skip
-    parser.add_argument("--encoder-steps", type=int, default=800, help="of the encoder's training (%(default)s)")
-    parser.add_argument("--encoder-batch", type=int, default=256, help="cases a step of it (%(default)s)")
+    parser.add_argument("--encoder-steps", type=int, default=1750, help="of the encoder's training (%(default)s)")
+    parser.add_argument("--encoder-batch", type=int, default=128, help="cases a step of it (%(default)s)")
     parser.add_argument("--steps", type=int, default=1200, help="of drawing from names (%(default)s)")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
     if min(args.encoder_steps, args.encoder_batch, args.steps) < 1:

@@ -1,4 +1,4 @@
-"""MIGE-mini's encoder taught to tell all of a picture: what it tells is read back from the context by a transformer.
+"""MIGE-mini's encoder taught to tell its pictures and what stands where in the answer: a transformer reads both back.
 
 Letters: B instructions, R pictures of all of them, L context positions, N patches of a picture, C values.
 """
