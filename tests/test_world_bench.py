@@ -538,3 +538,13 @@ def test_the_command_measures_a_model_and_refuses_other_settings(monkeypatch, ca
     assert len(lines(tmp_path / "run")) == 2 and (tmp_path / "run" / "scores.json").is_file()
     code = evaluate(monkeypatch, *given, "--steps", 2)
     assert str(code).startswith("error: ") and "steps: 1 there, 2 now" in str(code)
+
+
+def test_a_call_for_one_kind_keeps_the_others_in_the_report(monkeypatch, model, tmp_path):
+    given = ["--model", model, "--results", tmp_path / "run", "--device", "cpu", "--steps", 1]
+    assert evaluate(monkeypatch, *given, "--per-kind", 4, "--kinds", "add") is None
+    assert evaluate(monkeypatch, *given, "--per-kind", 2, "--kinds", "remove") is None
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["cases"] == 6
+    assert {e["kind"]: e["n"] for e in scores["table"] if (e["measure"], e["split"]) == ("l1_outside", "all")} == {
+        "add": 4, "remove": 2, "every kind": 6}  # fmt: skip

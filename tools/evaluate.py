@@ -61,7 +61,8 @@ def mini(args: argparse.Namespace) -> None:
     chosen = bench.cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
-    rows = bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)
+    bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)
+    chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
     written = bench_report.write(chosen, rows, args.results)
     print(bench_report.text_table(rows))
     print(f"{written}: the tables and pictures")

@@ -316,6 +316,14 @@ def finished(out: Path) -> dict[str, dict]:
     return {row["id"]: row for row in rows if (out / "images" / f"{row['id']}.png").is_file()}
 
 
+def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:
+    """The cases that `out` has finished, of earlier calls too, and their rows, in the benchmark's order."""
+    done = finished(out)
+    largest = max((int(name.rsplit("-", 1)[1]) for name in done), default=0)
+    there = [one for one in cases(2 * (largest + 1)) if one.id in done]
+    return there, [done[one.id] for one in there]
+
+
 def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase]]:
     """At most `batch` cases of one task at a time."""
     for task in Task:
