@@ -5,7 +5,8 @@
     python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
 
 The first two score the pictures that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
-samples.jsonl. The mini-bench makes its pictures itself and goes on where it was stopped.
+samples.jsonl. The mini-bench makes its pictures itself and goes on where it was stopped; its report covers all that
+RESULTS holds.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from mige.world.pretraining import teach
 from mige.world.start import start_from
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT = "model.fusion.vae_features=False"
+WITHOUT_FEATURES = "model.fusion.vae_features=False"
 NAMES = "text_to_image"  # the kind that the DiT learns, and a quarter of what the encoder does
 
 
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
     """`pretrain_mini_encoder.py` on names and the mixture without subject edits, whose emergence is tested."""
-    own = [*args.overrides, WITHOUT, f"train.start={str(start)!r}"]
+    own = [*args.overrides, WITHOUT_FEATURES, f"train.start={str(start)!r}"]
     mixture = config.load(args.config, own).data.world
     known = {kind: mixture[kind] for kind in ablation.kinds_of(mixture, (Task.SUBJECT, Task.EDIT))}
     settings = config.load(args.config, [*own, f"data.world={known | {NAMES: sum(known.values()) / 3}}"])
@@ -67,7 +67,7 @@ def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
            f"train.checkpoint_every={args.steps}", "train.trainable='text_encoder_frozen'",
            f"data.world={ {NAMES: 1} }"]  # fmt: skip
     trainer = ROOT / "train_scripts" / "train_mige.py"
-    if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT, *own]):
+    if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT_FEATURES, *own]):
         sys.exit(code)
     return training_state.finished(run)[-1] / "model"
 
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     if model.exists():
         raise FileExistsError(f"{model} is there: it is done, or give another folder")
     if not start.exists():
-        start_from(args.from_model, start, config.load(args.config, [*args.overrides, WITHOUT]).model, seed=0)
+        start_from(args.from_model, start, config.load(args.config, [*args.overrides, WITHOUT_FEATURES]).model, seed=0)
     if not seeing.exists():
         teach_encoder(start, seeing, args)
     trained = teach_drawing(seeing, args.folder / "text", args)

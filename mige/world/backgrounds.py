@@ -7,10 +7,13 @@ x, y in [0, 1]; it returns colours [N, 3, H, W] in [0, 1].
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 VARIANT = 12
+MIDDLE = np.full(VARIANT, 0.5, np.float32)
+"""The variant in the middle of all, where one is as good as another."""
 
 
 def draw(kind: int, v: Tensor, side: int) -> Tensor:

@@ -131,11 +131,10 @@ def _mean(values_NHW: Tensor, where_HW: Tensor) -> Tensor:
 
 def _cut_out(scenes: Sequence[Scene], device: torch.device) -> tuple[Tensor, Tensor]:
     """The subjects of scenes without background: colours times alpha [N, 3, H, W] and alpha [N, 1, H, W], in [0, 1]."""
-    middle = np.full(backgrounds.VARIANT, 0.5, np.float32)
     grounds = (backgrounds.PLAIN_WHITE, backgrounds.PLAIN[-1])  # what shines through differs as the two greys do
-    scenes = [replace(scene, background=ground, variant=middle) for ground in grounds for scene in scenes]
+    scenes = [replace(scene, background=ground, variant=backgrounds.MIDDLE) for ground in grounds for scene in scenes]
     light, dark = (draw(Scenes.stack(scenes), device) / 2 + 0.5).chunk(2)
-    white, grey = (draw(Scenes.stack([Scene(g, middle)]), device)[:, :, :1, :1] / 2 + 0.5 for g in grounds)
+    white, grey = (draw(Scenes.stack([Scene(g, backgrounds.MIDDLE)]), device)[:, :, :1, :1] / 2 + 0.5 for g in grounds)
     through = ((light - dark) / (white - grey)).mean(dim=1, keepdim=True)
     return light - white * through, 1 - through
 

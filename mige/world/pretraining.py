@@ -57,9 +57,8 @@ def answers(cases: Sequence[tasks.Case]) -> Answers | None:
     there = [(row, s) for row, case in enumerate(cases) for s in case.asked if s in case.target.subjects]
     if not there:
         return None
-    variant = np.full(backgrounds.VARIANT, 0.5, np.float32)
     alone = [replace(subject, x=SIDE / 2, y=SIDE / 2, size=SHOWN) for _, subject in there]
-    scenes = Scenes.stack([Scene(backgrounds.PLAIN_WHITE, variant, (subject,)) for subject in alone])
+    scenes = Scenes.stack([Scene(backgrounds.PLAIN_WHITE, backgrounds.MIDDLE, (subject,)) for subject in alone])
     where = torch.tensor([(subject.x, subject.y, subject.size) for _, subject in there]) / SIDE
     return Answers(scenes, torch.tensor([row for row, _ in there]), where)
 
@@ -124,7 +123,8 @@ def read(
 ) -> dict[str, Tensor]:
     """What is lost of the R pictures, asked for by number, and of the subjects of the answers, asked for by place.
 
-    Args as in `MIGEModel.encode`. Returns "lost" and, with answers, "lost_answers", as `lost`.
+    Args as in `MIGEModel.encode`, and `answered`, of the same instructions. Returns "lost" and, with answers,
+    "lost_answers", as `lost`.
     """
     context_BLC, mask_BL = model.encoder(instructions, vision_RCHW, model.patchify(references_RCHW))
     device, tower = vision_RCHW.device, model.encoder.image_encoder.config
