@@ -1,4 +1,4 @@
-"""A twin of a few hundred thousand values for tests and a first training: every part there, 128 px, seconds on a CPU."""
+"""A twin of a few hundred thousand values for tests and a first try: every part there, 128 px, seconds on a CPU."""
 
 _base_ = "base.py"
 
