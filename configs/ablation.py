@@ -27,5 +27,4 @@ data = dict(
 )
 
 # Four checkpoints are scored. Of a rate that stays constant each is what a shorter run would have ended with.
-# Compiling the encoder too has not been shown to pay in runs as short as these.
-train = dict(steps=1200, warmup=100, cooldown=0, log_every=50, compile=["transformer", "vae"])
+train = dict(steps=2800, batch_size=128, lr_batch=256, warmup=100, cooldown=0, log_every=50)

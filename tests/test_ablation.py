@@ -198,7 +198,7 @@ STEPS = [300, 600, 900, 1200]
 
 def fake(out: Path, runs: dict[str, list[int]], worth, per_kind: int = 8) -> Path:
     """A folder of scores: `worth(variant, seed, step, measure)` for every case, but for a ripple over the cases."""
-    made = plan(out, ROOT / "configs" / "ablation.py", ROOT / "configs", per_kind=per_kind)
+    made = plan(out, ROOT / "configs" / "ablation.py", ROOT / "configs", f"train.steps={STEPS[-1]}", per_kind=per_kind)
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(json.dumps(made.settings()))
     setting, lines = ablation.digest(made.settings()), []
@@ -605,3 +605,16 @@ def test_what_the_ablations_start_from(toy, tiny_model, one_thread, tmp_path):
     assert all(torch.equal(again[key], model[key]) for key in model)
     with pytest.raises(SystemExit, match="is there: it is done, or give another folder"):
         run_script(*script)
+
+
+def test_the_published_scores_can_be_gone_on_with(monkeypatch):
+    """The shipped start, the config and the defaults give the settings that docs/ablation was made with."""
+    published, base = ROOT / "docs" / "ablation", ROOT / "output" / "pretrained_models" / "ablation-base"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # they were made in bf16
+    script = ROOT / "train_scripts" / "train_mige.py"
+    now = Plan(Path("unused"), ROOT / "configs" / "ablation.py", (), base, script).settings()
+    assert now == json.loads((published / "settings.json").read_text("utf-8"))
+    lines = ablation.read_scores(published)
+    assert ablation.finished(lines, [700, 1400, 2100, 2800]) >= {("joint", 0), ("edit_only", 0), ("subject_only", 0)}
+    pipeline = MIGEPipeline.from_pretrained(base, dtype=torch.float32)  # verified key by key
+    assert pipeline.fusion.config.vae_features is False

@@ -1,14 +1,14 @@
 """The ablations of MIGE-mini: train every variant from several seeds, score it, and say what comes out.
 
-    python train_scripts/start_ablation.py output/ablation-base
     python tools/ablate.py output/ablation --seeds 0 1
     python tools/ablate.py output/ablation --seeds 2 --variants joint edit_only
     python tools/ablate.py output/ablation --report-only
 
-The first line trains what all runs start from, as the paper's start from pretrained parts. The others write
-OUT/table.md, report.json and curves.png. The same command goes on where it was stopped; a run that has its scores in
-OUT/scores.jsonl is finished, and its weights are deleted. Runs of several machines (the same options and start, a
-folder each) are merged by joining their scores.jsonl beside one settings.json. docs/mini.md says what is compared.
+Writes OUT/table.md, report.json and curves.png. The same command goes on where it was stopped; a run that has its
+scores in OUT/scores.jsonl is finished, and its weights are deleted. Runs of several machines (the same options and
+start, a folder each) are merged by joining their scores.jsonl beside one settings.json, also with the published ones
+in docs/ablation/, of which the defaults are the options. Several at a time on one card, a folder each, need
+OMP_NUM_THREADS=2. docs/mini.md says what is compared.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def parse() -> argparse.Namespace:
                         metavar="VARIANT", help=f"of {', '.join(ablation.VARIANTS)} (all)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="of training, a multiple of 4 (the config's)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
-    parser.add_argument("--from-model", type=Path, default=Path("output/ablation-base/model"),
+    parser.add_argument("--from-model", type=Path, default=ROOT / "output/pretrained_models/ablation-base",
                         help="checkpoint folder that all runs start from (%(default)s)")  # fmt: skip
-    parser.add_argument("--per-kind", type=int, default=26, help="cases of each kind, even (%(default)s)")
-    parser.add_argument("--sampler-steps", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--per-kind", type=int, default=52, help="cases of each kind, even (%(default)s)")
+    parser.add_argument("--sampler-steps", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures generated at a time (%(default)s)")
     parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and pictures of scored runs")
     parser.add_argument("--report-only", action="store_true", help="train and score nothing")

@@ -3,10 +3,11 @@
     python train_scripts/start_ablation.py output/ablation-base
     python tools/ablate.py output/ablation --from-model output/ablation-base/model
 
-Tokenizer and VAE are those of --from-model. The encoder learns to tell the pictures of an instruction and what stands
-where in the answer, of all tasks but the composed one, without VAE features; then the DiT learns to draw from names. It
-has never been asked to draw what a picture shows or to edit, nothing has seen a subject edit, and nothing VAE features.
-Stopped at any point, the same command goes on after the last stage that was done.
+Only to make another one than output/pretrained_models/ablation-base, which ships. Tokenizer and VAE are those of
+--from-model. The encoder learns to tell the pictures of an instruction and what stands where in the answer, of all
+tasks but the composed one, without VAE features; then the DiT learns to draw from names. It has never been asked to
+draw what a picture shows or to edit, nothing has seen a subject edit, and nothing VAE features. Stopped at any point,
+the same command goes on after the last stage that was done.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def parse() -> argparse.Namespace:
                         help="whose VAE and tokenizer are taken (%(default)s)")  # fmt: skip
     parser.add_argument("--encoder-steps", type=int, default=1750, help="of the encoder's training (%(default)s)")
     parser.add_argument("--encoder-batch", type=int, default=128, help="cases a step of it (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="of drawing from names (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="of drawing from names (%(default)s)")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
     if min(args.encoder_steps, args.encoder_batch, args.steps) < 1:
         parser.error(f"--encoder-steps is {args.encoder_steps}, --encoder-batch {args.encoder_batch}, --steps "

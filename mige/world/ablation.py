@@ -85,8 +85,8 @@ class Plan:
     overrides: tuple[str, ...]
     model: Path
     trainer: Path
-    per_kind: int = 26
-    sampler_steps: int = 20
+    per_kind: int = 52
+    sampler_steps: int = 10
     batch: int = 64
     keep_weights: bool = False
 
