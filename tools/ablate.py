@@ -37,9 +37,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
     parser.add_argument("--from-model", type=Path, default=ROOT / "output/pretrained_models/ablation-base",
                         help="checkpoint folder that all runs start from (%(default)s)")  # fmt: skip
-    parser.add_argument("--per-kind", type=int, default=52, help="cases of each kind, even (%(default)s)")
-    parser.add_argument("--sampler-steps", type=int, default=10, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures generated at a time (%(default)s)")
+    parser.add_argument("--per-kind", type=int, default=ablation.Plan.per_kind,
+                        help="cases of each kind, even (%(default)s)")  # fmt: skip
+    parser.add_argument("--sampler-steps", type=int, default=ablation.Plan.sampler_steps, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=ablation.Plan.batch,
+                        help="pictures generated at a time (%(default)s)")  # fmt: skip
     parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and pictures of scored runs")
     parser.add_argument("--report-only", action="store_true", help="train and score nothing")
     args = parser.parse_intermixed_args()
