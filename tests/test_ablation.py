@@ -615,6 +615,6 @@ def test_the_published_scores_can_be_gone_on_with(monkeypatch):
     made = Plan(Path("unused"), ROOT / "configs" / "ablation.py", (), base, script)
     assert made.settings() == json.loads((published / "settings.json").read_text("utf-8"))
     scored = ablation.finished(ablation.read_scores(published), made.steps)
-    assert scored >= {(name, 0) for name in ("joint", "subject_only", "edit_only", "without_subject_edit")}
+    assert scored >= {(name, seed) for name in VARIANTS for seed in (0, 1)}
     pipeline = MIGEPipeline.from_pretrained(base, dtype=torch.float32)  # verified key by key
     assert pipeline.fusion.config.vae_features is False
