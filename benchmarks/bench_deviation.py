@@ -4,7 +4,7 @@
     python benchmarks/bench_deviation.py MODEL --per-kind 2 --kinds add two_references --reference-steps 100   # a CPU
 
 Random weights make noise, so what bench_inference.py measures of speed is joined here with cases of the mini-bench
-(`mige.world.bench`), half of them about unseen subjects. The reference is the exact mode ("compiled") in float32; every
+(`mige.mini.bench`), half of them about unseen subjects. The reference is the exact mode ("compiled") in float32; every
 setting starts from the same noise. A setting is mode/steps, the modes as bench_inference.py writes them; beside
 those, "bfloat16": the model in that precision, as the full-size model runs.
 
@@ -27,13 +27,15 @@ import torch
 from bench_inference import APPROXIMATE
 from torch import Tensor
 
-from mige import images
-from mige.checkpoint import CheckpointError
-from mige.pipeline import MIGEPipeline
-from mige.records import Task
-from mige.samples import Sample, SampleNoise, make_sample
-from mige.world import bench, tasks
-from mige.world.scenes import SIDE, Scenes, draw
+from mige.checkpoints.folder import CheckpointError
+from mige.data.synthetic import tasks
+from mige.data.synthetic.cases import BenchCase, make_cases
+from mige.data.synthetic.scenes import SIDE, Scenes, draw
+from mige.inference.pipeline import MIGEPipeline
+from mige.inference.samples import Sample, SampleNoise, make_sample
+from mige.mini import bench
+from mige.tasks import Task
+from mige.utils import images
 
 GUIDANCE = {"text_guidance": 2.0, "source_guidance": 1.0}  # the mini-bench's
 VERDICTS = ("success", "identity", "background")
@@ -89,7 +91,7 @@ class Maker:
     def __init__(self, args: argparse.Namespace):
         self.folder, self.device = args.model, torch.device(args.device)
         self.pipelines: dict[torch.dtype, MIGEPipeline] = {}
-        cases = bench.cases(args.per_kind, kinds=args.kinds)
+        cases = make_cases(args.per_kind, kinds=args.kinds)
         by_task = [[one for one in cases if one.case.task is task] for task in Task]
         batches = [same[n : n + args.batch] for same in by_task for n in range(0, len(same), args.batch)]
         self.cases = [one for batch in batches for one in batch]
@@ -119,7 +121,7 @@ class Maker:
         return self.pipelines[dtype]
 
 
-def inputs(pipeline: MIGEPipeline, batch: Sequence[bench.BenchCase]) -> tuple[list[Sample], list[SampleNoise]]:
+def inputs(pipeline: MIGEPipeline, batch: Sequence[BenchCase]) -> tuple[list[Sample], list[SampleNoise]]:
     """Prompts, pictures and noise of cases, as the mini-bench gives them."""
     samples = []
     for one in batch:
@@ -147,7 +149,7 @@ def psnrs(pixels: Tensor, wanted: Tensor) -> Tensor:
     return -10 * error.clamp(min=1e-12).log10()
 
 
-def verdicts(cases: Sequence[bench.BenchCase], every: Sequence[Made], device: torch.device) -> list[list[dict]]:
+def verdicts(cases: Sequence[BenchCase], every: Sequence[Made], device: torch.device) -> list[list[dict]]:
     """For every case what the mini-bench finds right (1) and wrong (0) in the picture of each of M settings."""
     found = []
     for n, one in enumerate(cases):

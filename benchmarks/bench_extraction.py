@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mige import config, latents
-from mige.extraction import extract
-from mige.features import create_store
-from mige.parts import build_parts
+from mige import config
+from mige.data.latent_store.extraction import extract
+from mige.data.latent_store.store import create_store
+from mige.models import vae as latents
+from mige.models.build import build_parts
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from mige import config
-from mige.diffusion import Diffusion
-from mige.extraction import extract
-from mige.features import ENTRY, FeatureStore, create_store, open_store
-from mige.parts import build_parts
+from mige.data.latent_store.extraction import extract
+from mige.data.latent_store.store import ENTRY, FeatureStore, create_store, open_store
+from mige.diffusion.gaussian import Diffusion
+from mige.models.build import build_parts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 SIZE = 512

@@ -41,17 +41,19 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from mige import config, guidance, images
-from mige.condition import Condition
-from mige.denoiser import FastDenoiser
-from mige.encoder import set_product_dtype
-from mige.guidance import Branch
-from mige.parts import build_parts
-from mige.pipeline import MIGEPipeline
-from mige.progress import forward_flops, matrix_rate
-from mige.records import TASKS, Task
-from mige.sampler import DPMSolver2M
-from mige.samples import Sample, SampleNoise, make_sample
+from mige import config
+from mige.diffusion import guidance
+from mige.diffusion.conditioning import Condition
+from mige.diffusion.guidance import Branch
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.inference.samples import Sample, SampleNoise, make_sample
+from mige.models.build import build_parts
+from mige.models.encoder import set_product_dtype
+from mige.models.fast_dit import FastDenoiser
+from mige.tasks import TASKS, Task
+from mige.training.metrics import forward_flops, matrix_rate
+from mige.utils import images
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "example_data" / "images"

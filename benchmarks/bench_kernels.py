@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mige.denoiser import Linear, add_modulate, widened
+from mige.models.fast_dit import Linear, add_modulate, widened
 
 HEADS, HEAD_SIZE, TOKENS, CONTEXT = 16, 72, 1024, 64
 WIDTH, WIDE = HEADS * HEAD_SIZE, HEADS * widened(HEAD_SIZE)

@@ -30,10 +30,10 @@ import torch
 from transformers import AutoTokenizer
 
 from mige import config
-from mige.checkpoint import whole_folder
-from mige.parts import build_parts
-from mige.pipeline import MIGEPipeline
-from mige.sampler import DPMSolver2M
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.models.build import build_parts
+from mige.utils.files import whole_folder
 
 ROOT = Path(__file__).parent.parent
 BF16 = ("train.weights=bfloat16", "train.optimizer=adamw_bf16")

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from mige import config
+from mige.checkpoints.lora import add_lora
 from mige.config import TrainConfig
-from mige.diffusion import Diffusion
-from mige.encoder import set_product_dtype
-from mige.instruction import Instruction
-from mige.lora import add_lora
-from mige.model import PARTS, MIGEModel
-from mige.optimizers import build_optimizer
-from mige.parts import build_parts
-from mige.progress import forward_flops, matrix_rate, useful_flops
+from mige.diffusion.gaussian import Diffusion
+from mige.models.build import build_parts
+from mige.models.encoder import set_product_dtype
+from mige.models.instruction import Instruction
+from mige.models.mige import PARTS, MIGEModel
+from mige.training.metrics import forward_flops, matrix_rate, useful_flops
+from mige.training.optimizers import build_optimizer
 
 ROOT = Path(__file__).parent.parent
 MODEL_PARTS = ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")

@@ -21,7 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from mige import config
-from mige.parts import build_parts
+from mige.models.build import build_parts
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ["plain", "channels last", "fused norms", "compiled"]

@@ -22,10 +22,11 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from mige import inference, records
-from mige.convert import CheckpointError
-from mige.lora import merge_lora
-from mige.pipeline import MIGEPipeline
+from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.lora import merge_lora
+from mige.data import parsing as records
+from mige.inference import run as inference
+from mige.inference.pipeline import MIGEPipeline
 
 SOME_FAILED = 3
 

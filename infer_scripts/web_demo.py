@@ -15,8 +15,8 @@ import diffusers
 import torch
 import transformers
 
-from mige.checkpoint import CheckpointError
-from mige.pipeline import MIGEPipeline
+from mige.checkpoints.folder import CheckpointError
+from mige.inference.pipeline import MIGEPipeline
 from mige.web.page import serving
 from mige.web.studio import Studio
 

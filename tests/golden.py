@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mige import config
-from mige.convert import fill, official_shapes
-from mige.model import MIGEModel
-from mige.parts import build_parts
+from mige.checkpoints.convert import fill, official_shapes
+from mige.models.build import build_parts
+from mige.models.mige import MIGEModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"

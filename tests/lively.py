@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from golden import golden_state
 
-from mige.convert import fill
-from mige.pipeline import MIGEPipeline
+from mige.checkpoints.convert import fill
+from mige.inference.pipeline import MIGEPipeline
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other, for minutes on a busy machine
 

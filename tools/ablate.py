@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from mige import config
-from mige.checkpoint import CheckpointError
-from mige.trainer import PREEMPTED
-from mige.world import ablation, ablation_report
-from mige.world.bench import BenchError
+from mige.checkpoints.folder import CheckpointError
+from mige.mini import ablation, ablation_report
+from mige.mini.bench import BenchError
+from mige.training.trainer import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mige.images import check_images
-from mige.records import Finding, Record, Task, read_records
+from mige.data.checks import check_images
+from mige.data.parsing import read_records
+from mige.data.records import Finding, Record
+from mige.tasks import Task
 
 CHUNK = 64  # records a process decodes at a time; a picture shared within a chunk is decoded once
 
@@ -47,7 +49,7 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
     """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
     chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
     context = get_context("forkserver")
-    context.set_forkserver_preload(["mige.images"])
+    context.set_forkserver_preload(["mige.data.checks"])
     with (
         tqdm(total=len(records), unit="record") as bar,
         ProcessPoolExecutor(workers, mp_context=context) as pool,

@@ -21,10 +21,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mige import config, convert
-from mige.checkpoint import verify, whole_folder
-from mige.pipeline import MIGEPipeline
-from mige.sampler import DPMSolver2M
+from mige import config
+from mige.checkpoints import convert
+from mige.checkpoints.folder import verify
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.utils.files import whole_folder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mige_512.py"
 

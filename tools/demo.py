@@ -22,13 +22,16 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from mige import images
-from mige.checkpoint import CheckpointError
-from mige.pipeline import MIGEPipeline
-from mige.report import TASK_NAMES, write_text
-from mige.world import bench, bench_report, sprites, tasks
-from mige.world.bench_report import Card
-from mige.world.scenes import Scenes, draw
+from mige.checkpoints.folder import CheckpointError
+from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic.cases import BenchCase, make_cases
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.inference.pipeline import MIGEPipeline
+from mige.mini import bench, bench_report
+from mige.mini.bench_report import Card
+from mige.reports.page import TASK_NAMES
+from mige.utils import images
+from mige.utils.files import write_text
 
 MODEL = "output/pretrained_models/mige-mini"
 GUIDANCE = 2.0
@@ -58,14 +61,14 @@ def faster_dtype() -> str:
     return min(("bfloat16", "float32"), key=seconds)
 
 
-def chosen(seed: int) -> list[bench.BenchCase]:
+def chosen(seed: int) -> list[BenchCase]:
     """The fresh case first, then the prepared ones."""
     fresh = tasks.sample(np.random.default_rng(seed), sprites.split()[1])
-    prepared = [one for one in bench.cases(2) if one.split == "unseen"]
-    return [bench.BenchCase(f"{fresh.kind}-fresh-{seed}", "unseen", seed, fresh), *prepared]
+    prepared = [one for one in make_cases(2) if one.split == "unseen"]
+    return [BenchCase(f"{fresh.kind}-fresh-{seed}", "unseen", seed, fresh), *prepared]
 
 
-def answer(pipeline: MIGEPipeline, one: bench.BenchCase, args: argparse.Namespace) -> Card:
+def answer(pipeline: MIGEPipeline, one: BenchCase, args: argparse.Namespace) -> Card:
     """Generate one picture, save it and measure it."""
     drawn = draw(Scenes.stack([one.case.target, *one.case.references]))
     pictures, number = images.to_pil(drawn)[1:], one.case.source

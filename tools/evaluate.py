@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from mige.checkpoint import CheckpointError
+from mige.checkpoints.folder import CheckpointError
+from mige.data.synthetic import tasks
+from mige.data.synthetic.cases import PER_KIND, make_cases
 from mige.evaluation import backbones, benchmarks, page, scoring, summary
-from mige.images import BadImageError
-from mige.pipeline import MIGEPipeline
-from mige.world import bench, bench_report, tasks
+from mige.inference.pipeline import MIGEPipeline
+from mige.mini import bench, bench_report
+from mige.utils.images import BadImageError
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +45,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
     group = parser.add_argument_group("mini")
     group.add_argument("--model", help="checkpoint folder")
-    group.add_argument("--per-kind", type=int, default=bench.PER_KIND, help="cases of each kind, even (%(default)s)")
+    group.add_argument("--per-kind", type=int, default=PER_KIND, help="cases of each kind, even (%(default)s)")
     group.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
     group.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
     group.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
@@ -59,7 +61,7 @@ def parse() -> argparse.Namespace:
 
 
 def mini(args: argparse.Namespace) -> None:
-    chosen = bench.cases(args.per_kind, kinds=args.kinds)
+    chosen = make_cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
     bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mige.evaluation import benchmarks, entities, scoring
-from mige.images import BadImageError
+from mige.utils.images import BadImageError
 
 
 def parse() -> argparse.Namespace:

@@ -18,11 +18,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
-from mige import checkpoint, extraction, features, latents
-from mige.convert import CheckpointError
-from mige.inference import write_failures
-from mige.pipeline import MIGEPipeline
-from mige.records import Report, read_records
+from mige.checkpoints import folder as checkpoint
+from mige.checkpoints.errors import CheckpointError
+from mige.data.latent_store import extraction
+from mige.data.latent_store import store as features
+from mige.data.parsing import read_records
+from mige.data.records import Report
+from mige.inference.pipeline import MIGEPipeline
+from mige.inference.run import write_failures
+from mige.models import vae as latents
 
 SOME_FAILED = 3
 

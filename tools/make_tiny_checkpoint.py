@@ -12,9 +12,10 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from mige import config, convert
-from mige.checkpoint import whole_folder
-from mige.parts import build_parts
+from mige import config
+from mige.checkpoints import convert
+from mige.models.build import build_parts
+from mige.utils.files import whole_folder
 
 EXTRA_IDS = 100  # T5's sentinel tokens come after the sentencepiece vocabulary
 

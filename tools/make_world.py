@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mige import images
-from mige.checkpoint import whole_folder
-from mige.world import sprites, tasks
-from mige.world.scenes import Scenes, draw
+from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.utils import images
+from mige.utils.files import whole_folder
 
 _AT_ONCE = 64  # cases drawn together
 _KINDS = [kind for kind in tasks.KINDS if kind != "text_to_image"]  # a record has a reference

@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mige.data.prepare.sources import SourceError
 from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Options, prepare
-from mige.sources import SourceError
 
 
 def parse() -> argparse.Namespace:

@@ -16,8 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from mige.preparing import RECORDS, SKIPPED, prepare
-from mige.sources import SOURCES, Settings, SourceError
+from mige.data.prepare.run import RECORDS, SKIPPED, prepare
+from mige.data.prepare.sources import SOURCES, Settings, SourceError
 
 
 def parse() -> argparse.Namespace:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from mige import config
-from mige.checkpoint import CheckpointError
-from mige.world.pretraining import RATE, SEED, teach
+from mige.checkpoints.folder import CheckpointError
+from mige.mini.pretraining import RATE, SEED, teach
 
 
 def main() -> None:

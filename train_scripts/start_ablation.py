@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 
-from mige import config, training_state
-from mige.checkpoint import CheckpointError, whole_folder
-from mige.records import Task
-from mige.trainer import PREEMPTED
-from mige.world import ablation
-from mige.world.pretraining import teach
-from mige.world.start import start_from
+from mige import config
+from mige.checkpoints.folder import CheckpointError
+from mige.mini import ablation
+from mige.mini.pretraining import teach
+from mige.mini.start import start_from
+from mige.tasks import Task
+from mige.training import checkpointing as training_state
+from mige.training.trainer import PREEMPTED
+from mige.utils.files import whole_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_FEATURES = "model.fusion.vae_features=False"

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mige import config
-from mige.checkpoint import CheckpointError, whole_folder
-from mige.pipeline import MIGEPipeline
-from mige.sampler import DPMSolver2M
-from mige.world import sprites, tasks
-from mige.world.scenes import Scene, Scenes, draw
-from mige.world.start import fresh_parts, start_from, write_tokenizer
+from mige.checkpoints.folder import CheckpointError
+from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic.scenes import Scene, Scenes, draw
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.mini.start import fresh_parts, start_from, write_tokenizer
+from mige.utils.files import whole_folder
 
 KL = 1e-6  # weight of the pull where it and the error are both summed over a picture, as in latent diffusion's VAEs
 

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from mige import config
-from mige.convert import CheckpointError
-from mige.records import BadRecordsError
-from mige.trainer import Trainer
-from mige.training_state import TrainingError
+from mige.checkpoints.errors import CheckpointError
+from mige.data.records import BadRecordsError
+from mige.training.checkpointing import TrainingError
+from mige.training.trainer import Trainer
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from transformers import CLIPModel, CLIPTokenizer
 
-from mige.images import CLIP_MEAN, CLIP_STD
+from mige.utils.images import CLIP_MEAN, CLIP_STD
 
 CLIP = {"ViT-B/32": "openai/clip-vit-base-patch32", "ViT-L/14": "openai/clip-vit-large-patch14"}
 DINO = {"ViT-S/16": "vit_small_patch16_224.dino"}

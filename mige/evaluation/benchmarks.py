@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from mige import sources
-from mige.report import write_text
+from mige.data.prepare import sources
+from mige.utils.files import write_text
 
 
 class BenchmarkError(RuntimeError):

@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
 
-from mige.images import open_image, save_image
-from mige.report import Case, html_page, write_text
+from mige.reports.page import Case, html_page
+from mige.utils.files import write_text
+from mige.utils.images import open_image, save_image
 
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"  # Swin-B and ViT-H, as published
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25

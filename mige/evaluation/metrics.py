@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mige.images import center_crop
+from mige.utils.images import center_crop
 
 
 def cosine(a_D: Tensor, b_D: Tensor) -> float:

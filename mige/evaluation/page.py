@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mige import report
 from mige.evaluation.benchmarks import BENCHMARKS, Metric, Prepared
 from mige.evaluation.published import PUBLISHED, Published
 from mige.evaluation.scoring import VERSIONS
-from mige.report import Case
+from mige.reports import page as report
+from mige.reports.page import Case
 
 SHOWN = 10  # best, median and worst cases
 _BINS = 24

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from mige.evaluation import metrics
 from mige.evaluation.backbones import Clip, Dino
 from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Metric, Prepared
-from mige.images import open_image
-from mige.report import write_text
+from mige.utils.files import write_text
+from mige.utils.images import open_image
 
 VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true picture", "real": "real pictures"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mige import images
-from mige.records import Record, Task, placeholders, read_records
+from mige.data.parsing import read_records
+from mige.data.records import Record
+from mige.data.synthetic.cases import BenchCase, make_cases
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.tasks import Task, placeholders
+from mige.utils import images
 from mige.web.numbered import spell
-from mige.world import bench
-from mige.world.scenes import Scenes, draw
 
 KINDS = {
     Task.SUBJECT: ("one_reference", "two_references", "reference_and_name"),
@@ -29,7 +31,7 @@ def of_the_world(task: Task, folder: Path) -> list[Example]:
     """Of each kind the mini-bench's case about unseen subjects with the shortest words; draws into `folder`."""
     chosen = []
     for kind in KINDS[task]:
-        unseen = [one for one in bench.cases(kinds=[kind]) if one.split == "unseen"]
+        unseen = [one for one in make_cases(kinds=[kind]) if one.split == "unseen"]
         chosen.append(min(unseen, key=lambda one: len(_spelled(one))))
     return [_draw(one, folder) for one in chosen]
 
@@ -39,11 +41,11 @@ def of_records(task: Task, folder: Path) -> list[Example]:
     return [_from_record(record) for record in read_records([folder / f"{task}.json"]).require()]
 
 
-def _spelled(one: bench.BenchCase) -> str:
+def _spelled(one: BenchCase) -> str:
     return spell(one.case.prompt, _numbers(len(one.case.references), one.case.source))
 
 
-def _draw(one: bench.BenchCase, folder: Path) -> Example:
+def _draw(one: BenchCase, folder: Path) -> Example:
     numbers = _numbers(len(one.case.references), one.case.source)
     drawn = images.to_pil(draw(Scenes.stack(one.case.references)))
     paths = {number: folder / f"{one.id}-{number}.png" for number in numbers}

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
-from mige.instruction import clean
-from mige.records import PLACEHOLDER, TASKS, Task
+from mige.models.instruction import clean
+from mige.tasks import PLACEHOLDER, TASKS, Task
 from mige.web.studio import Step
 
 PREVIEW_SIDE = 320  # px, most; a preview is sent with every few steps

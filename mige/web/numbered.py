@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mige.records import MOST_REFERENCES, PLACEHOLDER, UNSTORABLE, Task
+from mige.data.records import UNSTORABLE
+from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task
 
 MOST_CHARACTERS = 2000  # the model reads 88 words
 

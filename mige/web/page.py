@@ -17,8 +17,8 @@ from typing import Any
 import gradio as gr
 import torch
 
-from mige.images import save_image
-from mige.records import MOST_REFERENCES, Task
+from mige.tasks import MOST_REFERENCES, Task
+from mige.utils.images import save_image
 from mige.web import examples, look
 from mige.web.numbered import MOST_CHARACTERS, RefusedError
 from mige.web.provenance import save_with_settings

@@ -8,7 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import mige
-from mige.images import save_image
+from mige.utils.images import save_image
 
 _KEY = "mige"
 

@@ -19,13 +19,16 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mige import images, latents
-from mige.instruction import MAX_WORDS, check_lengths, full_text
-from mige.pipeline import MIGEPipeline
-from mige.records import MOST_REFERENCES, TASKS, Record, Task
-from mige.sampler import OnStep
+from mige.data.checks import check_lengths
+from mige.data.records import Record
+from mige.data.synthetic.scenes import SIDE
+from mige.diffusion.solver import OnStep
+from mige.inference.pipeline import MIGEPipeline
+from mige.models import vae as latents
+from mige.models.instruction import MAX_WORDS, full_text
+from mige.tasks import MOST_REFERENCES, TASKS, Task
+from mige.utils import images
 from mige.web.numbered import Reading, RefusedError, read
-from mige.world.scenes import SIDE
 
 STEPS = (1, 100)
 GUIDANCE = (0.0, 20.0)

@@ -1,0 +1,1 @@
+"""Official keys and their conversion, checkpoint folders, adapters."""

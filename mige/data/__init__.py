@@ -1,0 +1,1 @@
+"""Records, checks, the joint dataset, batches."""

@@ -1,0 +1,1 @@
+"""VAE moments of a data set's images, computed once."""

@@ -1,0 +1,306 @@
+"""Records: JSON in, validated records out, and the official settings of the three tasks.
+
+A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference picture, in order.
+Two row layouts are recognised by their fields; both may stand in one file:
+
+  multi_prompt, entity_path [], source_path [], image (the true picture)      official files, DreamBench, MIGEBench
+  instruction, image (the source picture), task (the type of edit)            Emu Edit
+
+Reading never stops at the first fault: a `Report` holds the good records and every finding. Pictures are not opened
+here (`images.check_images` does that).
+"""
+
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mige.data.records import ID_PATTERN, ID_RULE, UNSTORABLE, Finding, Record, Report, count
+from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, placeholders
+
+
+def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task | None = None) -> Report:
+    """Read and check .json (a list of objects) and .jsonl (an object a line) files; raises nothing for bad data.
+
+    root: what relative paths in the rows are relative to; by default the folder of each file.
+    task: what every record must be; by default each record's own fields decide.
+    Ids are a row's "id", else its "idx", else its number in the file ("00012", counted from 1). Where ids of several
+    files collide, every id gets its file's stem in front, and a note says so.
+    """
+    report = Report()
+    if not files:
+        report.findings.append(Finding("no files", "nothing to read", "give at least one .json or .jsonl file"))
+    records_of: list[tuple[Path, list[Record]]] = []
+    for file in files:
+        rows, findings = _read_rows(file)
+        report.findings += findings
+        records = []
+        for number, row in rows:
+            record, findings = make_record(
+                row,
+                where=f"{file}, record {number}",
+                root=file.parent if root is None else root,
+                default_id=f"{number:05d}",
+                task=task,
+            )
+            report.findings += findings
+            records += [record] if record else []
+        records_of.append((file, records))
+    _gather(records_of, report)
+    return report
+
+
+def make_record(
+    row: Any, *, where: str, root: Path, default_id: str, task: Task | None = None
+) -> tuple[Record | None, list[Finding]]:
+    """Turn one row into a record; None where a finding is fatal. All findings of the row are returned.
+
+    where: names the row in messages; the id is added to it. root: what relative paths are relative to.
+    task: what the record must be (None: its fields decide).
+    """
+    if not isinstance(row, Mapping):
+        problem = f"the row is {_type_name(row)}, expected an object"
+        return None, [Finding(where, problem, "write it as {...} with the fields of the record")]
+    reader = _RowReader(row, where, root)
+    record_id = reader.identifier(default_id)
+    named = [task] if task else []
+    if emu_edit := "instruction" in row:
+        prompt = reader.prompt("instruction")
+        sources, references, target = reader.required_path("image"), (), None
+        edit_type = reader.text("task")
+        if "multi_prompt" in row:
+            reader.fault('both "instruction" and "multi_prompt" are present', "keep the one that is the prompt")
+    else:
+        prompt = reader.prompt("multi_prompt")
+        sources, references, target = reader.paths("source_path"), reader.paths("entity_path"), reader.path("image")
+        edit_type = None
+        named += reader.named_task()
+    if sources is not None and len(sources) > 1:
+        reader.fault(f'"source_path" has {len(sources)} pictures, expected at most one', "split the record")
+        sources = None
+    if sources is not None and references is not None:
+        source = sources[0] if sources else None
+        implied = _implied_task(source, references)
+        references = references or sources
+        _check_tasks(reader, named, implied, source, references)
+        if prompt:
+            _check_placeholders(reader, prompt, implied, references)
+    if any(finding.fatal for finding in reader.findings):
+        return None, reader.findings
+    used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
+    extra = {name: value for name, value in row.items() if name not in used}
+    record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra)
+    return record, reader.findings
+
+
+_OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task")
+
+
+def _implied_task(source: Path | None, references: tuple[Path, ...]) -> Task:
+    if source is None:
+        return Task.SUBJECT
+    return Task.EDIT if references in ((), (source,)) else Task.SUBJECT_EDIT
+
+
+_PICTURES = {
+    Task.SUBJECT: "no source picture",
+    Task.EDIT: "a source picture and no other reference",
+    Task.SUBJECT_EDIT: "a source picture and other references",
+}
+
+
+def _check_tasks(
+    reader: "_RowReader", named: list[Task], implied: Task, source: Path | None, references: tuple[Path, ...]
+) -> None:
+    for task in dict.fromkeys(named):
+        if task != implied:
+            reader.fault(
+                f'the task is named "{task}", but the record has {_PICTURES[implied]}, which makes it "{implied}"',
+                f'a record of task "{task}" has {_PICTURES[task]}: correct the pictures or the task',
+            )
+    if source is not None and source not in references:
+        reader.fault(
+            f"the source {source} is not among the references",
+            'list it in "entity_path" too, at the place of its <imagehere>',
+        )
+
+
+def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, references: tuple[Path, ...]) -> None:
+    asked, given = placeholders(prompt), len(references)
+    found = f"{asked} {PLACEHOLDER} in the prompt, {count(given, 'reference')}"
+    rewritten_later = task is Task.EDIT and asked == 0
+    if asked == 0 and given == 0:
+        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
+    elif asked != given and not rewritten_later:
+        reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
+    if given > MOST_REFERENCES:
+        reader.note(count(given, "reference"), f"the model was trained with at most {MOST_REFERENCES}")
+
+
+class _RowReader:
+    """Reads typed fields of one row and collects what is wrong with them; None stands for a field that is unusable."""
+
+    def __init__(self, row: Mapping[str, Any], where: str, root: Path):
+        self.row, self.where, self.root = row, where, root
+        self.findings: list[Finding] = []
+
+    def fault(self, problem: str, remedy: str) -> None:
+        """Note what makes the row unusable."""
+        self.findings.append(Finding(self.where, problem, remedy))
+
+    def note(self, problem: str, remedy: str) -> None:
+        """Note what is odd but usable."""
+        self.findings.append(Finding(self.where, problem, remedy, fatal=False))
+
+    def identifier(self, default: str) -> str | None:
+        """The row's "id", else its "idx", else the default; further findings name it."""
+        name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
+        value = default if name is None else self.row[name]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            self.fault(
+                f'"{name}" is {_type_name(value)}, expected a string or an integer', "correct it or leave it out"
+            )
+            return None
+        if not ID_PATTERN.fullmatch(str(value)):
+            self.fault(f'"{name}" is {reprlib.repr(value)}, unfit for a file name', f"use {ID_RULE}")
+            return None
+        self.where = f"{self.where} (id {value})"
+        return str(value)
+
+    def text(self, name: str) -> str | None:
+        """An optional string; null counts as absent."""
+        value = self.row.get(name)
+        return None if value is None else self._string(f'"{name}"', value)
+
+    def prompt(self, name: str) -> str | None:
+        """A string that has to be there."""
+        if name not in self.row:
+            self.fault(f'no prompt: the field "{name}" is missing', f'add "{name}" with the instruction')
+            return None
+        return self._string(f'"{name}"', self.row[name])
+
+    def path(self, name: str) -> Path | None:
+        """An optional path, put below the root."""
+        value = self.text(name)
+        return None if value is None else self.root / value
+
+    def required_path(self, name: str) -> tuple[Path, ...] | None:
+        """A path that has to be there, as a list of one."""
+        if self.row.get(name) is None:
+            self.fault(
+                f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the picture'
+            )
+        path = self.path(name)
+        return None if path is None else (path,)
+
+    def paths(self, name: str) -> tuple[Path, ...] | None:
+        """A list of paths, put below the root; absent and null are an empty one."""
+        value = self.row.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            self.fault(f'"{name}" is {_type_name(value)}, expected a list of paths', "put it in [ ]")
+            return None
+        texts = [self._string(f'"{name}"[{position}]', item) for position, item in enumerate(value)]
+        return None if None in texts else tuple(self.root / text for text in texts)
+
+    def named_task(self) -> list[Task]:
+        """The task that the field "task" names: one or none."""
+        name = self.text("task")
+        if name is None:
+            return []
+        if name not in set(Task):
+            names = ", ".join(Task)
+            self.fault(
+                f"unknown task {reprlib.repr(name)}, expected one of {names}",
+                'correct it, or name the prompt "instruction" where this is an Emu Edit row',
+            )
+            return []
+        return [Task(name)]
+
+    def _string(self, label: str, value: Any) -> str | None:
+        """`value` if it is a string with something in it, else a fault and None."""
+        if not isinstance(value, str):
+            self.fault(f"{label} is {_type_name(value)}, expected a string", "correct the field")
+        elif not value.strip():
+            self.fault(f"{label} is empty", "fill it in")
+        elif character := UNSTORABLE.search(value):
+            self.fault(f"{label} holds {character.group()!r}, which is no character of a text", "remove it")
+        else:
+            return value
+        return None
+
+
+def _read_rows(file: Path) -> tuple[list[tuple[int, Any]], list[Finding]]:
+    """The rows of a file with their numbers from 1, and the faults of the file itself."""
+    where = str(file)
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        return [], [Finding(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is legal and skipped
+    except UnicodeDecodeError as error:
+        return [], [Finding(where, f"not UTF-8: {error.reason} at byte {error.start}", "save the file as UTF-8")]
+    except OSError as error:
+        return [], [Finding(where, f"cannot be read: {error.strerror}", "check the path and its permissions")]
+    if not text.strip():
+        return [], [Finding(where, "the file is empty", "write at least one record")]
+    return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
+
+
+def _parse_list(where: str, text: str) -> tuple[list[tuple[int, Any]], list[Finding]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        return [], [_malformed(where, error.lineno, error)]
+    if not isinstance(rows, list):
+        return [], [Finding(where, f"the top level is {_type_name(rows)}, expected a list", "put the records in [ ]")]
+    if not rows:
+        return [], [Finding(where, "the list is empty", "write at least one record")]
+    return list(enumerate(rows, 1)), []
+
+
+def _parse_lines(where: str, text: str) -> tuple[list[tuple[int, Any]], list[Finding]]:
+    rows, findings = [], []
+    # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for position, (number, line) in enumerate(lines, 1):
+        try:
+            rows.append((position, json.loads(line)))
+        except json.JSONDecodeError as error:
+            findings.append(_malformed(where, number, error))
+    return rows, findings
+
+
+def _malformed(where: str, line: int, error: json.JSONDecodeError) -> Finding:
+    return Finding(f"{where}, line {line}, column {error.colno}", f"malformed JSON: {error.msg}", "correct it there")
+
+
+def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None:
+    """Put the records of all files into the report under ids that are unique in the run."""
+    files_with = Counter(record_id for _, records in records_of for record_id in {record.id for record in records})
+    shared = [record_id for record_id, files in files_with.items() if files > 1]
+    if shared:
+        problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
+        report.findings.append(Finding("all files", problem, "every id now starts with its file's name", fatal=False))
+    first: dict[str, str] = {}
+    for file, records in records_of:
+        for record in records:
+            record_id = f"{file.stem}_{record.id}" if shared else record.id
+            if not ID_PATTERN.fullmatch(record_id):
+                problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
+                report.findings.append(Finding(record.where, problem, f"rename the file; ids are {ID_RULE}"))
+            elif record_id in first:
+                problem = f"the id {record_id!r} is already taken by {first[record_id]}"
+                report.findings.append(Finding(record.where, problem, "give each record its own id"))
+            else:
+                first[record_id] = record.where
+                report.records.append(replace(record, id=record_id))
+
+
+def _type_name(value: Any) -> str:
+    """The JSON name of a value's type, with the value: for messages."""
+    names = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({reprlib.repr(value)})"

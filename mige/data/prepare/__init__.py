@@ -1,0 +1,1 @@
+"""Public training sets: their layouts -> records."""

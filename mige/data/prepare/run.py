@@ -1,0 +1,261 @@
+"""A public data set -> a folder of records and pictures, by a run that may be killed and goes on where it stopped.
+
+The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a sample that was
+left out, with its reason) and summary.json (counts, and how far a killed run got).
+"""
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from mige.data.parsing import make_record
+from mige.data.prepare.sources import Box, LeftOut, Picture, Settings, Source, SourceError, source_of
+from mige.utils import images
+
+RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
+BATCH = 32  # rows between two commits: what a kill costs at most
+ROWS_A_FOLDER = 1000  # pictures are spread over folders images/0000, images/0001, ...
+
+
+@dataclass
+class Summary:
+    """What became of the rows so far. A sample is a would-be record; a row that is left out whole counts as one."""
+
+    settings: dict[str, Any]
+    finished: bool = False  # the source has no further rows
+    rows: int = 0
+    written: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # samples by reason
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of the .jsonl files that are accounted for
+    position: dict[str, Any] | None = None  # where the reader goes on
+
+    def text(self) -> str:
+        """Counts in and out, a line a reason."""
+        total = sum(self.left_out.values())
+        state = "finished" if self.finished else "unfinished"
+        lines = [f"{self.rows} rows read, {self.written} records written, {total} samples left out ({state})"]
+        lines += [f"{count:9d}  {reason}" for reason, count in Counter(self.left_out).most_common()]
+        return "\n".join(lines)
+
+
+def prepare(
+    settings: Settings, folder: Path, *, limit: int | None = None, workers: int = 4, progress: bool = True
+) -> Summary:
+    """Read the source from where the folder's last run stopped; write records, pictures, skipped.jsonl, summary.json.
+
+    limit: rows of the source to have read in the end, over all runs; None: all. workers: threads that decode and save.
+
+    A row is committed after its pictures are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
+    commit is cut off and made again. A finished folder is left alone. Raises SourceError for an unknown source or
+    split, missing inputs or columns, an unreadable source, a folder of other settings or one in use, and OSError where
+    writing fails (a full disk): run again to go on.
+    """
+    source = source_of(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(folder):
+        summary = _open(folder, settings)
+        if summary.finished or (limit is not None and summary.rows >= limit):
+            return summary
+        rows = source.reader(settings, source.columns, summary.position)
+        left = None if limit is None else limit - summary.rows
+        bar = tqdm(total=limit, initial=summary.rows, unit="row", disable=not progress)
+        with bar, ThreadPoolExecutor(workers) as pool:
+            numbered = enumerate(islice(rows, left), summary.rows)
+            while batch := list(islice(numbered, BATCH)):
+                outcomes = pool.map(lambda item: _outcomes(source, settings, folder, *item), batch)
+                _commit(folder, summary, list(chain.from_iterable(outcomes)), len(batch), rows.position())
+                bar.update(len(batch))
+        if rows.exhausted:
+            summary.finished = True
+            _save(folder, summary)
+    return summary
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderAlbum:
+    """The `mige.data.prepare.sources.Album` of an output folder: where the pictures of one row go."""
+
+    folder: Path  # the output folder
+    stem: str  # images/0012/magicbrush-train-0012345
+
+    def store(self, name: str, cell: Any) -> Picture:
+        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; a picture of another format as PNG."""
+        data = _bytes(cell, name)
+        path = self._path(f"{name}{_suffix(data)}")
+        image = _decode(data, path, name)
+        if path.suffix == ".raw":
+            path.unlink()
+            path = path.with_suffix(".png")
+            images.save_image(image, path)
+        return self._picture(path, image)
+
+    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+        """`<stem>_view0.jpg`, `<stem>_view1.jpg`, ..."""
+        path = self._path("composite.raw")
+        image = _decode(_bytes(cell, "image"), path, "image")
+        path.unlink()
+        views = []
+        for number, box in enumerate(boxes(*image.size)):
+            view, path = image.crop(box), self._path(f"view{number}.jpg")
+            images.save_image(view, path, quality=95, subsampling=0)
+            views.append(self._picture(path, view))
+        return views
+
+    def refer(self, path: Path) -> Picture:
+        """The picture where it lies, by its path relative to the output folder."""
+        try:
+            return self._picture(path, images.open_image(path))
+        except images.BadImageError as error:
+            raise LeftOut("missing picture" if not path.exists() else "damaged picture", str(error)) from error
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / f"{self.stem}_{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _picture(self, path: Path, image: Image.Image) -> Picture:
+        return Picture(os.path.relpath(path, self.folder), image.width, image.height)
+
+
+def _bytes(cell: Any, name: str) -> bytes:
+    data = cell.get("bytes") if isinstance(cell, Mapping) else None
+    if not data:
+        raise LeftOut("missing picture", f"{name} holds no bytes")
+    return data
+
+
+def _suffix(data: bytes) -> str:
+    if data.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    return ".webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ".raw"
+
+
+def _decode(data: bytes, path: Path, name: str) -> Image.Image:
+    """Write and open; a file that cannot be opened does not stay."""
+    _write(path, data)
+    try:
+        return images.open_image(path)
+    except images.BadImageError as error:
+        path.unlink()
+        raise LeftOut("damaged picture", f"{name}: {error.problem}") from error
+
+
+# ---- the output folder -----------------------------------------------------------------------------------------------
+
+
+def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
+    """The lines of a row: records, and for each sample that is left out a line with its reason."""
+    name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
+    album = FolderAlbum(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
+    try:
+        samples = source.samples(row, album, settings)
+    except LeftOut as left_out:
+        samples = [left_out]
+    lines = []
+    for place, sample in enumerate(samples):
+        sample_id = name if len(samples) == 1 else f"{name}-{place}"
+        line = {"id": sample_id, "row": number}
+        if not isinstance(sample, LeftOut):
+            record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
+            _, findings = make_record(record, where=sample_id, root=folder, default_id=sample_id)
+            if not (faults := [f for f in findings if f.fatal]):
+                lines.append(record)
+                continue
+            sample = LeftOut("no valid record", "; ".join(fault.problem for fault in faults))
+        lines.append({**line, "reason": sample.reason, "detail": sample.detail})
+    return lines
+
+
+def _open(folder: Path, settings: Settings) -> Summary:
+    """The summary of the folder's last run, what was written beyond it cut off; a fresh one in a fresh folder."""
+    ours = json.loads(json.dumps(asdict(settings)))
+    summary = Summary(ours, sizes={RECORDS: 0, SKIPPED: 0})
+    if (folder / SUMMARY).exists():
+        last = Summary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+        summary = last if last.rows else summary  # a run without a commit binds nobody
+    elif any((folder / name).exists() for name in summary.sizes):
+        raise SourceError(f"{folder} holds records but no {SUMMARY}, so they are not ours; use another --output")
+    theirs = summary.settings
+    differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
+    if differing:
+        raise SourceError(f"{folder} was made with other settings ({'; '.join(differing)}); use another --output")
+    if not summary.rows:
+        _save(folder, summary)
+    for name, size in summary.sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise SourceError(f"{path} has {found} bytes, {SUMMARY} speaks of {size}; prepare into a fresh folder")
+        if found > size:
+            os.truncate(path, size)
+    return summary
+
+
+def _commit(folder: Path, summary: Summary, lines: list[dict], rows: int, position: dict[str, Any]) -> None:
+    """Append the lines, then say in summary.json that they are there: only the second makes them count."""
+    skipped = [line for line in lines if "reason" in line]
+    records = [line for line in lines if "reason" not in line]
+    for name, chosen in ((RECORDS, records), (SKIPPED, skipped)):
+        text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in chosen)
+        with _named(folder / name), (folder / name).open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        summary.sizes[name] += len(text)
+    summary.rows += rows
+    summary.written += len(records)
+    summary.left_out = dict(sorted((Counter(summary.left_out) + Counter(line["reason"] for line in skipped)).items()))
+    summary.position = position
+    _save(folder, summary)
+
+
+def _save(folder: Path, summary: Summary) -> None:
+    _write(folder / SUMMARY, (json.dumps(asdict(summary), indent=2) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside and rename; OSError names the path."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with _named(path), part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error of writing the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
+@contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SourceError(f"{folder}: another run is writing there; wait for it or use another --output") from error
+        yield

@@ -1,0 +1,397 @@
+"""The paper's public data sets: reading their real layouts, and what a row becomes - prompts, pictures, records.
+
+Nothing is written here (mige/preparing.py does that). docs/data.md says what is known of each source.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+
+from mige.models.instruction import MAX_WORDS, clean, point_at_source
+from mige.tasks import PLACEHOLDER, Task
+
+VIEW_SIDES = (1024, 512)  # of a Subjects200K view in pixels
+QUALITY = ("compositeStructure", "objectConsistency", "imageQuality")
+
+
+class SourceError(RuntimeError):
+    """The run cannot start or go on: what was found, what was expected, what to do."""
+
+
+class LeftOut(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
+    """Why a sample, or a whole row, becomes no record: a reason to count by, and the detail of this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the records; a folder never mixes settings."""
+
+    source: str  # a key of SOURCES
+    inputs: tuple[str, ...]  # a hub name, or local files and folders
+    split: str = "train"
+    name: str = ""  # how ids begin; empty: the source
+    min_quality: int = 5  # Subjects200K: the least of each of its three scores, 0 to 5
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+_MENTION = re.compile(r"(\w*)(?:the|this) (?:image|photo|picture)(\w*)", re.IGNORECASE)
+_SHIELD = "\N{NO-BREAK SPACE}"  # keeps point_at_source from a mention that must stay text
+_ARTICLE = re.compile(r"(?:an?|the)\s+", re.IGNORECASE)
+
+
+def edit_prompt(instruction: Any) -> str:
+    """An editing instruction with one `<imagehere>`: its first mention of the picture, else appended.
+
+    This is `point_at_source`, except that later mentions and longer words ("the photographer") stay text.
+    Raises LeftOut for an instruction that is empty or so long that the placeholder is cut in training.
+    """
+    text = " ".join(_text(instruction, "instruction").split())
+    first = next((m.start() for m in _MENTION.finditer(text) if not (m[1] or m[2])), None)
+    shielded = _MENTION.sub(lambda m: m[0] if m.start() == first else m[0].replace(" ", _SHIELD), text)
+    return _short_enough(" ".join(point_at_source(shielded).replace(_SHIELD, " ").split()))
+
+
+def subject_prompt(description: Any, item: Any) -> str:
+    """A description with `<imagehere>` for the first mention of its item: whole words, any case, the article stays.
+
+    Raises LeftOut where the description or the item is empty, the description does not mention the item, or the
+    placeholder is cut in training.
+    """
+    text = " ".join(_text(description, "description").split())
+    words = _ARTICLE.sub("", _text(item, "subject name").strip(" \t\n.,;:!\"'"), count=1).split()
+    name = r"\s+".join(map(re.escape, words))
+    pointed, found = re.subn(rf"\s*(?<!\w){name}(?!\w)\s*", PLACEHOLDER, text, count=1, flags=re.IGNORECASE)
+    if not (words and found):
+        raise LeftOut("description does not mention its item", f"{item!r} in {description!r}")
+    return _short_enough(pointed)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str | None):
+        raise LeftOut(f"{name} is no text", repr(value))
+    if not value or not value.strip():
+        raise LeftOut(f"empty {name}")
+    return value
+
+
+def _short_enough(prompt: str) -> str:
+    if PLACEHOLDER not in clean(prompt):
+        raise LeftOut(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
+    return prompt
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: str  # relative to the output folder
+    width: int  # upright
+    height: int
+
+
+class Album(Protocol):
+    """Takes the pictures of one row; an image cell is {"bytes", "path"}."""
+
+    def store(self, name: str, cell: Any) -> Picture:
+        """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
+
+        Raises LeftOut for a cell without bytes and for bytes that are no whole picture, OSError where writing fails.
+        """
+
+    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+        """Cut an image cell into the boxes for its upright width and height; saved as JPEG of quality 95 without
+        chroma subsampling. Raises as `store`, and what `boxes` raises."""
+
+    def refer(self, path: Path) -> Picture:
+        """A picture that stays where it is, decoded once to be sure of it. Raises LeftOut where it cannot be."""
+
+
+def _side_by_side(width: int, height: int) -> list[Box]:
+    """Two square views: the margin above them is the margin left of the first and right of the second.
+
+    Raises LeftOut for a size that is no such composite.
+    """
+    side = next((side for side in VIEW_SIDES if side <= height), VIEW_SIDES[-1])
+    margin = (height - side) // 2
+    if not (0 <= margin <= 16 and 0 <= width - 2 * side - 2 * margin <= 32):
+        raise LeftOut("composite of unexpected size", f"{width} x {height}")
+    return [(left, margin, left + side, margin + side) for left in (margin, width - margin - side)]
+
+
+# ---- the four sources: a row -> its samples --------------------------------------------------------------------------
+
+Samples = list[dict[str, Any] | LeftOut]
+
+
+def _instruct_pix2pix(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+    prompt = edit_prompt(row["edit_prompt"])
+    pictures = album.store("source", row["original_image"]), album.store("target", row["edited_image"])
+    captions = {"input_caption": row["original_prompt"], "output_caption": row["edited_prompt"]}
+    return [_edit(prompt, *pictures, original_instruction=row["edit_prompt"], **captions)]
+
+
+def _magicbrush(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+    prompt = edit_prompt(row["instruction"])
+    pictures = album.store("source", row["source_img"]), album.store("target", row["target_img"])
+    turn = {"img_id": row["img_id"], "turn_index": row["turn_index"]}
+    return [_edit(prompt, *pictures, original_instruction=row["instruction"], **turn)]
+
+
+def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+    """Two samples: each view is the target of its own description, the other view is the reference."""
+    _require_quality(row, settings.min_quality)
+    description = row["description"] or {}
+    if description.get("description_valid") is False:
+        raise LeftOut("description marked as not valid")
+    item, texts = description.get("item"), [description.get(f"description_{view}") for view in (0, 1)]
+    prompts = [_attempt(subject_prompt, text, item) for text in texts]
+    if all(isinstance(prompt, LeftOut) for prompt in prompts):
+        return prompts
+    views = album.store_views(row["image"], _side_by_side)
+    samples = []
+    for view, prompt in enumerate(prompts):
+        extra = {"item": item, "caption": texts[view], "collection": row["collection"]}
+        left_out = isinstance(prompt, LeftOut)
+        samples.append(prompt if left_out else _subject(prompt, views[1 - view], views[view], **extra))
+    return samples
+
+
+def _require_quality(row: Mapping[str, Any], least: int) -> None:
+    scores = {name: (row["quality_assessment"] or {}).get(name) for name in QUALITY}
+    if None in scores.values():
+        raise LeftOut("no quality scores", str(scores))
+    if min(scores.values()) < least:
+        raise LeftOut(f"quality below {least}", str(scores))
+
+
+_TURN = re.compile(r"(?:instruction|edit_image)_([1-9][0-9]?)")
+
+
+def _seed_data_edit(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+    """One sample, or one a turn of a session: each turn edits the result of the one before."""
+    try:
+        fields = json.loads(row["line"])
+    except json.JSONDecodeError as error:
+        raise LeftOut("malformed JSON", f"{row['where']}: {error}") from error
+    if not isinstance(fields, dict) or not ({"instruction", "instruction_1"} & fields.keys()):
+        raise LeftOut("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")
+    if "instruction" in fields:
+        turns = [(fields["instruction"], fields.get("source_image"), fields.get("target_image"))]
+    else:
+        count = max(int(match[1]) for match in map(_TURN.fullmatch, fields) if match)
+        names = [fields.get("source_image"), *(fields.get(f"edit_image_{turn}") for turn in range(1, count + 1))]
+        turns = [(fields.get(f"instruction_{turn}"), names[turn - 1], names[turn]) for turn in range(1, count + 1)]
+    return [
+        _attempt(_seed_turn, instruction, pair, row, album, turn) for turn, (instruction, *pair) in enumerate(turns, 1)
+    ]
+
+
+def _seed_turn(
+    instruction: Any, pair: Sequence[Any], row: Mapping[str, Any], album: Album, turn: int
+) -> dict[str, Any]:
+    prompt = edit_prompt(instruction)
+    for name, value in zip(("source", "target"), pair, strict=True):
+        if not isinstance(value, str) or not value:
+            raise LeftOut("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
+    pictures = [album.refer(Path(row["images"]) / name) for name in pair]
+    return _edit(prompt, *pictures, original_instruction=instruction, turn_index=turn)
+
+
+def _edit(prompt: str, source: Picture, target: Picture, **extra: Any) -> dict[str, Any]:
+    return _row(Task.EDIT, prompt, source.path, [source.path], target, extra)
+
+
+def _subject(prompt: str, reference: Picture, target: Picture, **extra: Any) -> dict[str, Any]:
+    return _row(Task.SUBJECT, prompt, reference.path, [], target, extra)
+
+
+def _row(task: Task, prompt: str, entity: str, source: list[str], target: Picture, extra: dict) -> dict[str, Any]:
+    paths = {"entity_path": [entity], "source_path": source, "multi_prompt": prompt}
+    return {"image": target.path, "width": target.width, "height": target.height, **paths, "task": task, **extra}
+
+
+def _attempt(make: Callable[..., Any], *args: Any) -> Any:
+    """What `make` returns, or the LeftOut that it raises."""
+    try:
+        return make(*args)
+    except LeftOut as left_out:
+        return left_out
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """The rows of a source, from a position on."""
+
+    exhausted: bool  # whether the source has no further rows
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
+
+    def position(self) -> dict[str, Any]:
+        """Where to go on after the rows taken so far; fit for JSON."""
+
+
+class ParquetRows:
+    """Rows of a hub data set or of local parquet files, streamed; image cells stay {"bytes", "path"}."""
+
+    def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
+        self.name, self.columns, self.exhausted = ", ".join(settings.inputs), columns, False
+        self.taken = position["rows"] if position else 0
+        found = [_local(Path(given), settings.split) for given in settings.inputs]
+        if not all(found) and len(found) > 1:
+            raise SourceError(f"{self.name}: one of these is no local file or folder; give local ones or one hub name")
+        local = [file for files in found for file in files]
+        try:
+            if local:
+                files = {settings.split: [str(file) for file in local]}
+                stream = datasets.load_dataset("parquet", data_files=files, split=settings.split, streaming=True)
+            else:
+                stream = datasets.load_dataset(self.name, split=settings.split, streaming=True)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise SourceError(f"cannot open {self.name}: {error}; give a hub name or local .parquet files") from error
+        self.stream = stream.decode(False)
+        if position and position["datasets"] == datasets.__version__:
+            self.stream.load_state_dict(position["state"])  # goes straight to the file; reads nothing twice
+        elif position:
+            self.stream = self.stream.skip(self.taken)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        rows = iter(self.stream)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                self.exhausted = True
+                return
+            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+                message = f"{self.name}: row {self.taken} cannot be read: {error}"
+                raise SourceError(f"{message}; fetch the file again, then run again to go on") from error
+            if missing := [name for name in self.columns if name not in row]:
+                message = f"{self.name}: no column {', '.join(missing)}; it has {', '.join(row)}"
+                raise SourceError(f"{message}. Give the data set of this source, or another source")
+            self.taken += 1
+            yield row
+
+    def position(self) -> dict[str, Any]:
+        return {"rows": self.taken, "datasets": datasets.__version__, "state": self.stream.state_dict()}
+
+
+def _local(path: Path, split: str) -> list[Path]:
+    """The parquet files meant by a local path, none if there is no such path (then it is a hub name)."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if path.is_absolute() or path.suffix == ".parquet":
+            raise SourceError(f"{path}: no such file or folder; correct --input")
+        return []
+    every = sorted(path.rglob("*.parquet"))
+    files = [file for file in every if file.name.startswith((f"{split}-", f"{split}.")) or file.parent.name == split]
+    if not files:
+        there = ", ".join(file.name for file in every[:5]) or "no parquet file"
+        raise SourceError(f"{path}: no {split}-*.parquet in it, but {there}; name the files in --input")
+    return files
+
+
+class SeedRows:
+    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its pictures."""
+
+    def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
+        self.exhausted, self.taken = False, position["rows"] if position else 0
+        given = map(Path, settings.inputs)
+        self.files = [file for path in given for file in ([path] if path.is_file() else _annotations(path))]
+        for file in self.files:
+            if not _seed_images(file).is_dir():
+                message = f"{file}: its pictures are expected in {_seed_images(file)}, which is no folder"
+                raise SourceError(f"{message}; extract the archive there (docs/data.md)")
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for row in islice(self._lines(), self.taken, None):
+            self.taken += 1
+            yield row
+        self.exhausted = True
+
+    def _lines(self) -> Iterator[Mapping[str, Any]]:
+        for file in self.files:
+            with file.open(encoding="utf-8", errors="surrogateescape") as lines:  # a bad byte spoils one row, not all
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        where = f"{file.parent.parent.name}/{file.name}, line {number}"
+                        yield {"line": line, "where": where, "images": str(_seed_images(file))}
+
+    def position(self) -> dict[str, Any]:
+        return {"rows": self.taken}
+
+
+def _annotations(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("annotations/*.jsonl"))
+    if not files:
+        raise SourceError(f"{folder}: no annotations/*.jsonl in it; give the folder of a SEED-Data-Edit download")
+    return files
+
+
+def _seed_images(annotation: Path) -> Path:
+    return annotation.parent.parent / "images"
+
+
+@dataclass(frozen=True)
+class Source:
+    hub: str | None  # what is read where no input is given
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]
+    reader: Callable[[Settings, Sequence[str], Mapping[str, Any] | None], Reader]
+    samples: Callable[[Mapping[str, Any], Album, Settings], Samples]
+
+
+SOURCES: dict[str, Source] = {
+    "instructpix2pix": Source(
+        "timbrooks/instructpix2pix-clip-filtered",
+        ("train",),
+        ("original_prompt", "original_image", "edit_prompt", "edited_prompt", "edited_image"),
+        ParquetRows,
+        _instruct_pix2pix,
+    ),
+    "magicbrush": Source(
+        "osunlp/MagicBrush",
+        ("train", "dev"),
+        ("img_id", "turn_index", "source_img", "instruction", "target_img"),
+        ParquetRows,
+        _magicbrush,
+    ),
+    "seed_data_edit": Source(None, ("train",), (), SeedRows, _seed_data_edit),
+    "subjects200k": Source(
+        "Yuanshi/Subjects200K",
+        ("train",),
+        ("image", "collection", "quality_assessment", "description"),
+        ParquetRows,
+        _subjects200k,
+    ),
+}
+
+
+def source_of(settings: Settings) -> Source:
+    """The source that the settings name. Raises SourceError where it is unknown or cannot be read with them."""
+    source = SOURCES.get(settings.source)
+    if source is None:
+        raise SourceError(f"unknown source {settings.source!r}; use one of {', '.join(SOURCES)}")
+    if settings.split not in source.splits:
+        raise SourceError(f"{settings.source} has no split {settings.split!r}; use one of {', '.join(source.splits)}")
+    if settings.name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", settings.name):
+        raise SourceError(f"--name {settings.name!r} is unfit for ids; use 1 to 60 of A-Z a-z 0-9 _ -")
+    if not settings.inputs:
+        raise SourceError(f"{settings.source} cannot be streamed from the hub; give its extracted files in --input")
+    return source

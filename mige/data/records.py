@@ -1,0 +1,79 @@
+"""What a record is, and how what is wrong with one is reported."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mige.tasks import Task
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+ID_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, the first not a dot"
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, no path or tokenizer takes them
+
+
+@dataclass(frozen=True)
+class Record:
+    """One multimodal instruction. Hashable and picklable; compares by value."""
+
+    id: str  # unique in the run and fit for a file name (ID_RULE)
+    task: Task
+    prompt: str  # as the user wrote it
+    references: tuple[Path, ...]  # in the order of the placeholders; an edit's only reference is its source
+    source: Path | None  # the picture to edit; None for the subject task
+    target: Path | None  # the true picture, where the data has one
+    edit_type: str | None  # Emu Edit's "task" column: global, local, add, ...
+    where: str  # "train.json, record 12 (id 7)", counted from 1: for messages
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # every other field of the row, untouched
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong (`fatal`) or noteworthy in the data; `str()` gives one readable line."""
+
+    where: str
+    problem: str
+    remedy: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{'' if self.fatal else 'note: '}{self.where}: {self.problem}; {self.remedy}"
+
+
+class BadRecordsError(ValueError):
+    """The data has faults; the message is the whole report."""
+
+
+@dataclass
+class Report:
+    """The records without a fault, and everything found on the way."""
+
+    records: list[Record] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[Finding]:
+        """What makes a record unusable."""
+        return [finding for finding in self.findings if finding.fatal]
+
+    @property
+    def notes(self) -> list[Finding]:
+        """What is worth knowing and stops nothing."""
+        return [finding for finding in self.findings if not finding.fatal]
+
+    def text(self) -> str:
+        """A line with the counts, then one line a finding, faults first."""
+        counts = f"{count(len(self.faults), 'fault')}, {count(len(self.notes), 'note')}"
+        return "\n".join([counts, *map(str, self.faults), *map(str, self.notes)])
+
+    def require(self) -> list[Record]:
+        """The records, if nothing was fatal; raises BadRecordsError with the whole report otherwise."""
+        if self.faults:
+            raise BadRecordsError(self.text())
+        return self.records
+
+
+def count(number: int, noun: str) -> str:
+    """'1 fault', '2 faults': for messages."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""The mathematics: schedule and loss, condition, guidance, solver."""

@@ -1,0 +1,1 @@
+"""The pipeline, a run of records, memory modes."""

@@ -1,0 +1,45 @@
+"""What the pipeline works on: a prompt with its pictures, and the randomness of its picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from mige.tasks import Task
+
+Picture = Image.Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its pictures. The source, if any, is one of the references (the same object)."""
+
+    task: Task
+    prompt: str
+    references: tuple[Picture, ...]
+    source: Picture | None = None
+    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no placeholder
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """All randomness of one sample; tensors are standard normal, float32 on the CPU."""
+
+    latent: Tensor  # [4, h, w]
+    references: tuple[Tensor, ...]  # one [4, h', w'] a reference: the VAE posterior's
+    source: Tensor  # [4, h, w]: the posterior's of a source that is encoded apart from its reference
+    step_seed: int  # of what a stochastic scheduler draws at its steps
+
+
+def make_sample(
+    prompt: str, references: Sequence[Picture], source: Picture | None, edit_type: str | None = None
+) -> Sample:
+    """A sample whose task follows from its pictures; raises ValueError if the source is not among the references."""
+    if source is None:
+        return Sample(Task.SUBJECT, prompt, tuple(references))
+    references = tuple(references) or (source,)
+    if not any(reference is source for reference in references):
+        raise ValueError("the source must be among the references: <imagehere> stands for it too")
+    task = Task.EDIT if len(references) == 1 else Task.SUBJECT_EDIT
+    return Sample(task, prompt, references, source, edit_type)

@@ -1,0 +1,1 @@
+"""Experiments on the synthetic world; nothing imports them but the command line."""

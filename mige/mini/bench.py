@@ -1,0 +1,333 @@
+"""The mini-bench: fixed cases of the miniature world that no training sees, and what is measured on them.
+
+Every case has one right answer, so the measures need no other network: how far the picture is from the answer inside
+and outside what the instruction changes, which of 64 subjects stands at the asked place, which of 24 backgrounds it is.
+
+Letters: N pictures, K candidates, P pixels of a square, H and W pixels.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mige.data.synthetic import backgrounds, sprites, tasks
+from mige.data.synthetic.cases import SEED, BenchCase, make_cases
+from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
+from mige.inference.pipeline import MIGEPipeline
+from mige.models import vae as latents
+from mige.tasks import Task
+from mige.utils import images
+from mige.utils.files import write_text
+
+CANDIDATES = 64
+BY_REFERENCE = ("one_reference", "two_references", "reference_and_name", "add_by_reference",
+                "add_by_reference_relative", "replace_by_reference")  # fmt: skip
+NEW_BACKGROUND = ("text_to_image", "one_reference", "two_references", "reference_and_name", "background")
+SHARES = ("success", "identity", "identity_1", "identity_2", "background")
+MEASURES = (*SHARES, "l1_inside", "l1_outside", "l1_subjects")
+VERSIONS = ("model", "vae", "copy")  # the model's pictures, the answers through its VAE, the pictures to edit as given
+
+_CHANGED, _MARGIN = 0.02, 2  # what differs by more (in [0, 1]) is changed, and so is what lies at most 2 px from it
+_OUTSIDE = 0.03  # most mean change outside that a successful edit makes
+_EXAMPLES, _CELLS, _BINS = 32, 16, 4  # of each background; raster of its colours; steps of a colour in its histogram
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def measure(case: tasks.Case, outputs: Tensor, target: Tensor, source: Tensor | None) -> list[dict[str, float]]:
+    """What each of N pictures that answer one case is worth.
+
+    Args:
+        outputs: float [N, 3, 128, 128] in [-1, 1]. target, source: [3, 128, 128] as `draw` gives them; source None
+            where nothing is edited.
+
+    Returns for every picture, as far as the case asks for it:
+        l1_inside, l1_outside: mean difference from the answer in [0, 1], in what the instruction changes and elsewhere;
+        success: 1 if the difference inside is less than half of that of the source, and outside below 0.03;
+        l1_subjects: the same difference where the answer's subjects are;
+        identity, and identity_1, identity_2 of two references: 1 if `retrieve` finds the true subject;
+        background: 1 if `nearest_background` is the true one.
+    A measure of an empty region is left out.
+    """
+    outputs = (outputs / 2 + 0.5).clamp(0, 1)
+    distance = (outputs - (target / 2 + 0.5)).abs().mean(dim=1)  # [N, H, W]
+    _, covered = _cut_out([case.target], target.device)
+    scores = {"l1_subjects": _mean(distance, covered[0, 0] > 0.5)}
+    if source is not None:
+        scores |= _edit_scores(case, distance, target, source)
+    if case.kind in BY_REFERENCE:
+        found = [retrieve(case.target, subject, outputs) for subject in case.asked]
+        scores |= {f"identity_{i}": one for i, one in enumerate(found, start=1)} if len(found) > 1 else {}
+        scores["identity"] = torch.stack(found).mean(dim=0)
+    if case.kind in NEW_BACKGROUND:
+        scores["background"] = (nearest_background(outputs, covered[0, 0]) == case.target.background).float()
+    lists = {name: values.tolist() for name, values in scores.items()}
+    return [{name: v[n] for name, v in lists.items() if not math.isnan(v[n])} for n in range(len(outputs))]
+
+
+def _edit_scores(case: tasks.Case, distance: Tensor, target: Tensor, source: Tensor) -> dict[str, Tensor]:
+    changed = changed_region(source, target)
+    inside, outside = _mean(distance, changed), _mean(distance, ~changed)
+    scores = {"l1_inside": inside, "l1_outside": outside}
+    if case.kind != "background":
+        copied = _mean(((source - target) / 2).abs().mean(dim=0)[None], changed)
+        success = (inside < copied / 2) & ~(outside >= _OUTSIDE)
+        scores["success"] = torch.where(copied.isnan(), copied, success.float())
+    return scores
+
+
+def changed_region(source: Tensor, target: Tensor) -> Tensor:
+    """Where two pictures [3, H, W] in [-1, 1] differ by more than 0.02 of the range, and 2 px around: bool [H, W]."""
+    changed = ((source - target).abs() / 2).amax(dim=0) > _CHANGED
+    return F.max_pool2d(changed[None].float(), 2 * _MARGIN + 1, stride=1, padding=_MARGIN)[0] > 0
+
+
+def _mean(values_NHW: Tensor, where_HW: Tensor) -> Tensor:
+    """Mean over a region, [N]; NaN for an empty one."""
+    return values_NHW[:, where_HW].mean(dim=1)
+
+
+def _cut_out(scenes: Sequence[Scene], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The subjects of scenes without background: colours times alpha [N, 3, H, W] and alpha [N, 1, H, W], in [0, 1]."""
+    grounds = (backgrounds.PLAIN_WHITE, backgrounds.PLAIN[-1])  # what shines through differs as the two greys do
+    scenes = [replace(scene, background=ground, variant=backgrounds.MIDDLE) for ground in grounds for scene in scenes]
+    light, dark = (draw(Scenes.stack(scenes), device) / 2 + 0.5).chunk(2)
+    white, grey = (draw(Scenes.stack([Scene(g, backgrounds.MIDDLE)]), device)[:, :, :1, :1] / 2 + 0.5 for g in grounds)
+    through = ((light - dark) / (white - grey)).mean(dim=1, keepdim=True)
+    return light - white * through, 1 - through
+
+
+def candidates(scene: Scene, subject: Placed) -> list[int]:
+    """The subject's number, then 63 others of its split that the scene does not show; the same at every call."""
+    split = next(half for half in sprites.split() if subject.sprite in half)
+    shown = {s.sprite for s in scene.subjects}
+    others = [number for number in split if number not in shown]
+    rng = np.random.default_rng([SEED, subject.sprite])
+    return [subject.sprite, *rng.permutation(others)[: CANDIDATES - 1].tolist()]
+
+
+def retrieve(scene: Scene, subject: Placed, outputs: Tensor) -> Tensor:
+    """Whether the subject, of 64 candidates, fits a picture best at its place: float [N], 1 for found.
+
+    The rule: a candidate, as large, turned and coloured as the subject, is laid over a background whose colours run
+    evenly (a plane a channel, the one that fits best); what counts is the mean squared difference in the subject's
+    square, less what other subjects of the scene cover. So the background's variant is free.
+
+    Args:
+        scene: the answer, of which the subject is one. outputs: float [N, 3, 128, 128] in [0, 1].
+    """
+    device = outputs.device
+    colour, alpha = _cut_out([Scene(0, scene.variant, (replace(subject, sprite=number),))
+                              for number in candidates(scene, subject)], device)  # fmt: skip
+    _, others = _cut_out([scene.without(subject)], device)
+    line = torch.arange(SIDE, device=device) + 0.5
+    y, x = torch.meshgrid((line - subject.y) / subject.size, (line - subject.x) / subject.size, indexing="ij")
+    seen = (x.abs() < 0.5) & (y.abs() < 0.5) & (others[0, 0] < 0.05)
+    if not seen.any():
+        return torch.zeros(len(outputs), device=device)
+    plane = torch.stack([torch.ones_like(x), x, y], dim=-1)[seen]  # [P, 3]
+    design = ((1 - alpha[:, 0, seen])[..., None] * plane).double()  # [K, P, 3]
+    rest = (outputs[:, None, :, seen] - colour[None, :, :, seen]).double()  # [N, K, 3, P]
+    normal = design.mT @ design + 1e-6 * torch.eye(3, device=device, dtype=torch.double)
+    solution = torch.linalg.solve(normal, design.mT @ rest.mT)  # [N, K, 3, 3]
+    error = (rest.mT - design @ solution).square().mean(dim=(2, 3))
+    return (error.argmin(dim=1) == 0).float()
+
+
+def nearest_background(outputs: Tensor, covered: Tensor) -> Tensor:
+    """The kind of background of pictures, int64 [N]: that of the nearest of 32 examples of each of the 24 kinds.
+
+    Compared are the mean colours of 16 x 16 cells and the histogram of colours, without what subjects cover.
+
+    Args:
+        outputs: float [N, 3, 128, 128] in [0, 1]. covered: float [128, 128], the subjects' alpha.
+    """
+    free = (covered < 0.05).float()
+    if not free.any():
+        return torch.full((len(outputs),), -1, device=outputs.device)
+    cells, histogram = _examples(outputs.device)
+    own_cells, own_histogram = _features(outputs, free)
+    weight = F.adaptive_avg_pool2d(free[None, None], _CELLS)[0]
+    weight = weight / weight.sum()
+    apart = ((own_cells[:, None] - cells[None]).abs() * weight).sum(dim=(3, 4)).mean(dim=2)
+    apart = apart + 0.25 * (own_histogram[:, None] - histogram[None]).abs().sum(dim=2)
+    return apart.argmin(dim=1) // _EXAMPLES
+
+
+@functools.cache
+def _examples(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features of 32 variants of every kind of background, in the order of the kinds."""
+    variants = torch.from_numpy(np.random.default_rng(SEED).random((_EXAMPLES, backgrounds.VARIANT), np.float32))
+    drawn = (backgrounds.draw(kind, variants.to(device), SIDE) for kind in range(backgrounds.KINDS))
+    free = torch.ones(SIDE, SIDE, device=device)
+    cells, histograms = zip(*(_features(pictures, free) for pictures in drawn), strict=True)
+    return torch.cat(cells), torch.cat(histograms)
+
+
+def _features(pictures: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean colours of cells [N, 3, 16, 16] and shares of colours [N, 64] of what is free (float [H, W], 0 or 1)."""
+    share = F.adaptive_avg_pool2d(free[None, None], _CELLS)
+    cells = F.adaptive_avg_pool2d(pictures * free, _CELLS) / share.clamp_min(1e-6)
+    place = (pictures[:, :, free > 0] * (_BINS - 1)).clamp(0, _BINS - 1)  # [N, 3, P]
+    steps = torch.arange(_BINS, device=pictures.device)[:, None]
+    red, green, blue = ((1 - (channel[:, None] - steps).abs()).clamp_min(0) for channel in place.unbind(1))
+    histogram = torch.einsum("nrp,ngp,nbp->nrgb", red, green, blue) / place.shape[2]
+    return cells, histogram.flatten(1)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson for a share; raises ValueError for n < 1."""
+    if n < 1:
+        raise ValueError(f"an interval needs at least one trial, got {n}")
+    z, p = 1.959964, successes / n
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def normal(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean by its standard error; of one value, that value."""
+    mean = float(np.mean(values))
+    half = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half
+
+
+def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
+    """Rows of cases.jsonl -> one of the table for each kind, split (seen, unseen, all) and measure that there is.
+
+    A case with two references has a mean identity of 0, 1/2 or 1; its interval counts cases, which is the wider one.
+    """
+    table = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for split in ("seen", "unseen", "all"):
+            chosen = [row.get(version, {}) for row in rows if row["kind"] == kind and split in (row["split"], "all")]
+            for name in MEASURES:
+                if values := [scores[name] for scores in chosen if name in scores]:
+                    low, high = wilson(sum(values), len(values)) if name in SHARES else normal(values)
+                    mean = sum(values) / len(values)
+                    entry = {"kind": kind, "split": split, "measure": name, "n": len(values)}
+                    table.append(entry | {"mean": mean, "low": low, "high": high})
+    return table
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+class BenchError(RuntimeError):
+    """A run that cannot start; the message says why and what to do."""
+
+
+def run(
+    pipeline: MIGEPipeline,
+    chosen: Sequence[BenchCase],
+    out: Path,
+    *,
+    model: str,
+    batch: int = 16,
+    steps: int = 20,
+    guidance: float = 2.0,
+    source_guidance: float = 1.0,
+) -> list[dict]:
+    """Generate and measure the cases that `out` has not finished; return the rows of all of them, in order.
+
+    Every picture becomes out/images/ID.png, then its case a line of out/cases.jsonl. Raises BenchError if `out` holds a
+    run with other settings, ValueError for a batch size below 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": steps, "guidance": guidance}
+    _settle(out / "settings.json", settings | {"source_guidance": source_guidance})
+    done = finished(out)
+    write_text(out / "cases.jsonl", "".join(json.dumps(row) + "\n" for row in done.values()))
+    todo = [one for one in chosen if one.id not in done]
+    pipeline.set_progress_bar_config(disable=True)
+    with (out / "cases.jsonl").open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="case") as bar:
+        for part in _batches(todo, batch):
+            rows = _answer(pipeline, part, out, steps, guidance, source_guidance)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+            done |= {row["id"]: row for row in rows}
+            bar.update(len(part))
+    return [done[one.id] for one in chosen]
+
+
+def _settle(path: Path, settings: Mapping) -> None:
+    """Write the settings of a new run, or see that an old one has the same."""
+    if path.exists():
+        there = json.loads(path.read_text("utf-8"))
+        if differing := [f"{k}: {there.get(k)} there, {v} now" for k, v in settings.items() if there.get(k) != v]:
+            raise BenchError(f"{path.parent} holds a run with other settings ({'; '.join(differing)}): use another one")
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def finished(out: Path) -> dict[str, dict]:
+    """The rows of out/cases.jsonl by id, without a last line that was cut and without those that lost their picture."""
+    path = out / "cases.jsonl"
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = map(json.loads, whole)
+    return {row["id"]: row for row in rows if (out / "images" / f"{row['id']}.png").is_file()}
+
+
+def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:
+    """The cases that `out` has finished, of earlier calls too, and their rows, in the benchmark's order."""
+    done = finished(out)
+    largest = max((int(name.rsplit("-", 1)[1]) for name in done), default=0)
+    there = [one for one in make_cases(2 * (largest + 1)) if one.id in done]
+    return there, [done[one.id] for one in there]
+
+
+def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase]]:
+    """At most `batch` cases of one task at a time."""
+    for task in Task:
+        same = [one for one in chosen if one.case.task is task]
+        yield from (same[first : first + batch] for first in range(0, len(same), batch))
+
+
+@torch.no_grad()
+def _answer(
+    pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, steps: int, guidance: float, source_guidance: float
+) -> list[dict]:
+    """Generate one batch, save its pictures, measure them and the two bounds."""
+    device = pipeline._execution_device
+    drawn = [draw(Scenes.stack([one.case.target, *one.case.references]), device) for one in part]
+    pictures = [images.to_pil(pixels[1:]) if len(pixels) > 1 else [] for pixels in drawn]
+    sources = [None if one.case.source is None else p[one.case.source] for one, p in zip(part, pictures, strict=True)]
+    made = pipeline(
+        [one.case.prompt for one in part],
+        pictures,
+        sources,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        source_guidance_scale=source_guidance,
+        seed=[one.seed for one in part],
+    ).images
+    targets = torch.stack([pixels[0] for pixels in drawn])
+    moments = latents.encode(pipeline.vae, targets)
+    restored = latents.decode(pipeline.vae, latents.scale(pipeline.vae, moments.mean)).float()
+    rows = []
+    for i, one in enumerate(part):
+        images.save_image(made[i], out / "images" / f"{one.id}.png")
+        source = None if one.case.source is None else drawn[i][1 + one.case.source]
+        shown = [images.to_pixels(made[i]).to(device), restored[i], *([] if source is None else [source])]
+        scores = measure(one.case, torch.stack(shown), targets[i], source)
+        row = {"id": one.id, "kind": one.case.kind, "split": one.split, "prompt": one.case.prompt, "seed": one.seed}
+        rows.append(row | dict(zip(VERSIONS, scores, strict=False)))
+    return rows

@@ -1,0 +1,291 @@
+"""What a run of the mini-bench leaves for people: scores.json, tables, and the page with its best and worst cases."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from PIL import Image, ImageDraw
+
+import mige
+from mige.data.synthetic import tasks
+from mige.data.synthetic.cases import PER_KIND
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.mini import bench
+from mige.mini.bench import BenchCase
+from mige.reports import page as report
+from mige.utils import images
+
+EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
+HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
+LEGEND = (
+    "Intervals are Wilson's for shares and those of the standard error for L1 errors. Copy: the picture to edit, given "
+    "back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. Of VAE: the "
+    "mean as a share of that bound."
+)
+EACH = 3  # cases shown as best, median and worst of a kind
+_OVERVIEW = ("success", "identity", "background", "l1_outside")
+_RANKED_SHARES, _RANKED_ERRORS = ("success", "identity", "background"), ("l1_inside", "l1_outside")
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping]) -> list[dict]:
+    """Rows of a run -> an entry for each kind (and for every kind together), split and measure that there is.
+
+    An entry is one of `bench.summarise` with `of`, the n of the full benchmark if all missing cases have the measure
+    (without subjects a case has no L1 of them); `copy` and `vae`, the means of the two baselines, and `of_vae`, the
+    mean as a share of the bound: None where it makes no sense.
+    """
+    rows = [*rows, *({**row, "kind": EVERY} for row in rows)]
+    entries, copy, vae = (bench.summarise(rows, version) for version in ("model", "copy", "vae"))
+    copies, bounds = ({(*_key(entry), entry["n"]): entry["mean"] for entry in b} for b in (copy, vae))
+    for entry in entries:
+        same = [e for e in entries if _key(e)[1:] == _key(entry)[1:] and e["kind"] != EVERY]
+        same_cases = (*_key(entry), entry["n"])  # or a baseline would be a mean over other cases
+        bound = bounds.get(same_cases)
+        cases = sum(row["kind"] == entry["kind"] and entry["split"] in (row["split"], "all") for row in rows)
+        missing = PER_KIND // (1 if entry["split"] == "all" else 2) - cases
+        entry["of"] = sum(e["of"] for e in same) if entry["kind"] == EVERY else entry["n"] + missing
+        entry |= {"copy": copies.get(same_cases), "vae": bound}
+        entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in bench.SHARES else None
+    return entries
+
+
+def _key(entry: Mapping) -> tuple[str, str, str]:
+    return entry["kind"], entry["split"], entry["measure"]
+
+
+def text_table(rows: Sequence[Mapping]) -> str:
+    """The whole table for a terminal, 110 columns wide at most; `*` marks an n below the full benchmark's."""
+    lines = [("kind", *HEADINGS), *((entry["kind"], *_cells(entry)) for entry in table(rows))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    note = _shortfall(rows)
+    return "\n".join([*aligned, *([f"* {note}"] if note else [])])
+
+
+def _cells(entry: Mapping) -> tuple[str, ...]:
+    """An entry under HEADINGS."""
+    digits = 3 if entry["measure"] in bench.SHARES else 4
+    mean, low, high, copy, vae, of_vae = (
+        "-" if entry[name] is None else f"{entry[name]:.{digits}f}"
+        for name in ("mean", "low", "high", "copy", "vae", "of_vae")
+    )
+    n = str(entry["n"]) if entry["n"] >= entry["of"] else f"{entry['n']} of {entry['of']} *"
+    return entry["split"], _words(entry["measure"]), mean, f"{low} to {high}", n, copy, vae, of_vae
+
+
+def _words(measure: str) -> str:
+    return measure.replace("_", " ").replace("l1", "L1")
+
+
+def _shortfall(rows: Sequence[Mapping]) -> str:
+    """What these rows lack of the full benchmark, in a sentence; nothing if they are all of it."""
+    left_out = [kind for kind in tasks.KINDS if kind not in {row["kind"] for row in rows}]
+    full = PER_KIND * len(tasks.KINDS)
+    if len(rows) >= full:
+        return ""
+    kinds = f" Left out: {', '.join(left_out)}." if left_out else ""
+    return f"Not the full benchmark: {len(rows)} of its {full} cases, so every figure is a rough one.{kinds}"
+
+
+def scores_line(scores: Mapping[str, float]) -> str:
+    """The scores of one picture, such as "success 1, L1 outside 0.0042"."""
+    words = (f"{_words(name)} {scores[name]:{'g' if name in bench.SHARES else '.4f'}}"
+             for name in bench.MEASURES if name in scores)  # fmt: skip
+    return ", ".join(words)
+
+
+def ranked(rows: Sequence[Mapping]) -> list[Mapping]:
+    """Rows of one kind, the best first: by the mean of their shares, then by the error, inside and outside."""
+
+    def worth(row: Mapping) -> tuple[float, float]:
+        scores = row["model"]
+        shares = [scores[name] for name in _RANKED_SHARES if name in scores]
+        errors = [scores[name] for name in _RANKED_ERRORS if name in scores] or [scores.get("l1_subjects", 0.0)]
+        return -sum(shares) / max(1, len(shares)), sum(errors)
+
+    return sorted(rows, key=worth)
+
+
+# ---- the run's files -------------------------------------------------------------------------------------------------
+
+
+def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Path:
+    """Write out/scores.json and out/report.html of a run in `out`, and return the page's path.
+
+    Args:
+        chosen: the cases of the run. rows: what `bench.run` returned for them; their pictures lie in out/images.
+
+    The page links to files in `out` only. Raises ValueError without rows, or if a row is of none of the cases.
+    """
+    of_id = {one.id: one for one in chosen}
+    if strangers := [row["id"] for row in rows if row["id"] not in of_id]:
+        raise ValueError(f"{len(strangers)} rows are of no case that was given, such as {strangers[0]}")
+    if not rows:
+        raise ValueError("got no rows, expected at least one: a report shows what a run has measured")
+    path = out / "settings.json"
+    settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    entries, note = table(rows), _shortfall(rows)
+    versions = {"mige": mige.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
+    scores = {"benchmark": "mini", "complete": not note, "cases": len(rows), "of": PER_KIND * len(tasks.KINDS)}
+    scores |= {"settings": settings, "versions": versions, "table": entries}
+    report.write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    kinds = [EVERY, *dict.fromkeys(row["kind"] for row in rows)]
+    sections = [_overview(entries)]
+    for n, kind in enumerate(kinds[1:], start=2):
+        own = ranked([row for row in rows if row["kind"] == kind])
+        cards = [(rank, [Card(of_id[row["id"]], out / "images" / f"{row['id']}.png", row["model"]) for row in some])
+                 for rank, some in _extremes(own)]  # fmt: skip
+        html = _html_table(HEADINGS, [_cells(entry) for entry in entries if entry["kind"] == kind])
+        sections.append(section(kind, len(own), cards, out, f"task-{n}", html))
+    summary = {name.replace("_", " "): str(value) for name, value in {**settings, **versions}.items()}
+    return page(out / "report.html", "mini-bench", kinds, sections, note=note, summary=summary)
+
+
+def _extremes(rows: Sequence[Mapping]) -> list[tuple[str, Sequence[Mapping]]]:
+    """(best, median, worst) of ranked rows, as many of each, no row twice."""
+    each = max(1, min(EACH, len(rows) // 3))
+    middle = (len(rows) - each) // 2
+    groups = {"best": range(each), "worst": range(max(each, len(rows) - each), len(rows))}
+    median = [i for i in range(middle, middle + each) if not any(i in group for group in groups.values())]
+    groups = {"best": groups["best"], "median": median, "worst": groups["worst"]}
+    return [(name, [rows[i] for i in group]) for name, group in groups.items() if group]
+
+
+def _overview(entries: Sequence[Mapping]) -> str:
+    of = {_key(entry): entry for entry in entries}
+    chosen = dict.fromkeys((entry["kind"], entry["measure"]) for entry in entries if entry["measure"] in _OVERVIEW)
+    lines = []
+    for kind, measure in chosen:
+        seen, unseen = (_cells(of[key]) if (key := (kind, split, measure)) in of else ("", _words(measure), *["-"] * 6)
+                        for split in ("seen", "unseen"))  # fmt: skip
+        lines.append((kind.replace("_", " "), *unseen[1:], seen[2]))
+    headings = ("kind", "measure", "unseen", *HEADINGS[3:], "seen")
+    legend = f'<p class="detail">{escape(LEGEND)}</p>'
+    return f'<section id="task-1">\n<h2>Unseen subjects</h2>\n{_html_table(headings, lines)}\n{legend}\n</section>'
+
+
+def _html_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    cell = ("<td>{}</td>", '<td class="few">{}</td>')
+    body = ("".join(cell[value.endswith("*")].format(escape(value)) for value in line) for line in lines)
+    rows = "".join(f"<tr>{line}</tr>\n" for line in body)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>'
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A case to look at: what a model made of it (a file in the page's folder), the scores, a remark."""
+
+    one: BenchCase
+    output: Path
+    scores: Mapping[str, float]
+    remark: str = ""
+
+    @property
+    def detail(self) -> str:
+        return ", ".join(filter(None, [scores_line(self.scores), self.remark]))
+
+    def drawn(self) -> tuple[list[tuple[str, Image.Image]], Image.Image]:
+        """The case's inputs with their labels, and its answer."""
+        case = self.one.case
+        truth, *inputs = images.to_pil(draw(Scenes.stack([case.target, *case.references])))
+        labels = (f"picture {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
+        return list(zip(labels, inputs, strict=True)), truth
+
+
+STYLE = """
+.wide { overflow-x: auto; margin-bottom: 1rem; }
+.wide td, .wide th { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.few { color: var(--note-ink); background: var(--note); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.cards > div > h3 { margin: .5rem 0; color: var(--muted); }
+article.card { grid-template-columns: minmax(0, 1fr); gap: .5rem; padding: 1rem; margin: 0 0 1rem;
+  align-content: start; }
+.card .instruction { margin: 0; font-size: .95rem; }
+.strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 8rem); gap: .5rem; }
+@media (max-width: 30rem) {
+  .strip { grid-auto-flow: row; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .strip figure:nth-last-child(2) { grid-column: 1; }
+}
+""".strip()
+
+
+def page(
+    path: Path, title: str, names: Sequence[str], sections: Sequence[str], *, note: str = "",
+    summary: Mapping[str, str] = {},
+) -> Path:  # fmt: skip
+    """Write an HTML page of sections "task-1", "task-2", ..., which have these names, and return its path."""
+    header = report._header(title, note, summary, [(name.replace("_", " "), []) for name in names])
+    html = report._document(title, header, sections)
+    report.write_text(path, html.replace("</style>", f"{STYLE}\n</style>", 1))
+    return path
+
+
+def section(
+    name: str, many: int, groups: Sequence[tuple[str, Sequence[Card]]], folder: Path, anchor: str, before: str = ""
+) -> str:
+    """HTML of groups of cards, each under its heading or (an empty one) side by side; pictures go into `folder`."""
+    html = []
+    for heading, cards in groups:
+        articles = "\n".join(_article(card, folder) for card in cards)
+        html.append(f"<div><h3>{escape(heading)}</h3>\n{articles}</div>" if heading else articles)
+    title = f"<h2>{escape(name.replace('_', ' '))} <span>{many}</span></h2>"
+    body = "\n".join(html)
+    return f'<section id="{anchor}">\n{title}\n{before}\n<div class="cards">\n{body}\n</div>\n</section>'
+
+
+def _article(card: Card, folder: Path) -> str:
+    inputs, truth = card.drawn()
+    shown = [(label, *report._store(picture, folder / "thumbnails", ".png")) for label, picture in inputs]
+    answers = [("output", *report._output(card.output, folder)),
+               ("truth", *report._store(truth, folder / "thumbnails", ".png"))]  # fmt: skip
+    figures = (report._figure(link, size, f"{label} of {card.one.id}", label)
+               for label, link, size in shown + answers)  # fmt: skip
+    instruction = report._instruction(card.one.case.prompt, [(label, link) for label, link, _ in shown])
+    return (
+        f'<article class="card"><h3>{escape(card.one.id)}</h3>\n<p class="instruction">{instruction}</p>\n'
+        f'<div class="strip">{"".join(figures)}</div>\n<p class="detail">{escape(card.detail)}</p></article>'
+    )
+
+
+def sheet(cards: Sequence[Card], path: Path, *, note: str = "", tile: int = 160) -> Path:
+    """Draw all cards into one PNG, two in a row: inputs, output, truth, and the words below. Returns its path."""
+    if not cards:
+        raise ValueError("got no cards, expected at least one")
+    gap, margin, (small, body) = 8, 24, map(report.ImageFont.load_default, (13, 15))
+    width, height = 4 * (tile + gap) - gap, 20 + tile + 96
+    lines = report._wrap(note, body, 2 * width + margin, lines=3)
+    top = margin + 22 * len(lines) + (margin // 2 if lines else 0)
+    size = (3 * margin + 2 * width, top + -(-len(cards) // 2) * (height + margin))
+    canvas = Image.new("RGB", size, report.PAPER)
+    pen = ImageDraw.Draw(canvas)
+    report._draw_lines(pen, (margin, margin), lines, body, 22, report.MUTED)
+    for n, card in enumerate(cards):
+        x, y = margin + n % 2 * (width + margin), top + n // 2 * (height + margin)
+        inputs, truth = card.drawn()
+        places = [*enumerate(inputs), (2, ("output", card.output)), (3, ("truth", truth))]
+        for column, (label, picture) in places:
+            pen.text((x + column * (tile + gap), y), label, fill=report.MUTED, font=small)
+            report._paste(canvas, picture, (x + column * (tile + gap), y + 20), tile)
+        below = y + 20 + tile + 6
+        numbers = iter(range(1, len(inputs) + 1))
+        prompt = report.MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)
+        words, detail = report._wrap(prompt, body, width, lines=2), report._wrap(card.detail, small, width, lines=2)
+        report._draw_lines(pen, (x, below), [card.one.id], small, 18, report.MUTED)
+        report._draw_lines(pen, (x, below + 18), words, body, 20)
+        report._draw_lines(pen, (x, below + 22 + 20 * len(words)), detail, small, 16, report.MUTED)
+    images.save_image(canvas, path)
+    return path

@@ -1,0 +1,1 @@
+"""The network: instruction -> encoder -> fusion -> DiT; the VAE."""

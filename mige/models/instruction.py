@@ -1,0 +1,80 @@
+"""The multimodal instruction: a record's prompt -> the text the model was trained on -> token ids around pictures."""
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mige.tasks import PLACEHOLDER, TASKS, Task
+
+MAX_WORDS = 88
+"""Blank-separated words the training captions were cut to."""
+
+_BLANKED = re.compile(r'[.!"()*#:;~]')
+_THE_PICTURE = re.compile(r"(the|this) (image|photo|picture)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Token ids of the text between pictures; a picture goes between every two neighbouring segments.
+
+    The last segment ends with the end-of-sentence token. `["a", <imagehere>, "in snow"]` has two segments.
+    """
+
+    segments: tuple[tuple[int, ...], ...]
+
+    @property
+    def pictures(self) -> int:
+        """Pictures the instruction has room for."""
+        return len(self.segments) - 1
+
+    def length(self, num_queries: int) -> int:
+        """Positions it takes in the text encoder, a picture taking `num_queries`."""
+        return sum(map(len, self.segments)) + self.pictures * num_queries
+
+
+def clean(text: str) -> str:
+    """Caption cleaning of training: lower case, some punctuation to blanks, runs of blanks to one, at most 88 words."""
+    text = _BLANKED.sub(" ", text.lower())
+    text = re.sub(r"\s{2,}", " ", text).strip()
+    return " ".join(text.split(" ")[:MAX_WORDS])
+
+
+def point_at_source(text: str, edit_type: str | None = None) -> str:
+    """Give a plain editing instruction its placeholder, as the released model's Emu Edit evaluation does.
+
+    "the photo" and the like become the placeholder; where none occurs, "of" (edit type "global") or "in" and the
+    placeholder are appended. Text that has a placeholder is returned as it is.
+    """
+    if PLACEHOLDER in text.lower():
+        return text
+    pointed, found = _THE_PICTURE.subn(f" {PLACEHOLDER} ", text)
+    if found:
+        return pointed
+    preposition = "of" if edit_type == "global" else "in"
+    return f"{text.strip().removesuffix('.')} {preposition}{PLACEHOLDER}"
+
+
+def full_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
+    """Prefix and prompt as the model reads them in inference, placeholders in lower case."""
+    settings = TASKS[task]
+    if task is Task.EDIT:
+        prompt = point_at_source(prompt, edit_type)
+    return clean(settings.prefix + prompt) if settings.clean_prefix else settings.prefix + clean(prompt)
+
+
+def training_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
+    """The same in training: another prefix for subject-driven samples, and never cleaned."""
+    if task is Task.EDIT:
+        prompt = point_at_source(prompt, edit_type)
+    return TASKS[task].training_prefix + clean(prompt)
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Instruction:
+    """Token ids of every segment, each tokenised alone as in training."""
+    segments = [
+        list(tokenizer(segment, add_special_tokens=False).input_ids) if segment.strip() else []
+        for segment in text.split(PLACEHOLDER)
+    ]
+    segments[-1].append(tokenizer.eos_token_id)
+    return Instruction(tuple(map(tuple, segments)))

@@ -1,0 +1,1 @@
+"""Trainer, optimisers, averaged weights, metrics, checkpoints of a run."""

@@ -1,0 +1,115 @@
+"""What a run trains on: record files -> checked records, in little memory -> the dataset."""
+
+import logging
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mige.config import Config, DataConfig
+from mige.data.checks import check_images
+from mige.data.dataset import Dropout, JointDataset, Mixture
+from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
+from mige.data.parsing import read_records
+from mige.data.records import Finding, Record, Report
+from mige.data.synthetic.stream import WorldDataset
+from mige.inference.pipeline import MIGEPipeline
+from mige.tasks import Task
+from mige.training.checkpointing import TrainingError
+
+log = logging.getLogger("mige")
+
+
+class PackedRecords(Sequence[Record]):
+    """Records as bytes, a seventh of their size as objects, in one block that worker processes share.
+
+    Of objects each process would come to own a copy, as counting references writes to them. A record is made anew
+    whenever it is asked for.
+    """
+
+    def __init__(self, records: Iterable[Record]):
+        packed = [pickle.dumps(record) for record in records]
+        self._ends = np.cumsum([len(one) for one in packed], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        first = self._ends[index - 1] if index else 0
+        return pickle.loads(self._bytes[first : self._ends[index]])
+
+
+def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
+    """The miniature world, or all records, read and checked.
+
+    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
+    """
+    data = config.data
+    common = dict(
+        seed=config.train.seed,
+        latent_shape=pipeline.latent_shape(data.size, data.size),
+        dropout=Dropout(data.drop_text, data.drop_source, data.drop_both),
+        noise_levels=config.train.noise_levels,
+    )
+    if data.world:
+        side = pipeline.image_encoder.config.image_size
+        return WorldDataset(data.world, pipeline.tokenizer, size=data.size, vision_size=side, **common)
+    store = None if data.features is None else open_store(Path(data.features), vae=pipeline.vae, size=data.size)
+    sets = []
+    for one in data.sets:
+        task = None if one.get("task") is None else Task(one["task"])
+        root = None if one.get("root") is None else Path(one["root"])
+        report = read_records([Path(one["file"])], root=root, task=task)
+        good = check_set(report, data)
+        sets.append(PackedRecords(good if store is None else stored(good, store, data)))
+    return JointDataset(
+        Mixture(sets, [one["weight"] for one in data.sets]),
+        pipeline.tokenizer,
+        size=data.size,
+        vision_size=pipeline.image_encoder.config.image_size,
+        features=store,
+        **common,
+    )
+
+
+def check_set(report: Report, data: DataConfig) -> list[Record]:
+    """A file's records that are fit to train on.
+
+    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
+    """
+    findings = list(report.findings)
+    if data.check_pictures:
+        findings += check_images(report.records)
+    for record in report.records:
+        if record.target is None:
+            findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
+    bad = {finding.where for finding in findings if finding.fatal}
+    checked = Report([record for record in report.records if record.where not in bad], findings)
+    if checked.findings:
+        log.warning("%s", checked.text())
+    return checked.records if data.skip_bad else checked.require()
+
+
+def stored(records: Sequence[Record], store: FeatureStore | NpyFolder, data: DataConfig) -> list[Record]:
+    """The records whose pictures are all in the store.
+
+    Raises TrainingError if any is not, unless `data.skip_bad`, which logs those.
+    """
+    pictures = {record.where: (record.target, *record.references) for record in records}
+    wanted = sorted({path for paths in pictures.values() for path in paths})
+    missing = store.missing(wanted)
+    if missing and not data.skip_bad:
+        raise TrainingError(
+            f"{data.features} lacks {len(missing)} of {len(wanted)} pictures, the first {missing[0]}: "
+            "run tools/extract_features.py on the same records again, or set data.skip_bad=True to leave these out"
+        )
+    absent = set(missing)
+    left_out = [record.where for record in records if absent.intersection(pictures[record.where])]
+    if left_out:
+        log.warning("%s lacks pictures of %d records, left out: %s", data.features, len(left_out), "; ".join(left_out))
+    return [record for record in records if not absent.intersection(pictures[record.where])]

@@ -1,0 +1,57 @@
+"""AdamW in three precisions, Muon, and their learning rate."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mige.config import TrainConfig
+from mige.models.mige import MIGEModel
+from mige.training.adamw import StochasticAdamW
+from mige.training.muon import BatchedMuon, muon_groups
+
+
+def learning_rate(config: TrainConfig, step: int, samples_a_step: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, constant, linear cool-down; x the root of the samples a step."""
+    full = config.learning_rate * math.sqrt(samples_a_step / config.lr_batch)
+    rising = (step + 1) / config.warmup if config.warmup else 1.0
+    falling = (config.steps - step) / config.cooldown if config.cooldown else 1.0
+    return full * min(1.0, rising, falling)
+
+
+def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device) -> list[torch.optim.Optimizer]:
+    """What `config.optimizer` names, over all trained values; `device`: where they will be when it steps.
+
+    "muon" takes the matrices of the repeated blocks and leaves the rest to AdamW; the others are one optimiser.
+    """
+    if config.optimizer != "muon":
+        return [build_optimizer(config, model.parameters(), device)]
+    groups = muon_groups(model.blocks())
+    matrices = {id(p) for group in groups for p in group["params"]}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    muon = BatchedMuon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    rest = "adamw_bf16" if config.weights == "bfloat16" else "adamw"
+    return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others, device)]
+
+
+def build_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW with decay on every parameter, norms and biases too, as the released weights were trained.
+
+    "adamw" keeps its moments in the weights' dtype. On bfloat16 weights its updates, a millionth of the value, would
+    mostly round to nothing; "adamw_bf16" rounds weights and moments stochastically. "adamw_8bit" stores moments in
+    8 bits (bitsandbytes). Raises ImportError naming the extra to install.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    options = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        # The parameters may still be on the CPU: DeepSpeed moves them, and unfused steps of its flat ones take 10 GB.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
+    if config.optimizer == "adamw_bf16":
+        return StochasticAdamW(parameters, seed=config.seed, **options)
+    from bitsandbytes.optim import AdamW8bit  # extra: pip install 'mige[bitsandbytes]'
+
+    return AdamW8bit(parameters, **options)

@@ -1,0 +1,1 @@
+"""Images in and out, files written whole or not at all."""

@@ -1,1 +1,0 @@
-"""The miniature world: drawn subjects on drawn backgrounds, where every instruction has one exact right answer."""

@@ -1,0 +1,83 @@
+"""Where MIGE-mini starts: the VAE's loss, and going on with the VAE of a model that keeps the rest."""
+
+import math
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import AutoencoderKL
+from test_ablation import run_script
+
+from mige.inference.pipeline import MIGEPipeline
+
+SCRIPT = ROOT / "train_scripts" / "start_mini.py"
+script = runpy.run_path(str(SCRIPT))
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    return AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1, **blocks)
+
+
+def with_posterior(vae: AutoencoderKL, mean: float, std: float) -> AutoencoderKL:
+    """The same VAE, whose posterior is this one whatever it sees."""
+    channels = vae.config.latent_channels
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias[:channels], vae.quant_conv.bias[channels:] = mean, 2 * math.log(std)
+    return vae
+
+
+def test_the_pull_weighs_as_if_error_and_kl_were_summed_over_a_picture():
+    pictures = torch.rand(3, 3, 16, 16) * 2 - 1
+    vae = with_posterior(tiny_vae(), 0.5, 0.1)
+    torch.manual_seed(1)
+    loss = script["reconstruction_loss"](vae, pictures).double()
+    torch.manual_seed(1)
+    decoded = vae.decode(vae.encode(pictures).latent_dist.sample()).sample.double()
+    latents = 4 * 8 * 8
+    kl = latents * 0.5 * (0.5**2 + 0.1**2 - 1 - 2 * math.log(0.1))  # of one picture
+    error = (decoded - pictures).abs() + 2 * (decoded - pictures).square()
+    summed = error.sum(dim=(1, 2, 3)).mean() + 1e-6 * kl
+    torch.testing.assert_close(loss, summed / pictures[0].numel(), rtol=1e-6, atol=0)
+
+
+def test_the_share_of_noise():
+    assert math.isclose(script["noise_share"](with_posterior(tiny_vae(), 0.5, 0.1), torch.zeros(2, 3, 16, 16)), 1)
+    vae, pictures = tiny_vae(), torch.rand(2, 3, 16, 16)
+    moments = vae.encode(pictures).latent_dist
+    expected = (moments.var.mean() / (moments.var.mean() + moments.mean.var())).sqrt().item()
+    assert 0.1 < expected < 0.99 and math.isclose(script["noise_share"](vae, pictures), expected, rel_tol=1e-6)
+
+
+def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, tmp_path):
+    few = ("--steps", 2, "--batch", 4, "--workers", 0, "--device", "cpu")
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *few)
+    before, after = (MIGEPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "on"))
+    kept, there = before.model.state_dict(), after.model.state_dict()
+    assert kept.keys() == there.keys() and all(torch.equal(kept[key], there[key]) for key in kept)
+    assert before.tokenizer("a cat").input_ids == after.tokenizer("a cat").input_ids
+    assert any(not torch.equal(value, after.vae.state_dict()[key]) for key, value in before.vae.state_dict().items())
+    assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
+
+
+def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp_path, capsys, monkeypatch):
+    given = ["start_mini.py", tmp_path / "on", "--from-model", tiny_model, "--vae", tmp_path / "vae"]
+    monkeypatch.setattr(sys, "argv", list(map(str, given)))
+    with pytest.raises(SystemExit, match="2"):
+        script["main"]()
+    assert "--from-model takes the model's VAE as it is" in capsys.readouterr().err
+    assert not (tmp_path / "on").exists()
+
+
+def test_another_vae_takes_its_place_untrained(tiny_model, tmp_path):
+    other = with_posterior(MIGEPipeline.from_pretrained(tiny_model).vae, 0.5, 0.1)
+    other.save_pretrained(tmp_path / "vae")
+    none = ("--vae", tmp_path / "vae", "--steps", 0, "--batch", 4, "--workers", 0, "--device", "cpu")
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *none)
+    after = MIGEPipeline.from_pretrained(tmp_path / "on").vae
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in after.state_dict().items())
+    assert math.isclose(after.config.scaling_factor, 10, rel_tol=0.01)  # its latents are noise of deviation 0.1

@@ -1,0 +1,72 @@
+"""What a run trains on: packed records, what is checked before the first step, what is left out and said."""
+
+import dataclasses
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mige import config
+from mige.data.parsing import read_records
+from mige.data.records import BadRecordsError
+from mige.training.checkpointing import TrainingError
+from mige.training.data import PackedRecords, check_set, stored
+
+TRAIN = ROOT / "example_data" / "train.jsonl"
+
+
+@pytest.fixture
+def records():
+    return read_records([TRAIN]).records
+
+
+def settings(**changes) -> config.DataConfig:
+    return dataclasses.replace(config.load(ROOT / "configs" / "tiny.py").data, features="store", **changes)
+
+
+class Holding:
+    """A store that holds all but some pictures."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def missing(self, paths: list[Path]) -> list[Path]:
+        return [path for path in paths if path.name in self.names]
+
+
+def test_packed_records_are_the_records(records):
+    packed = PackedRecords(records)
+    assert len(packed) == len(records) and list(packed) == records
+    assert [packed[i] for i in (3, 0, 3)] == [records[3], records[0], records[3]]
+    for index in (len(records), -1):
+        with pytest.raises(IndexError):
+            packed[index]
+    assert len(PackedRecords([])) == 0
+    assert list(pickle.loads(pickle.dumps(packed))) == records  # as spawned workers get it
+
+
+def test_records_whose_pictures_are_not_stored_are_left_out_and_named(records, caplog):
+    with pytest.raises(TrainingError, match=r"store lacks 1 of \d+ pictures, the first .*cat\.jpg: run tools/extract"):
+        stored(records, Holding("cat.jpg"), settings())
+    with caplog.at_level(logging.WARNING, "mige"):
+        kept = stored(records, Holding("cat.jpg"), settings(skip_bad=True))
+    shown = [r for r in records if any(path.name == "cat.jpg" for path in (r.target, *r.references))]
+    assert 0 < len(shown) < len(records)
+    assert kept == [record for record in records if record not in shown]
+    assert f"lacks pictures of {len(shown)} records, left out" in caplog.text
+    assert all(record.where in caplog.text for record in shown)
+    assert stored(records, Holding(), settings()) == records
+
+
+def test_pictures_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "example_data", folder)
+    broken = folder / "images" / "cat.jpg"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    report = read_records([folder / "train.jsonl"])
+    with pytest.raises(BadRecordsError, match=r"cat\.jpg"):
+        check_set(report, settings())
+    assert check_set(report, settings(check_pictures=False)) == report.records

@@ -1,0 +1,249 @@
+"""The page in a real browser: headless Chromium drives every tab with the bundled model, from upload to download."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from playwright import sync_api as playwright
+from test_web_studio import BAD_FILES
+
+from mige.inference.pipeline import MIGEPipeline
+from mige.tasks import Task
+from mige.utils.images import open_image
+from mige.web import page
+from mige.web.examples import of_the_world
+from mige.web.provenance import read_settings
+from mige.web.studio import Studio
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
+
+playwright.expect.set_options(timeout=60_000)
+
+SUBJECT, EDIT, SUBJECT_EDIT = TITLES = [job.title for job in page.JOBS]
+WAIT = 240_000  # ms: for work of the model, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    model = ROOT / "output" / "pretrained_models" / "mige-mini"
+    return Studio(MIGEPipeline.from_pretrained(model, dtype=torch.float32), model.name)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    with page.serving(studio) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        # Chromium's sandbox needs rights that containers seldom give; the only page it opens is ours.
+        yield running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def opened(browser, address):
+    """Opens a window on the page; in the end, nothing was asked of any other host and nothing failed in the browser."""
+    context = browser.new_context(accept_downloads=True)
+    context.set_default_timeout(WAIT)
+    elsewhere, errors = [], []
+
+    def note(request) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            elsewhere.append(request.url)
+
+    def at(width: int = 1400, theme: str = "light", tab: str = SUBJECT):
+        window = context.new_page()
+        window.set_viewport_size({"width": width, "height": 900})
+        window.on("request", note)
+        window.on("pageerror", lambda error: errors.append(str(error)))
+        window.goto(f"{address}?__theme={theme}")
+        window.get_by_role("tab", name=tab, exact=True).click()
+        return window, window.locator("[role=tabpanel]:visible")
+
+    yield at
+    context.close()
+    assert elsewhere == [] and errors == []
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[Task, tuple[Path, ...]]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return {task: of_the_world(task, folder)[1 if task is Task.SUBJECT else 0].pictures for task in Task}
+
+
+def upload(tab, *paths) -> None:
+    for number, path in enumerate(paths):
+        tab.locator(".mige-slot").nth(number).locator("input[type=file]").set_input_files(path)
+        tab.locator(".mige-slot").nth(number).locator("img").wait_for()
+
+
+def write(tab, text: str) -> None:
+    tab.get_by_label("Instruction").fill(text)
+
+
+def choose(tab, label: str, value: int) -> None:
+    number = tab.get_by_label(f"number input for {label}")
+    if not number.is_visible():
+        tab.get_by_text("Size, steps, guidance").click()
+    for _ in range(10):  # a slider that has only just been drawn may go back to its first value
+        number.fill(str(value))
+        number.press("Tab")
+        tab.page.wait_for_timeout(300)
+        if number.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not stay at {value}")
+
+
+def run(tab) -> None:
+    tab.get_by_role("button", name="Run", exact=True).click()
+
+
+def message(window):
+    return window.get_by_test_id("toast-body")
+
+
+CASES = [
+    (SUBJECT, Task.SUBJECT, "a picture 2 at the top and a picture 1 on the left", ["2", "1"]),
+    (EDIT, Task.EDIT, "erase the thing at the top", ["1"]),
+    (SUBJECT_EDIT, Task.SUBJECT_EDIT, "in picture 1 add a picture 2 at the top", ["1", "2"]),
+]
+
+
+@pytest.mark.parametrize(("title", "task", "text", "numbers"), CASES, ids=list(Task))
+def test_from_upload_to_download(opened, pictures, tmp_path, title, task, text, numbers):
+    window, tab = opened(tab=title)
+    upload(tab, *pictures[task])
+    write(tab, text)
+    chips = tab.locator(".mige-chip")
+    playwright.expect(chips).to_have_text(numbers)
+    assert tab.locator(".mige-chip img").evaluate_all("all => all.every(one => one.complete && one.naturalWidth > 0)")
+    choose(tab, "Steps", 4)
+    choose(tab, "Pictures", 2)
+    run(tab)
+    playwright.expect(tab.locator(".mige-previews img")).to_have_count(2, timeout=WAIT)
+    playwright.expect(tab.locator(".mige-stage")).to_contain_text("of 4")
+    tab.locator(".mige-stage.done").wait_for(timeout=WAIT)
+    playwright.expect(tab.locator(".mige-gallery img")).to_have_count(2)
+    playwright.expect(tab.get_by_text("Before and after")).to_have_count(0 if task is Task.SUBJECT else 1)
+    tab.locator(".mige-gallery button").nth(1).click()
+    with window.expect_download() as download:
+        tab.get_by_text("Download PNG of seed 1").click()
+    download.value.save_as(tmp_path / "result.png")
+    settings = read_settings(tmp_path / "result.png")
+    assert (settings["instruction"], settings["seed"], settings["steps"]) == (text, 1, 4)
+    assert open_image(tmp_path / "result.png").size == (128, 128)
+
+
+def test_an_example_is_one_click_away(opened):
+    _, tab = opened(tab=SUBJECT_EDIT)
+    tab.locator("table tbody tr").first.click()
+    playwright.expect(tab.locator(".mige-chip")).to_have_count(2)
+    assert "picture 2" in tab.get_by_label("Instruction").input_value()
+
+
+def test_stop_ends_the_work(opened, pictures, studio):
+    _, tab = opened(tab=EDIT)
+    upload(tab, *pictures[Task.EDIT])
+    write(tab, "erase the thing at the top")
+    choose(tab, "Steps", 100)
+    with counted(studio) as calls:
+        run(tab)
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("Step", timeout=WAIT)
+        tab.get_by_role("button", name="Stop", exact=True).click()
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("Nothing was made")
+        playwright.expect(tab.get_by_role("button", name="Run", exact=True)).to_be_visible()
+        studio._worker.submit(int).result()
+    assert len(calls) < 90
+
+
+def test_closing_the_window_ends_the_work(opened, pictures, studio):
+    window, tab = opened(tab=EDIT)
+    upload(tab, *pictures[Task.EDIT])
+    write(tab, "erase the thing at the top")
+    choose(tab, "Steps", 100)
+    with counted(studio) as calls:
+        run(tab)
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("Step", timeout=WAIT)
+        window.close()
+        studio._worker.submit(int).result()
+    assert len(calls) < 90
+
+
+class counted:  # noqa: N801 - reads as a verb
+    """The calls of the studio's network while the context lasts."""
+
+    def __init__(self, studio: Studio):
+        self.network = studio.pipeline.transformer
+
+    def __enter__(self) -> list[int]:
+        calls: list[int] = []
+        self.hook = self.network.register_forward_hook(lambda *_: calls.append(1))
+        return calls
+
+    def __exit__(self, *_) -> None:
+        self.hook.remove()
+
+
+def test_who_waits_sees_the_place(opened, pictures):
+    tabs = []
+    for _ in range(3):
+        _, tab = opened(tab=EDIT)
+        upload(tab, *pictures[Task.EDIT])
+        write(tab, "erase the thing at the top")
+        choose(tab, "Steps", 12 if not tabs else 2)
+        run(tab)
+        tabs.append(tab)
+    playwright.expect(tabs[2].get_by_text(re.compile(r"queue: 2/2"))).to_be_visible(timeout=WAIT)
+    for tab in tabs:
+        tab.locator(".mige-stage.done").wait_for(timeout=WAIT)
+
+
+def test_a_mismatch_is_said_while_typing_and_when_run(opened, pictures):
+    window, tab = opened(tab=SUBJECT)
+    upload(tab, pictures[Task.SUBJECT][0])
+    write(tab, "a picture 1 and a picture 3 on the left")
+    playwright.expect(tab.locator(".mige-reads .wrong")).to_contain_text("names picture 3, but there is none")
+    run(tab)
+    playwright.expect(message(window)).to_contain_text("names picture 3, but there is none")
+    playwright.expect(tab.get_by_role("button", name="Run", exact=True)).to_be_visible()
+
+
+def test_a_bad_file_is_said_and_the_next_run_works(opened, pictures, tmp_path):
+    window, tab = opened(tab=EDIT)
+    (tmp_path / "bomb.png").write_bytes(BAD_FILES["bomb"][0]())
+    tab.locator("input[type=file]").first.set_input_files(tmp_path / "bomb.png")
+    write(tab, "erase the thing at the top")
+    playwright.expect(tab.locator(".mige-chip")).to_have_count(1)
+    run(tab)
+    playwright.expect(message(window)).to_contain_text("Picture 1: ", timeout=WAIT)
+    playwright.expect(tab.locator(".mige-stage")).to_contain_text("Nothing was made")
+    playwright.expect(tab.get_by_role("button", name="Run", exact=True)).to_be_visible()
+    tab.get_by_label("Remove Image").click()
+    upload(tab, *pictures[Task.EDIT])
+    choose(tab, "Steps", 2)
+    run(tab)
+    tab.locator(".mige-stage.done").wait_for(timeout=WAIT)
+
+
+def test_an_upload_over_the_limit_is_said(opened, tmp_path):
+    window, tab = opened(tab=EDIT)
+    (tmp_path / "large.png").write_bytes(bytes(page.UPLOAD_MB * 2**20 + 1))
+    tab.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
+    playwright.expect(message(window)).to_contain_text("size")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390])
+def test_nothing_is_wider_than_the_window(opened, width, theme):
+    window, _ = opened(width, theme)
+    for title in TITLES:
+        window.get_by_role("tab", name=title, exact=True).click()
+        playwright.expect(window.locator("[role=tabpanel]:visible").get_by_text("Examples")).to_be_visible()
+        assert window.evaluate("document.documentElement.scrollWidth") <= width
+    assert window.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
