@@ -43,6 +43,7 @@ from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.metrics import Metrics, forget_after, forward_flops, matrix_rate, useful_flops, write_line
 from mige.training.optimizers import build_optimizers, learning_rate
+from mige.utils.files import write_text
 
 PREEMPTED = 75
 """Exit code after SIGTERM: the checkpoint is saved, start the same command again (EX_TEMPFAIL)."""
@@ -91,7 +92,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             log_to(self.run_folder / "log.txt")
-            inference.write_text(self.run_folder / "config.json", json.dumps(self.config.dump(), indent=2) + "\n")
+            write_text(self.run_folder / "config.json", json.dumps(self.config.dump(), indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("mige")
 
