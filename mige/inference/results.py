@@ -78,7 +78,7 @@ def line_fault(row: Mapping[str, Any]) -> str | None:
         return f"its record has {len(references)} references that lay at {resolved!r}"
     saved = row.get("saved")
     if saved is not None and not (isinstance(saved, dict) and _is_list_of(int, list(saved.values()))):
-        return f"its image was saved as {saved!r}, expected numbers"
+        return f"its saved is {saved!r}, expected an object of numbers"
     if not isinstance(row.get("settings", {}), dict):
         return f"its settings are {row['settings']!r}, expected an object"
     return None
