@@ -97,15 +97,18 @@ def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, 
     wait_until(lambda: len(metrics(run)) >= 4, process)
     process.kill()
     process.wait()
-    assert training_state.finished(run)[-1].name == "step-00000003"
+    assert training_state.list_checkpoints(run)[-1].name == "step-00000003"
 
     process = start(tiny_model, run, *STEPS)  # 2: while a checkpoint is being written
     wait_until(lambda: any((run / "checkpoints").glob(".step-00000006.part")), process)
     process.kill()
     process.wait()
     left_over = list((run / "checkpoints").glob(".*.part"))
-    assert training_state.finished(run)[-1].name in ("step-00000003", "step-00000006")  # never the half-written one
-    assert left_over or training_state.finished(run)[-1].name == "step-00000006"
+    assert training_state.list_checkpoints(run)[-1].name in (
+        "step-00000003",
+        "step-00000006",
+    )  # never the half-written one
+    assert left_over or training_state.list_checkpoints(run)[-1].name == "step-00000006"
 
     process = start(tiny_model, run, *STEPS, "data.workers=2")  # 3: asked to stop, as schedulers do it: workers too
     wait_until(lambda: len(metrics(run)) >= 7, process)
@@ -121,7 +124,7 @@ def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, 
 
 
 def test_the_newest_checkpoints_are_kept(uninterrupted):
-    assert [path.name for path in training_state.finished(uninterrupted)] == ["step-00000006", "step-00000009"]
+    assert [path.name for path in training_state.list_checkpoints(uninterrupted)] == ["step-00000006", "step-00000009"]
 
 
 def test_the_run_folder(uninterrupted):
@@ -169,7 +172,7 @@ def test_a_sigterm_to_one_of_two_processes_saves_and_ends_both(tiny_model, tmp_p
     workers["1"].send_signal(signal.SIGTERM)  # not to the one that writes
     assert process.wait(timeout=120) != 0
     last = metrics(tmp_path / "run")[-1]["step"]
-    assert [saved.name for saved in training_state.finished(tmp_path / "run")] == [f"step-{last:08d}"]
+    assert [saved.name for saved in training_state.list_checkpoints(tmp_path / "run")] == [f"step-{last:08d}"]
     assert f"SIGTERM: saved at step {last}" in (tmp_path / "run" / "log.txt").read_text()
 
 
