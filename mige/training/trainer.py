@@ -150,7 +150,7 @@ class Trainer:
             if settings.sample_every and (self.step % settings.sample_every == 0 or last):
                 self._sample(saved=due)
             if stop and not last:
-                log.info("asked to stop: saved at step %d", self.step)
+                log.info("Ctrl-C or SIGTERM: saved at step %d", self.step)
                 return PREEMPTED
         bar.close()
         return 0
