@@ -77,7 +77,7 @@ TABLE = [
 def make_optimizer(settings: TrainConfig, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     if name != "torchao":
         ours = "adamw" if name == "fused" else "adamw_bf16"
-        chosen = dataclasses.replace(settings, optimizer=ours, weights="bfloat16")
+        chosen = dataclasses.replace(settings, optimizer=ours, param_dtype="bfloat16")
         return build_optimizer(chosen, parameters, parameters[0].device)
     from torchao.optim import _AdamW
 

@@ -26,6 +26,8 @@ from diffusers import (
 from torch import Tensor
 from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
 
+import mige.fusion
+import mige.sampler  # noqa: F401 - folders of version 0.1.0 name these two, and diffusers opens only imported ones
 from mige.checkpoints import folder as checkpoint
 from mige.diffusion import guidance
 from mige.diffusion import solver as sampler

@@ -87,7 +87,8 @@ def restore(accelerator: Accelerator, checkpoint: Path, fixed: Mapping[str, Any]
     if differing:
         raise TrainingError(
             f"{checkpoint} cannot be resumed as this run is set: {'; '.join(differing)}. "
-            "Keep seed, data and samples a step = batch_size x accumulate x processes (DeepSpeed: the processes too); "
+            "Keep seed, data and global batch = batch_size x gradient_accumulation_steps x processes (DeepSpeed: the "
+            "processes too); "
             "or start a new run from its model/ folder"
         )
     accelerator.load_state(str(checkpoint / "state"))

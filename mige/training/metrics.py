@@ -139,7 +139,7 @@ def useful_flops(forward: dict[str, float], trainable: str) -> float:
     through twice; one that none pass through once. `trainable`: as in the config.
     """
     passes = {
-        "scratch": {},
+        "all": {},
         "full": {"image_encoder": 1},
         "text_encoder_frozen": {"image_encoder": 1, "text_encoder": 2},
         "lora": {"image_encoder": 1, "qformer": 1, "fusion": 1, "text_encoder": 1, "transformer": 2},

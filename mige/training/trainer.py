@@ -70,12 +70,14 @@ class Trainer:
         settings = config.train
         self.accelerator = Accelerator(
             # As a number a launch file's own, which counts as 1 where it has none, would be taken instead.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulate),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
             log_with=list(settings.trackers) or None,
             project_dir=run,
         )
         self.device = self.accelerator.device
-        self.samples_a_step = settings.batch_size * settings.accumulate * self.accelerator.num_processes
+        self.global_batch_size = (
+            settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+        )
         self.zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         self.step, self.stopping, self.all_stop = 0, False, False
         self.unread: deque[Watched] = deque()
@@ -114,11 +116,11 @@ class Trainer:
         if self.zero2:
             given = self.accelerator.state.deepspeed_plugin.deepspeed_config
             given["train_micro_batch_size_per_gpu"] = settings.batch_size
-            given["gradient_accumulation_steps"] = settings.accumulate
-            given["gradient_clipping"] = settings.clip  # it clips by itself, at 1 unless told
+            given["gradient_accumulation_steps"] = settings.gradient_accumulation_steps
+            given["gradient_clipping"] = settings.max_grad_norm  # it clips by itself, at 1 unless told
         else:
             model.to(self.device)
-        if self.accelerator.is_fsdp2 and settings.trainable != "scratch":  # the frozen tower has a precision of its own
+        if self.accelerator.is_fsdp2 and settings.trainable != "all":  # the frozen tower has a precision of its own
             tower = model.encoder.image_encoder
             self.accelerator.state.fsdp_plugin.ignored_modules = [tower.embeddings, tower.encoder]
         frozen = [(p, p.data) for p in model.encoder.image_encoder.parameters() if not p.requires_grad]
@@ -133,7 +135,7 @@ class Trainer:
             self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)
         many = sum(p.numel() for p in self.trained)
-        log.info("%s trained values, %d samples a step", f"{many:,}", self.samples_a_step)
+        log.info("%s trained values, %d samples a step", f"{many:,}", self.global_batch_size)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class Trainer:
             batch=settings.batch_size,
             processes=accelerator.num_processes,
             rank=accelerator.process_index,
-            accumulate=settings.accumulate,
+            accumulate=settings.gradient_accumulation_steps,
             start=self.step,
         )
         workers = self.config.data.workers
@@ -203,8 +205,8 @@ class Trainer:
         """One optimiser step."""
         settings = self.config.train
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(settings, self.step, self.samples_a_step)
-        for micro in range(settings.accumulate):
+            group["lr"] = learning_rate(settings, self.step, self.global_batch_size)
+        for micro in range(settings.gradient_accumulation_steps):
             batch = next(batches).to(self.device)
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
@@ -212,7 +214,7 @@ class Trainer:
                 weight = self.diffusion.weight(batch.time_B, settings.snr_gamma, settings.snr_power)
                 self.accelerator.backward((loss.total * weight).mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.clip)
+                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -222,7 +224,7 @@ class Trainer:
 
     def _seed_dropout(self, micro: int) -> None:
         """The networks' own dropout (Q-Former, T5) restarts from a known state in every micro-batch."""
-        number = (self.step * self.config.train.accumulate + micro) * self.accelerator.num_processes
+        number = (self.step * self.config.train.gradient_accumulation_steps + micro) * self.accelerator.num_processes
         torch.manual_seed((self.config.train.seed << 32) + number + self.accelerator.process_index)
 
     def _loss(self, batch: TrainingBatch) -> Loss:
@@ -302,9 +304,9 @@ class Trainer:
         work = metrics.work_a_second()
         line = metrics.line(
             step=self.step,
-            samples=self.step * self.samples_a_step,
-            epoch=self.step * self.samples_a_step / len(self.dataset),
-            lr=learning_rate(settings, self.step - 1, self.samples_a_step),
+            samples=self.step * self.global_batch_size,
+            epoch=self.step * self.global_batch_size / len(self.dataset),
+            lr=learning_rate(settings, self.step - 1, self.global_batch_size),
             grad_norm=norm,
         )
         if rate is not None:
@@ -323,7 +325,7 @@ class Trainer:
                 pipeline = pipeline.with_weights(state).to(self.device)
             pipeline.model.eval()
             name = f"{self.run_folder.name}, step {self.step}"
-            how = inference.Settings(model=name, dtype=settings.weights, steps=settings.sample_steps)
+            how = inference.Settings(model=name, dtype=settings.param_dtype, steps=settings.sample_steps)
             folder = self.run_folder / "samples" / f"step-{self.step:08d}"
             inference.run(records, pipeline, how, folder)
             self.pipeline.model.train()
@@ -335,7 +337,7 @@ class Trainer:
         """What decides which sample comes when; with DeepSpeed also how the optimiser's state is split."""
         fixed = {
             "seed": self.config.train.seed,
-            "samples_a_step": self.samples_a_step,
+            "global_batch_size": self.global_batch_size,
             "epoch_samples": len(self.dataset),
         }
         if self.zero2:
@@ -404,9 +406,9 @@ def check_shardable(settings: TrainConfig, by: str) -> None:
     """Raise TrainingError for what FSDP2 or ZeRO-2 (`by`) cannot split over processes."""
     if by == "FSDP2" and settings.trainable == "lora":
         raise TrainingError("train.trainable is 'lora': its few weights are not sharded; launch without FSDP2 (DDP)")
-    if (settings.optimizer, settings.weights) != ("adamw", "float32"):
+    if (settings.optimizer, settings.param_dtype) != ("adamw", "float32"):
         raise TrainingError(
-            f"train.optimizer is {settings.optimizer!r} on {settings.weights} weights; {by} shards 'adamw' on "
+            f"train.optimizer is {settings.optimizer!r} on {settings.param_dtype} weights; {by} shards 'adamw' on "
             "float32 weights (and computes in bfloat16): set these, or launch without it"
         )
 
@@ -422,21 +424,21 @@ def check_sizes(config: Config, pipeline: MIGEPipeline) -> None:
             found = getattr(there, key, None)
             if found != value and (type(value) is int or part == "fusion"):  # other facts the libraries may rewrite
                 raise ConfigError(
-                    f"model.{part}.{key} is {value!r}, but {config.train.start} has {found!r}: make them equal, or "
-                    "train fresh weights with train.start=None"
+                    f"model.{part}.{key} is {value!r}, but {config.train.pretrained} has {found!r}: make them equal, "
+                    "or train fresh weights with train.pretrained=None"
                 )
 
 
 def load_start(config: Config, device: torch.device) -> MIGEPipeline:
     """The pipeline that training starts from: a checkpoint folder, or fresh weights from the seed.
 
-    Trained parts are in `train.weights`, the frozen vision tower on a GPU in the dtype it was trained with, the VAE in
-    float32.
+    Trained parts are in `train.param_dtype`, the frozen vision tower on a GPU in the dtype it was trained with, the VAE
+    in float32.
     """
     settings = config.train
-    dtype = getattr(torch, settings.weights)
-    if settings.start is not None:
-        pipeline = MIGEPipeline.from_pretrained(settings.start, dtype=dtype)
+    dtype = getattr(torch, settings.param_dtype)
+    if settings.pretrained is not None:
+        pipeline = MIGEPipeline.from_pretrained(settings.pretrained, dtype=dtype)
         check_sizes(config, pipeline)
     else:
         with torch.random.fork_rng(devices=[]):
@@ -444,6 +446,6 @@ def load_start(config: Config, device: torch.device) -> MIGEPipeline:
             parts = build_parts(config.model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
         pipeline = MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M())
-    if device.type != "cpu" and settings.trainable != "scratch":
+    if device.type != "cpu" and settings.trainable != "all":
         set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
     return pipeline

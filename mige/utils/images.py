@@ -20,6 +20,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from mige.utils.files import sync_folder
+
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB, where Pillow's own limit refuses; a 108-megapixel photograph still passes
 # Only what Pillow decodes itself: EPS, for one, would start Ghostscript on a stranger's file. MPO comes as JPEG.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -145,6 +147,7 @@ def save_image(image: Image.Image, path: Path, **params: Any) -> None:
             file.flush()
             os.fsync(file.fileno())  # some file systems report a full disk only now
         part.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot save the picture: {error.strerror}", str(path)) from error
     finally:

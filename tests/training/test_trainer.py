@@ -33,7 +33,7 @@ BASE = ["train.sample_every=0", "train.log_every=1", "data.size=64"]
 
 
 def overrides(model: Path, *more: str) -> list[str]:
-    return [f"train.start={str(model)!r}", f"data.sets=[dict(file={str(TRAIN)!r}, weight=1.0)]", *BASE, *more]
+    return [f"train.pretrained={str(model)!r}", f"data.sets=[dict(file={str(TRAIN)!r}, weight=1.0)]", *BASE, *more]
 
 
 def build(model: Path, run: Path, *more: str) -> Trainer:
@@ -214,7 +214,7 @@ def test_two_processes_equal_one_with_the_double_batch(tiny_model, tmp_path):
     more = ("train.steps=11", "train.checkpoint_every=10", "train.batch_size=2")
     assert build(tiny_model, tmp_path / "two", *more).run() == 0
     # but not where a step would take other samples
-    with pytest.raises(TrainingError, match=r"samples_a_step: 2 there, 4 now"):
+    with pytest.raises(TrainingError, match=r"global_batch_size: 2 there, 4 now"):
         build(tiny_model, tmp_path / "two", *more, "train.batch_size=4").run()
 
 
@@ -231,7 +231,9 @@ def test_weights_by_noise_change_the_gradient_and_not_the_reported_loss(tiny_mod
 
 def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
     build(tiny_model, tmp_path / "a", "train.steps=3", "train.batch_size=4").run()
-    build(tiny_model, tmp_path / "b", "train.steps=3", "train.batch_size=2", "train.accumulate=2").run()
+    build(
+        tiny_model, tmp_path / "b", "train.steps=3", "train.batch_size=2", "train.gradient_accumulation_steps=2"
+    ).run()
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-4

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mige.utils.files import FolderInUseError, append_json_line, folder_lock, write_text
+from mige.utils.files import FolderInUseError, append_json_line, folder_lock, read_json_lines, write_text
 
 HOLD = "import sys, pathlib; from mige.utils.files import folder_lock\n"
 HOLD += "with folder_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -34,3 +35,30 @@ def test_lines_are_appended_and_a_text_is_replaced(tmp_path):
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_line_is_named_and_the_others_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"a": 1}\n\n[1]\n\xff\xfe\n{"b": \n' + b'{"c": ' + b"[" * 5000 + b'\n{"d": "\\ud800"}\n{"e": 2}\r\n{"f": 3}'
+    )
+    rows, faults = read_json_lines(path)
+    assert rows == [(1, {"a": 1}), (8, {"e": 2})]
+    assert [fault.removeprefix(f"{path}, line ").split(",")[0].split(" (")[0] for fault in faults] == [
+        "2: blank",
+        "3: JSON of type list",
+        "4: no UTF-8 text",
+        "5: no JSON",
+        "6: nested too deep",
+        "7: no UTF-8 text",
+        "9: cut",
+    ]
+    assert read_json_lines(tmp_path / "none.jsonl") == ([], [])
+
+
+def test_the_thread_that_holds_a_folder_may_take_it_again(tmp_path):
+    with folder_lock(tmp_path):
+        with folder_lock(tmp_path / "." / ".." / tmp_path.name):
+            pass
+        with pytest.raises(FolderInUseError), ThreadPoolExecutor() as pool:
+            pool.submit(folder_lock(tmp_path).__enter__).result()
