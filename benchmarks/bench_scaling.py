@@ -36,7 +36,7 @@ from mige.models.build import build_parts
 from mige.utils.files import whole_folder
 
 ROOT = Path(__file__).parent.parent
-BF16 = ("train.weights=bfloat16", "train.optimizer=adamw_bf16")
+BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
 MODES = {  # launch file, overrides
     "ddp/t5_frozen": ("ddp", ("train.trainable=text_encoder_frozen", *BF16)),
     "ddp/full": ("ddp", BF16),
@@ -79,7 +79,7 @@ def launcher(launch: str, processes: int, cpu: bool) -> list[str]:
 def train(args: argparse.Namespace, mode: str, processes: int, run: Path, *more: str) -> subprocess.Popen:
     launch, overrides = MODES[mode]
     command = [*launcher(launch, processes, args.cpu), "train_scripts/train_mige.py", str(args.config), "--output", run]
-    common = (f"train.start={str(args.folder / 'start')!r}", "train.warmup=0", "train.sample_every=0",
+    common = (f"train.pretrained={str(args.folder / 'start')!r}", "train.warmup=0", "train.sample_every=0",
               "train.trackers=[]", f"data.workers={0 if args.cpu else 6}")  # fmt: skip
     log = run.with_suffix(".log").open("w")
     variables = {

@@ -27,4 +27,4 @@ data = dict(
 )
 
 # Four checkpoints are scored. Of a rate that stays constant each is what a shorter run would have ended with.
-train = dict(steps=2800, batch_size=128, lr_batch=256, warmup=100, cooldown=0, log_every=50)
+train = dict(steps=2800, batch_size=128, lr_reference_batch=256, warmup=100, cooldown=0, log_every=50)

@@ -50,7 +50,7 @@ model = dict(
 data = dict(sets=[dict(file="example_data/train.jsonl", weight=1.0)])
 
 train = dict(
-    start="output/pretrained_models/start",
+    pretrained="output/pretrained_models/start",
     sample_every=1000,
     sample_records=["example_data/subject.json", "example_data/edit.json", "example_data/subject_edit.json"],
 )

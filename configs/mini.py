@@ -76,21 +76,21 @@ data = dict(
 )
 
 train = dict(
-    start="output/mini/start",
+    pretrained="output/mini/start",
     steps=40_000,
     batch_size=512,
     noise_levels=2,
     learning_rate=1.5e-3,
-    lr_batch=512,
+    lr_reference_batch=512,
     warmup=300,
     weight_decay=0.01,
     betas=[0.9, 0.99],
     eps=1e-8,
-    clip=0.3,  # thrice the usual norm; at 1 a run went astray for a hundred steps
+    max_grad_norm=0.3,  # thrice the usual norm; at 1 a run went astray for a hundred steps
     optimizer="muon",
     snr_gamma=5.0,
     snr_power=0.5,
-    trainable="scratch",
+    trainable="all",
     gradient_checkpointing=[],
     compile=["transformer", "text_encoder", "image_encoder", "qformer", "vae"],  # 96 s before the first step on an H100
     ema=0.9995,

@@ -53,12 +53,12 @@ model = dict(
 data = dict(sets=[dict(file="example_data/train.jsonl", weight=1.0)], size=128, workers=0)
 
 train = dict(
-    start="output/pretrained_models/mige-tiny",
+    pretrained="output/pretrained_models/mige-tiny",
     steps=20,
     batch_size=2,
     learning_rate=1e-3,
     warmup=5,
-    clip=1.0,
+    max_grad_norm=1.0,
     gradient_checkpointing=[],
     log_every=5,
     checkpoint_every=10,

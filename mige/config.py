@@ -1,6 +1,7 @@
 """Configuration: Python files with `_base_` inheritance, read into frozen sections; an unknown key fails.
 
-A config file holds data only. `load("configs/mige_512.py", ["model.transformer.num_layers=2"])`.
+A config file holds data only. `load("configs/mige_512.py", ["model.transformer.num_layers=2"])`. Relative paths in it
+are taken from the working directory.
 """
 
 import ast
@@ -12,9 +13,16 @@ from typing import Any
 
 import mmengine
 
+from mige.utils.settings import ConfigError, agree, at_least, check_type, check_types, one_of, positive, within
 
-class ConfigError(ValueError):
-    """A config with an unknown, missing or contradictory key; the message names it."""
+RENAMED = {
+    "accumulate": "gradient_accumulation_steps",
+    "clip": "max_grad_norm",
+    "lr_batch": "lr_reference_batch",
+    "start": "pretrained",
+    "weights": "param_dtype",
+}
+"""Former keys of `train` -> today's; a config with a former one is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,14 @@ class ModelConfig:
         dit, vision, qformer, fusion = self.transformer, self.image_encoder, self.qformer, self.fusion
         width = dit["num_attention_heads"] * dit["attention_head_dim"]
         latent = self.vae["latent_channels"]
-        _agree("transformer.in_channels", dit["in_channels"], "2 x vae.latent_channels", 2 * latent)
-        _agree("transformer.out_channels", dit["out_channels"], "2 x vae.latent_channels", 2 * latent)
-        _agree("transformer.cross_attention_dim", dit["cross_attention_dim"], "heads x head size", width)
-        _agree("fusion.patch_width", fusion["patch_width"], "the transformer's width", width)
-        _agree("fusion.width", fusion["width"], "qformer.hidden_size", qformer["hidden_size"])
-        _agree("fusion.text_width", fusion["text_width"], "text_encoder.d_model", self.text_encoder["d_model"])
-        _agree("caption_channels", dit["caption_channels"], "text_encoder.d_model", self.text_encoder["d_model"])
-        _agree("qformer.encoder_hidden_size", qformer["encoder_hidden_size"], "image width", vision["hidden_size"])
+        agree("transformer.in_channels", dit["in_channels"], "2 x vae.latent_channels", 2 * latent)
+        agree("transformer.out_channels", dit["out_channels"], "2 x vae.latent_channels", 2 * latent)
+        agree("transformer.cross_attention_dim", dit["cross_attention_dim"], "heads x head size", width)
+        agree("fusion.patch_width", fusion["patch_width"], "the transformer's width", width)
+        agree("fusion.width", fusion["width"], "qformer.hidden_size", qformer["hidden_size"])
+        agree("fusion.text_width", fusion["text_width"], "text_encoder.d_model", self.text_encoder["d_model"])
+        agree("caption_channels", dit["caption_channels"], "text_encoder.d_model", self.text_encoder["d_model"])
+        agree("qformer.encoder_hidden_size", qformer["encoder_hidden_size"], "image width", vision["hidden_size"])
 
 
 @dataclass(frozen=True)
@@ -68,41 +76,55 @@ class DataConfig:
     drop_both: float  # ... both
 
     def __post_init__(self):
+        check_types(self, "data")
+        for name in ("drop_text", "drop_source", "drop_both"):
+            within(f"data.{name}", getattr(self, name), 0, 1)
+        within("data.drop_text + drop_source + drop_both", self.drop_text + self.drop_source + self.drop_both, 0, 1)
+        at_least("data.size", self.size, 1)
+        at_least("data.workers", self.workers, 0)
+        for kind, weight in self.world.items():
+            positive(f"data.world.{kind}", weight)
         if self.world and (self.sets or self.features is not None):
             raise ConfigError("data.world draws its own pictures: leave data.sets empty and data.features None")
         for number, one in enumerate(self.sets):
             known = {"file", "weight", "root", "task"}
             _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
             _refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
+            positive(f"data.sets[{number}].weight", one["weight"])
+            for key in one.keys() - {"weight"}:
+                if one[key] is not None or key == "file":
+                    check_type(f"data.sets[{number}].{key}", one[key], str)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How it is trained."""
 
-    start: str | None  # checkpoint folder to start from; None: fresh weights
+    pretrained: str | None  # checkpoint folder to start from; None: fresh weights
     tokenizer: str | None  # tokenizer folder, for fresh weights
     seed: int
     steps: int  # optimiser steps
     batch_size: int  # samples a process and micro-batch
-    accumulate: int  # micro-batches a step
-    learning_rate: float  # at `lr_batch` samples a step
-    lr_batch: int  # the rate is scaled by sqrt(samples a step / lr_batch)
+    gradient_accumulation_steps: int  # micro-batches a step
+    learning_rate: float  # at `lr_reference_batch` samples a step
+    lr_reference_batch: int  # the rate is scaled by sqrt(samples a step / lr_reference_batch)
     warmup: int  # steps of linear warm-up, then constant
     cooldown: int  # last steps, in which the rate falls linearly to zero; 0: constant to the end
     weight_decay: float  # on every trained value
     betas: Sequence[float]
     eps: float
-    clip: float  # largest gradient norm
+    max_grad_norm: float  # largest gradient norm
     optimizer: str  # adamw; adamw_bf16 (stochastic rounding); adamw_8bit (bitsandbytes); muon (and adamw)
-    weights: str  # dtype of the trained weights: float32, bfloat16
-    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); scratch (all)
+    param_dtype: str  # dtype of the trained weights: float32, bfloat16
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); all
     noise_levels: int  # of every sample a step: the encoder's work is shared by them
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    compile: list[str]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae
+    compile: Sequence[
+        str
+    ]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
@@ -113,27 +135,56 @@ class TrainConfig:
     trackers: Sequence[str]  # tensorboard, wandb, ...
 
     def __post_init__(self):
-        _one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit", "muon"))
-        _one_of("train.weights", self.weights, ("float32", "bfloat16"))
-        _one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora", "scratch"))
-        for part in self.gradient_checkpointing:
-            _one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
-        for part in self.compile:
-            _one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer", "vae"))
-        at_least_one = ("steps", "batch_size", "accumulate", "noise_levels", "log_every", "checkpoint_every")
-        for name in (*at_least_one, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}, expected at least 1")
-        if self.start is None and self.tokenizer is None:
-            raise ConfigError("train.start is None: fresh weights need train.tokenizer, a tokenizer folder")
-        if self.start is None and self.trainable == "lora":
-            raise ConfigError("train.trainable is 'lora', but train.start is None: adapters need trained weights below")
-        if self.optimizer == "adamw_bf16" and self.weights != "bfloat16":
-            raise ConfigError("train.optimizer is 'adamw_bf16', but train.weights is not 'bfloat16'")
+        check_types(self, "train")
+        self._check_names()
+        self._check_ranges()
+        if self.pretrained is None and self.tokenizer is None:
+            raise ConfigError("train.pretrained is None: fresh weights need train.tokenizer, a tokenizer folder")
+        if self.pretrained is None and self.trainable == "lora":
+            raise ConfigError("train.trainable is 'lora', but train.pretrained is None: adapters need trained weights")
+        if self.optimizer == "adamw_bf16" and self.param_dtype != "bfloat16":
+            raise ConfigError("train.optimizer is 'adamw_bf16', but train.param_dtype is not 'bfloat16'")
+        # The updates, a millionth of a weight, would be rounded away. Adapters are float32 whatever lies below them.
+        if self.param_dtype == "bfloat16" and self.optimizer != "adamw_bf16" and self.trainable != "lora":
+            raise ConfigError(
+                f"train.param_dtype is 'bfloat16', but train.optimizer is {self.optimizer!r}, whose updates bfloat16 "
+                "rounds away: set train.optimizer=adamw_bf16, or train.param_dtype=float32"
+            )
+        if self.trainable == "lora" and self.optimizer == "muon":
+            raise ConfigError("train.optimizer is 'muon', which trains whole matrices: use adamw with 'lora'")
         if self.trainable == "lora" and self.ema is not None:
             raise ConfigError("train.ema averages whole models; set it to None for 'lora'")
         if self.sample_every and not self.sample_records:
             raise ConfigError("train.sample_every is set, but train.sample_records names no file")
+
+    def _check_names(self) -> None:
+        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit", "muon"))
+        one_of("train.param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        if self.trainable == "scratch":
+            raise ConfigError("train.trainable: 'scratch' is now 'all'")
+        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora", "all"))
+        for part in self.gradient_checkpointing:
+            one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
+        for part in self.compile:
+            one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer", "vae"))
+
+    def _check_ranges(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "noise_levels", "log_every",
+                     "checkpoint_every", "keep_checkpoints", "lr_reference_batch", "lora_rank"):  # fmt: skip
+            at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("warmup", "cooldown", "sample_every", "weight_decay", "snr_power"):
+            at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("learning_rate", "eps", "max_grad_norm"):
+            positive(f"train.{name}", getattr(self, name))
+        within("train.seed", self.seed, 0, 2**32 - 1)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas is {self.betas}, expected two numbers from 0 to below 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"train.ema is {self.ema}, expected None or a number between 0 and 1")
+        if self.snr_gamma is not None:
+            positive("train.snr_gamma", self.snr_gamma)
+        if self.sample_steps is not None:
+            at_least("train.sample_steps", self.sample_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -178,6 +229,9 @@ def _section(cls: type, data: Any, where: str):
 
 
 def _refuse_unknown(unknown: set[str], where: str, known: set[str]) -> None:
+    for key in sorted(unknown & RENAMED.keys()):
+        if RENAMED[key] in known:
+            raise ConfigError(f"{where}: the key {key!r} is now {RENAMED[key]!r}")
     if unknown:
         raise ConfigError(f"{where}: unknown key(s) {sorted(unknown)}; known are {sorted(known)}")
 
@@ -193,19 +247,11 @@ def _override(data: dict, override: str, where: str) -> None:
     *parents, last = path.split(".")
     for key in parents:
         data = data.get(key) if isinstance(data, dict) else None
+    if parents == ["train"] and last in RENAMED:
+        raise ConfigError(f"{where}: cannot override {override!r}: train.{last} is now train.{RENAMED[last]}")
     if not separator or not isinstance(data, dict) or last not in data:
         raise ConfigError(f"{where}: cannot override {override!r}: expected an existing section.key=value")
     try:
         data[last] = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # not Python syntax: plain text, as in mode=full
         data[last] = text
-
-
-def _one_of(name: str, got: str, known: Sequence[str]) -> None:
-    if got not in known:
-        raise ConfigError(f"{name} is {got!r}, expected one of {', '.join(known)}")
-
-
-def _agree(name: str, got: int, other: str, expected: int) -> None:
-    if got != expected:
-        raise ConfigError(f"model: {name} is {got}, but {other} is {expected}: make them equal")

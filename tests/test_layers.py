@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"tasks", "config", "utils"},
+    {"tasks", "utils"},
+    {"config"},
     {"diffusion", "reports"},
     {"models"},
     {"checkpoints", "data"},

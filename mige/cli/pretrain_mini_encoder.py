@@ -39,7 +39,7 @@ def main() -> None:
     if min(args.steps, args.batch) < 1 or args.seconds <= 0:
         parser.error(f"--steps is {args.steps}, --batch {args.batch}, --seconds {args.seconds}; "
                      "expected >= 1, >= 1 and > 0")  # fmt: skip
-    settings = config.load(args.config, [f"train.start={str(args.start)!r}", *args.overrides])
+    settings = config.load(args.config, [f"train.pretrained={str(args.start)!r}", *args.overrides])
     how = ("steps", "seconds", "batch", "rate", "seed", "workers", "device")
     teach(args.start, args.folder, settings, **{name: getattr(args, name) for name in how})
 

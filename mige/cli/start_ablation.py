@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
     """`pretrain_mini_encoder.py` on names and the mixture without subject edits, whose emergence is tested."""
-    own = [*args.overrides, WITHOUT_FEATURES, f"train.start={str(start)!r}"]
+    own = [*args.overrides, WITHOUT_FEATURES, f"train.pretrained={str(start)!r}"]
     mixture = config.load(args.config, own).data.world
     known = {kind: mixture[kind] for kind in ablation.kinds_of(mixture, (Task.SUBJECT, Task.EDIT))}
     settings = config.load(args.config, [*own, f"data.world={known | {NAMES: sum(known.values()) / 3}}"])
@@ -66,13 +66,13 @@ def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
 
     The text encoder stays as it is, or it would forget what it has learnt of pictures.
     """
-    own = [f"train.start={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
+    own = [f"train.pretrained={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
            f"train.checkpoint_every={args.steps}", "train.trainable='text_encoder_frozen'",
            f"data.world={ {NAMES: 1} }"]  # fmt: skip
     trainer = ROOT / "train_scripts" / "train_mige.py"
     if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT_FEATURES, *own]):
         sys.exit(code)
-    return training_state.finished(run)[-1] / "model"
+    return training_state.list_checkpoints(run)[-1] / "model"
 
 
 def main(args: argparse.Namespace) -> None:

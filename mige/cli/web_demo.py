@@ -18,7 +18,7 @@ import transformers
 from mige.checkpoints.folder import CheckpointError
 from mige.inference.pipeline import MIGEPipeline
 from mige.web.page import serving
-from mige.web.studio import Studio
+from mige.web.service import GenerationService
 
 MODEL = "output/pretrained_models/mige-mini"
 
@@ -48,7 +48,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    with serving(Studio(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
+    with serving(GenerationService(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
         print(f"Open {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 

@@ -42,7 +42,7 @@ from mige.training.trainer import PREEMPTED
 from mige.utils.files import write_text
 
 QUARTERS = 4  # checkpoints of a run that are scored
-NO_MATTER = {"data": ("workers",), "train": ("start", "seed", "log_every", "trackers")}  # to any score
+NO_MATTER = {"data": ("workers",), "train": ("pretrained", "seed", "log_every", "trackers")}  # to any score
 EVERY = (Task.SUBJECT, Task.EDIT, Task.SUBJECT_EDIT)
 
 
@@ -217,7 +217,7 @@ def overrides(plan: Plan, name: str, seed: int) -> list[str]:
     """What of the config is overridden for a run."""
     variant, mixture = VARIANTS[name], plan.config.data.world
     own = {"data.world": {kind: mixture[kind] for kind in kinds_of(mixture, variant.trains)}}
-    own |= {"train.start": str(plan.folder(name, seed) / "start"), "train.seed": seed}
+    own |= {"train.pretrained": str(plan.folder(name, seed) / "start"), "train.seed": seed}
     own |= {"train.checkpoint_every": plan.steps[0]}
     own |= {"train.keep_checkpoints": plan.steps[-1]}  # all, or one saved at a SIGTERM would push out a quarter's
     return [*plan.overrides, *variant.overrides, *(f"{key}={value!r}" for key, value in own.items())]
@@ -226,7 +226,7 @@ def overrides(plan: Plan, name: str, seed: int) -> list[str]:
 def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     folder, own = plan.folder(name, seed), overrides(plan, name, seed)
-    if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.finished(folder)]:
+    if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.list_checkpoints(folder)]:
         return  # stopped while it was scored
     if not (folder / "start").exists():
         start_with(plan.model, folder / "start", config.load(plan.file, own).model, seed)
@@ -268,7 +268,7 @@ def _score(plan: Plan, name: str, seed: int, setting: str) -> list[dict]:
         how = {"model": where, "batch": plan.batch, "steps": plan.sampler_steps}
         rows = bench.run(pipeline, chosen, folder / "bench" / _step_name(step), **how)
         facts = {"setting": setting, "variant": name, "seed": seed, "step": step}
-        facts["samples"] = step * settings.batch_size * settings.accumulate
+        facts["samples"] = step * settings.batch_size * settings.gradient_accumulation_steps
         lines += [facts | line for line in score_lines(rows)]
     return lines
 

@@ -103,7 +103,7 @@ class MIGEModel(nn.Module):
         )[0]
 
     def freeze(self, trainable: str) -> None:
-        """Choose what trains: "scratch" all, "full" all but the vision tower, "text_encoder_frozen" neither
+        """Choose what trains: "all" all, "full" all but the vision tower, "text_encoder_frozen" neither
         that nor T5, "lora" nothing.
 
         The tower's last norm trains with "full", as in the released weights. What nothing reads does not train: where
@@ -111,8 +111,8 @@ class MIGEModel(nn.Module):
         """
         self.requires_grad_(trainable != "lora")
         tower = self.encoder.image_encoder
-        tower.embeddings.requires_grad_(trainable == "scratch")
-        tower.encoder.requires_grad_(trainable == "scratch")
+        tower.embeddings.requires_grad_(trainable == "all")
+        tower.encoder.requires_grad_(trainable == "all")
         if trainable == "text_encoder_frozen":
             self.encoder.text_encoder.requires_grad_(False)
         if self.encoder.fusion.config.num_queries == 0:

@@ -13,9 +13,9 @@ from mige.training.adamw import StochasticAdamW
 from mige.training.muon import BatchedMuon, muon_groups
 
 
-def learning_rate(config: TrainConfig, step: int, samples_a_step: int) -> float:
+def learning_rate(config: TrainConfig, step: int, global_batch_size: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up, constant, linear cool-down; x the root of the samples a step."""
-    full = config.learning_rate * math.sqrt(samples_a_step / config.lr_batch)
+    full = config.learning_rate * math.sqrt(global_batch_size / config.lr_reference_batch)
     rising = (step + 1) / config.warmup if config.warmup else 1.0
     falling = (config.steps - step) / config.cooldown if config.cooldown else 1.0
     return full * min(1.0, rising, falling)
@@ -32,7 +32,7 @@ def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device
     matrices = {id(p) for group in groups for p in group["params"]}
     others = [p for p in model.parameters() if id(p) not in matrices]
     muon = BatchedMuon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-    rest = "adamw_bf16" if config.weights == "bfloat16" else "adamw"
+    rest = "adamw_bf16" if config.param_dtype == "bfloat16" else "adamw"
     return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others, device)]
 
 

@@ -9,7 +9,7 @@ from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.tasks import Task, placeholders
 from mige.utils import images
-from mige.web.numbered import spell
+from mige.web.instructions import spell
 
 KINDS = {
     Task.SUBJECT: ("one_reference", "two_references", "reference_and_name"),

@@ -230,7 +230,7 @@ def zero2(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -
 
 def test_zero2_equals_one_process(tiny_model, tmp_path):
     """With the config's clipping, its accumulation and averaged weights, none of which DeepSpeed takes by itself."""
-    more = ("train.clip=0.01", "train.ema=0.9", "train.accumulate=2")
+    more = ("train.max_grad_norm=0.01", "train.ema=0.9", "train.gradient_accumulation_steps=2")
     done = zero2(tiny_model, tmp_path / "two", 2, 1, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     train(tiny_model, tmp_path / "one", 1, 4, *more[:2])

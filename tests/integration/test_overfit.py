@@ -43,7 +43,7 @@ TRAINING = {
     "train.noise_levels": 8,
     "train.snr_gamma": 1.0,  # or fine detail at low noise drowns what tells the records apart at high noise
     "train.learning_rate": 4e-3,
-    "train.lr_batch": 6,
+    "train.lr_reference_batch": 6,
     "train.warmup": 20,
     "train.cooldown": 150,
     "train.weight_decay": 0.0,
@@ -148,7 +148,7 @@ def trained(start, records, tmp_path_factory) -> Path:
     """The model/ folder of the run's last checkpoint."""
     run = tmp_path_factory.mktemp("run")
     file = str(records[0].target.with_name("records.json"))
-    settings = TRAINING | {"train.start": str(start), "data.sets": [{"file": file, "weight": 1.0}]}
+    settings = TRAINING | {"train.pretrained": str(start), "data.sets": [{"file": file, "weight": 1.0}]}
     AcceleratorState._reset_state(reset_partial_state=True)
     Trainer(config.load(TINY, [*MODEL, *(f"{key}={value!r}" for key, value in settings.items())]), run).run()
     return run / "checkpoints" / f"step-{TRAINING['train.steps']:08d}" / "model"

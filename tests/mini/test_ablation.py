@@ -35,7 +35,7 @@ _base_ = {str(ROOT / "configs" / "tiny.py")!r}
 model = dict(fusion=dict(vae_features=True))
 data = dict(sets=[], world=dict(one_reference=2, two_references=2, add=1, remove=1, add_by_reference=1,
                                 replace_by_reference=1))
-train = dict(steps=4, batch_size=4, lr_batch=4, warmup=1, optimizer="muon", trainable="scratch", ema=0.9995,
+train = dict(steps=4, batch_size=4, lr_reference_batch=4, warmup=1, optimizer="muon", trainable="all", ema=0.9995,
              noise_levels=2, snr_gamma=5.0, snr_power=0.5, log_every=1, sample_every=0, sample_records=[])
 """
 
@@ -162,7 +162,7 @@ def test_every_variant_is_a_config(tmp_path):
         train = loaded[name].train
         assert (train.steps, train.seed, train.checkpoint_every) == (800, 3, 200)
         assert train.keep_checkpoints >= 800  # also beside those that a stop leaves
-        assert train.start == str(tmp_path / "runs" / f"{name}-3" / "start")
+        assert train.pretrained == str(tmp_path / "runs" / f"{name}-3" / "start")
     joint = loaded["joint"]
     for name in ("subject_only", "edit_only", "without_subject_edit"):
         assert loaded[name].model == joint.model
@@ -433,7 +433,7 @@ def test_a_run_killed_in_training_and_stopped_in_scoring_gives_the_same_scores(
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    trained = [path.name for path in training_state.finished(run)]
+    trained = [path.name for path in training_state.list_checkpoints(run)]
     assert trained[:2] == ["step-00000001", "step-00000002"] and not (out / "scores.jsonl").exists()
 
     answer, batches = bench._answer, []

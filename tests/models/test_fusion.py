@@ -20,7 +20,7 @@ from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
 from mige.models.instruction import Instruction, tokenize
-from mige.training.metrics import forward_flops
+from mige.training.flops import forward_flops
 from mige.training.trainer import Trainer
 
 TINY = ROOT / "configs" / "tiny.py"
@@ -146,19 +146,19 @@ WORLD = {
     "data.sets": [],
     "data.world": {"one_reference": 1, "remove": 1},
     "train.optimizer": "muon",
-    "train.trainable": "scratch",
+    "train.trainable": "all",
     "train.ema": 0.5,
     "train.sample_every": 0,
     "train.log_every": 1,
     "train.checkpoint_every": 1,
     "train.batch_size": 4,
-    "train.lr_batch": 4,
+    "train.lr_reference_batch": 4,
 }
 
 
 def trainer(change: dict, start: Path, run: Path, steps: int) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
-    settings = WORLD | {"train.start": str(start), "train.steps": steps}
+    settings = WORLD | {"train.pretrained": str(start), "train.steps": steps}
     known = config.load(TINY).model.fusion  # what a config does not mention is as the start has it
     settings |= {f"model.fusion.{key}": value for key, value in change.items() if key in known}
     return Trainer(config.load(TINY, [f"{key}={value!r}" for key, value in settings.items()]), run)

@@ -57,7 +57,7 @@ def build(model: Path, run: Path, features: Path | None) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     sets = [{"file": str(RECORDS), "weight": 1.0}]
     settings = {
-        "train.start": str(model),
+        "train.pretrained": str(model),
         "train.sample_every": 0,
         "data.sets": sets,
         "data.size": SIZE,

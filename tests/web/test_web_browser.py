@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import ROOT
 from playwright import sync_api as playwright
-from test_web_studio import BAD_FILES
+from test_web_service import BAD_FILES
 
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
 from mige.utils.images import open_image
-from mige.web import page
+from mige.web import guard, page
 from mige.web.examples import of_the_world
 from mige.web.provenance import read_settings
-from mige.web.studio import Studio
+from mige.web.service import GenerationService
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
@@ -28,14 +28,14 @@ WAIT = 240_000  # ms: for work of the model, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def studio() -> Studio:
+def service() -> GenerationService:
     model = ROOT / "output" / "pretrained_models" / "mige-mini"
-    return Studio(MIGEPipeline.from_pretrained(model, dtype=torch.float32), model.name)
+    return GenerationService(MIGEPipeline.from_pretrained(model, dtype=torch.float32), model.name)
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    with page.serving(studio) as address:
+def address(service):
+    with page.serving(service) as address:
         yield address
 
 
@@ -147,39 +147,39 @@ def test_an_example_is_one_click_away(opened):
     assert "picture 2" in tab.get_by_label("Instruction").input_value()
 
 
-def test_stop_ends_the_work(opened, pictures, studio):
+def test_stop_ends_the_work(opened, pictures, service):
     _, tab = opened(tab=EDIT)
     upload(tab, *pictures[Task.EDIT])
     write(tab, "erase the thing at the top")
     choose(tab, "Steps", 100)
-    with counted(studio) as calls:
+    with counted(service) as calls:
         run(tab)
         playwright.expect(tab.locator(".mige-stage")).to_contain_text("Step", timeout=WAIT)
         tab.get_by_role("button", name="Stop", exact=True).click()
         playwright.expect(tab.locator(".mige-stage")).to_contain_text("Nothing was made")
         playwright.expect(tab.get_by_role("button", name="Run", exact=True)).to_be_visible()
-        studio._worker.submit(int).result()
+        service._worker.submit(int).result()
     assert len(calls) < 90
 
 
-def test_closing_the_window_ends_the_work(opened, pictures, studio):
+def test_closing_the_window_ends_the_work(opened, pictures, service):
     window, tab = opened(tab=EDIT)
     upload(tab, *pictures[Task.EDIT])
     write(tab, "erase the thing at the top")
     choose(tab, "Steps", 100)
-    with counted(studio) as calls:
+    with counted(service) as calls:
         run(tab)
         playwright.expect(tab.locator(".mige-stage")).to_contain_text("Step", timeout=WAIT)
         window.close()
-        studio._worker.submit(int).result()
+        service._worker.submit(int).result()
     assert len(calls) < 90
 
 
 class counted:  # noqa: N801 - reads as a verb
-    """The calls of the studio's network while the context lasts."""
+    """The calls of the service's network while the context lasts."""
 
-    def __init__(self, studio: Studio):
-        self.network = studio.pipeline.transformer
+    def __init__(self, service: GenerationService):
+        self.network = service.pipeline.transformer
 
     def __enter__(self) -> list[int]:
         calls: list[int] = []
@@ -233,7 +233,7 @@ def test_a_bad_file_is_said_and_the_next_run_works(opened, pictures, tmp_path):
 
 def test_an_upload_over_the_limit_is_said(opened, tmp_path):
     window, tab = opened(tab=EDIT)
-    (tmp_path / "large.png").write_bytes(bytes(page.UPLOAD_MB * 2**20 + 1))
+    (tmp_path / "large.png").write_bytes(bytes(guard.UPLOAD_MB * 2**20 + 1))
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
     playwright.expect(message(window)).to_contain_text("size")
 

@@ -19,13 +19,13 @@ from conftest import ROOT, environment
 from gradio_client import Client, handle_file
 from lively import lively_checkpoint
 from PIL import Image
-from test_web_studio import BAD_FILES, CAT, CUP
+from test_web_service import BAD_FILES, CAT, CUP
 
 from mige.inference.pipeline import MIGEPipeline
 from mige.utils import images
-from mige.web import page
+from mige.web import guard, page
 from mige.web.provenance import read_settings
-from mige.web.studio import Studio
+from mige.web.service import GenerationService
 
 FEW = dict(steps=2, guidance=2.0)
 
@@ -36,13 +36,13 @@ def lively(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(lively) -> Studio:
-    return Studio(MIGEPipeline.from_pretrained(lively), "lively")
+def service(lively) -> GenerationService:
+    return GenerationService(MIGEPipeline.from_pretrained(lively), "lively")
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    with page.serving(studio) as address:
+def address(service):
+    with page.serving(service) as address:
         yield address
 
 
@@ -84,14 +84,14 @@ def test_it_listens_to_this_machine_only(address):
         ("/edit_with_subject", "put picture 2 to the left of picture 1", (CAT, CUP)),
     ],
 )
-def test_three_lines_of_python_make_pictures_with_their_settings(client, studio, api_name, instruction, pictures):
+def test_three_lines_of_python_make_pictures_with_their_settings(client, service, api_name, instruction, pictures):
     uploads = [handle_file(str(path)) for path in pictures]
     results = client.predict(instruction, *uploads, api_name=api_name, pictures=2, seed=4, **FEW)
     assert [result["caption"] for result in results] == ["seed 4", "seed 5"]
     settings = read_settings(Path(results[1]["image"]))
     assert (settings["instruction"], settings["seed"], settings["steps"]) == (instruction, 5, 2)
     opened = [images.open_image(path) for path in pictures]
-    want = studio.pipeline(
+    want = service.pipeline(
         settings["prompt"],
         [opened[number - 1] for number in settings["pictures"]],
         None if api_name == "/generate" else opened[0],
@@ -114,8 +114,8 @@ def test_the_api_names_what_it_takes(client):
 
 
 def test_a_full_model_starts_with_the_official_settings_and_photographs(lively, monkeypatch):
-    monkeypatch.setattr(Studio, "is_miniature", property(lambda self: False))
-    with page.serving(Studio(MIGEPipeline.from_pretrained(lively), "full")) as address:
+    monkeypatch.setattr(GenerationService, "is_miniature", property(lambda self: False))
+    with page.serving(GenerationService(MIGEPipeline.from_pretrained(lively), "full")) as address:
         client = Client(address, verbose=False)
         parameters = client.view_api(return_format="dict")["named_endpoints"]["/generate"]["parameters"]
         shown = json.dumps(client.config)
@@ -146,7 +146,7 @@ def test_a_bad_upload_gets_a_sentence(client, tmp_path, kind):
         ({"instruction": "a dog"}, "does not name picture 1"),
         ({"instruction": "a picture 1", "width": 100}, "width is 100 px: choose a multiple of 16 px"),
         ({"instruction": "a picture 1", "seed": None}, "seed is empty"),
-        ({"instruction": "a picture 1", "pictures": 99}, "maximum value 8"),
+        ({"instruction": "a picture 1", "pictures": 99}, "number of pictures is 99: choose one from 1 to 8"),
     ],
 )
 def test_a_mismatch_gets_a_sentence(client, named, words):
@@ -155,7 +155,7 @@ def test_a_mismatch_gets_a_sentence(client, named, words):
 
 def test_an_upload_over_the_limit_is_refused_and_not_kept(client, folder, tmp_path):
     large = tmp_path / "large.png"
-    large.write_bytes(bytes(page.UPLOAD_MB * 2**20 + 1))
+    large.write_bytes(bytes(guard.UPLOAD_MB * 2**20 + 1))
     before = set(folder.rglob("*"))
     with pytest.raises(Exception, match=r"413|size|large"):
         client.predict("a picture 1", handle_file(str(large)), api_name="/generate", **FEW)
@@ -175,9 +175,12 @@ def file_data(path) -> dict:
 
 
 def test_nothing_is_fetched_and_no_other_file_is_read(address, folder):
-    inside = folder / "inside.png"
-    inside.write_bytes(CAT.read_bytes())
+    form = {"files": ("inside.png", CAT.read_bytes())}
+    [inside] = httpx.post(f"{address}gradio_api/upload", files=form).json()
+    assert Path(inside).is_relative_to(folder)
     assert answer(address, "edit", "make it dark", file_data(inside), 0, 1, 2, 2, 1, 128, 128) == "complete"
+    not_uploaded = folder / "beside.png"
+    not_uploaded.write_bytes(CAT.read_bytes())
     asked = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
@@ -189,15 +192,15 @@ def test_nothing_is_fetched_and_no_other_file_is_read(address, folder):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for path in (f"http://127.0.0.1:{server.server_port}/a.png", str(CAT), "/etc/hostname"):
+        for path in (f"http://127.0.0.1:{server.server_port}/a.png", str(CAT), "/etc/hostname", not_uploaded):
             assert answer(address, "edit", "make it dark", file_data(path), 0, 1, 2, 2, 1, 128, 128) == "error"
         server.shutdown()
     assert asked == []
 
 
-def test_a_fault_of_ours_keeps_its_details_and_harms_no_other(client, studio, monkeypatch, capfd):
+def test_a_fault_of_ours_keeps_its_details_and_harms_no_other(client, service, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        patch.setattr(studio.pipeline, "decode", lambda *_: 1 / 0)
+        patch.setattr(service.pipeline, "decode", lambda *_: 1 / 0)
         said = refusal(client, "make it dark", handle_file(str(CAT)), api_name="/edit")
     assert "went wrong at our end" in said and "division" not in said
     assert "ZeroDivisionError" in capfd.readouterr().err
@@ -236,9 +239,9 @@ def test_twenty_at_once_are_all_answered_and_the_bad_ones_harm_no_other(address,
         client.close()
 
 
-def test_cancelling_stops_the_work(client, studio):
+def test_cancelling_stops_the_work(client, service):
     calls = []
-    hook = studio.pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = service.pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
     try:
         job = client.submit("make it dark", handle_file(str(CAT)), api_name="/edit", steps=100, guidance=1.0)
         while not calls:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mige.data.records import UNSTORABLE
 from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task
 
-MOST_CHARACTERS = 2000  # the model reads 88 words
+MAX_CHARACTERS = 2000  # the model reads 88 words
 
 _NAMED = re.compile(r"\s*\bpicture\s*#?(\d{1,9})\b\s*", re.IGNORECASE)
 
@@ -56,8 +56,8 @@ def _check_text(text: str) -> None:
         raise RefusedError(
             "The instruction is empty: write what should happen, with “picture 1” where a picture belongs."
         )
-    if len(text) > MOST_CHARACTERS:
-        raise RefusedError(f"The instruction has {len(text):,} characters: write at most {MOST_CHARACTERS:,}.")
+    if len(text) > MAX_CHARACTERS:
+        raise RefusedError(f"The instruction has {len(text):,} characters: write at most {MAX_CHARACTERS:,}.")
     if PLACEHOLDER in text.lower():
         raise RefusedError(
             "Name the pictures by number here: write “picture 1”, “picture 2” instead of the placeholder."

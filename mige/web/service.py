@@ -1,10 +1,10 @@
-"""The studio: requests of people -> pictures, one at a time, with previews on the way. It knows no page.
+"""The generation service: requests of people -> images, one at a time, with previews on the way. It knows no page.
 
-    studio = Studio(pipeline, "mige-mini")
-    for event in studio.run(Request(Task.EDIT, "make picture 1 snowy", (Path("photo.jpg"),), seeds=(0, 1), ...)):
+    service = GenerationService(pipeline, "mige-mini")
+    for event in service.run(Request(Task.EDIT, "make picture 1 snowy", (Path("photo.jpg"),), seeds=(0, 1), ...)):
         ...  # Step, Step, ..., Made
 
-Closing that generator, or `studio.close()`, stops the work at its next step.
+Closing that generator, or `service.close()`, stops the work at its next step.
 """
 
 import threading
@@ -28,19 +28,19 @@ from mige.models import vae as latents
 from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MOST_REFERENCES, TASKS, Task
 from mige.utils import images
-from mige.web.numbered import Reading, RefusedError, read
+from mige.web.instructions import Reading, RefusedError, read
 
 STEPS = (1, 100)
 GUIDANCE = (0.0, 20.0)
 SOURCE_GUIDANCE = (0.0, 10.0)
 SEEDS = (0, 2**32 - 1)
-MOST_AT_ONCE = 8  # pictures of one request, made together
+MAX_AT_ONCE = 8  # pictures of one request, made together
 PREVIEWS = 6  # of a run; each decodes the estimates of all its pictures
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one person asks for; `Studio.run` checks it."""
+    """What one person asks for; `GenerationService.run` checks it."""
 
     task: Task
     instruction: str  # with "picture 1" where a picture belongs
@@ -85,13 +85,13 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """The work was stopped before it was finished."""
 
 
-class Studio:
+class GenerationService:
     """One model and the one thread that works with it: requests wait for each other, in the order they come."""
 
     def __init__(self, pipeline: MIGEPipeline, name: str):
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.name = pipeline, name
-        self._worker = ThreadPoolExecutor(1, "studio")  # one for good: each new thread would get OpenMP threads too
+        self._worker = ThreadPoolExecutor(1, "generation")  # one for good: each new thread would get OpenMP threads too
         self._closed = threading.Event()
 
     @property
@@ -120,7 +120,7 @@ class Studio:
     def explain(self, task: Task, text: str, given: Sequence[bool]) -> tuple[Reading, str, list[str]]:
         """How the model reads a numbered instruction: the reading, the whole text it is given, and what is odd.
 
-        Raises RefusedError as `numbered.read`, and for an instruction so long that a picture of it would be cut off.
+        Raises RefusedError as `instructions.read`, and for an instruction too long for its pictures.
         """
         reading = read(task, text, given)
         named = tuple(Path(str(number)) for number in reading.numbers)
@@ -142,18 +142,18 @@ class Studio:
                 raise RefusedError(
                     f"The {name} is {side} px: choose a multiple of {grid} px from {smallest} to {largest} px."
                 )
-        _check_range("number of steps", request.steps, STEPS)
-        _check_range("guidance", request.guidance, GUIDANCE)
-        _check_range("source guidance", request.source_guidance, SOURCE_GUIDANCE)
-        _check_range("number of pictures", len(request.seeds), (1, MOST_AT_ONCE))
+        check_range("number of steps", request.steps, STEPS)
+        check_range("guidance", request.guidance, GUIDANCE)
+        check_range("source guidance", request.source_guidance, SOURCE_GUIDANCE)
+        check_range("number of pictures", len(request.seeds), (1, MAX_AT_ONCE))
         for seed in request.seeds:
-            _check_range("seed", seed, SEEDS)
+            check_range("seed", seed, SEEDS)
         return self.explain(request.task, request.instruction, [path is not None for path in request.pictures])[0]
 
     def run(self, request: Request) -> Iterator[Step | Made]:
         """Make the pictures of a request; yields its steps, then the result.
 
-        Raises RefusedError for what `check` refuses and for pictures that cannot be used, Stopped if the studio closes,
+        Raises RefusedError for what `check` refuses and for unusable pictures, Stopped if the service closes,
         and whatever goes wrong at work.
         """
         reading = self.check(request)
@@ -227,10 +227,12 @@ class Studio:
         }
 
 
-def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    """Refuse a number out of its range; NaN is out of every range."""
     low, high = limits
     if not low <= value <= high:
-        raise RefusedError(f"The {name} is {value:g}: choose one from {low:g} to {high:g}.")
+        shown = "too large" if abs(value) > 2**63 else f"{value:.10g}"
+        raise RefusedError(f"The {name} is {shown}: choose one from {low:.10g} to {high:.10g}.")
 
 
 def _open(path: Path, number: int) -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mige.models.instruction import clean
 from mige.tasks import PLACEHOLDER, TASKS, Task
-from mige.web.studio import Step
+from mige.web.service import Step
 
 PREVIEW_SIDE = 320  # px, most; a preview is sent with every few steps
 
@@ -113,6 +113,7 @@ def wrong(sentence: str) -> str:
 
 EMPTY_STAGE = '<div class="mige-stage empty"><p>The result appears here.</p></div>'
 WAITING = '<div class="mige-stage empty"></div>'  # the page lays the place in the queue over it
+NOTHING_NEW = '<div class="mige-stage done"><p>Nothing new was made. Below is the result from before.</p></div>'
 NOTHING_MADE = '<div class="mige-stage empty"><p>Nothing was made.</p></div>'  # after an error, or stopped
 NOTHING_READ = '<div class="mige-reads"></div>'
 

@@ -1,4 +1,4 @@
-"""The web page without a page: numbered instructions, examples, settings in PNG files, and the studio's work."""
+"""The web page without a page: numbered instructions, examples, settings in PNG files, and the service's work."""
 
 import io
 import json
@@ -16,10 +16,10 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction, full_text, tokenize
 from mige.tasks import MOST_REFERENCES, Task, placeholders
 from mige.utils import images
-from mige.web import examples, numbered
-from mige.web.numbered import Reading, RefusedError
+from mige.web import examples, instructions
+from mige.web.instructions import Reading, RefusedError
 from mige.web.provenance import read_settings, save_with_settings
-from mige.web.studio import MOST_AT_ONCE, PREVIEWS, Made, Request, Step, Stopped, Studio
+from mige.web.service import MAX_AT_ONCE, PREVIEWS, GenerationService, Made, Request, Step, Stopped
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "example_data" / "images"
@@ -39,16 +39,16 @@ CAT, CUP, FLOWER = (PICTURES / f"{name}.jpg" for name in ("cat", "cup_on_black",
     ],
 )
 def test_numbers_become_placeholders_in_the_order_of_the_text(text, given, prompt, numbers):
-    assert numbered.read(Task.SUBJECT, text, [True] * given) == Reading(prompt, numbers)
+    assert instructions.read(Task.SUBJECT, text, [True] * given) == Reading(prompt, numbers)
 
 
 def test_an_edit_may_leave_its_picture_unnamed():
-    assert numbered.read(Task.EDIT, "make the sky night", [True]) == Reading("make the sky night", (1,))
-    assert numbered.read(Task.EDIT, "make picture 1 night", [True]) == Reading("make<imagehere>night", (1,))
+    assert instructions.read(Task.EDIT, "make the sky night", [True]) == Reading("make the sky night", (1,))
+    assert instructions.read(Task.EDIT, "make picture 1 night", [True]) == Reading("make<imagehere>night", (1,))
 
 
 def test_a_gap_between_the_pictures_keeps_their_numbers():
-    reading = numbered.read(Task.SUBJECT_EDIT, "add picture 3 to picture 1", [True, False, True])
+    reading = instructions.read(Task.SUBJECT_EDIT, "add picture 3 to picture 1", [True, False, True])
     assert reading == Reading("add<imagehere>to<imagehere>", (3, 1))
 
 
@@ -75,7 +75,7 @@ def test_a_gap_between_the_pictures_keeps_their_numbers():
 )
 def test_what_cannot_be_read_gets_a_sentence(task, text, given, words):
     with pytest.raises(RefusedError, match=words) as refusal:
-        numbered.read(task, text, given)
+        instructions.read(task, text, given)
     assert str(refusal.value).endswith(".")
 
 
@@ -91,8 +91,8 @@ def test_every_instruction_of_the_world_survives_being_spelled_and_read():
         if not case.references:
             continue
         numbers = [*range(len(case.references), 0, -1)] if case.task is not Task.EDIT else [1]
-        text = numbered.spell(case.prompt, numbers)
-        reading = numbered.read(case.task, text, [True] * len(numbers))
+        text = instructions.spell(case.prompt, numbers)
+        reading = instructions.read(case.task, text, [True] * len(numbers))
         assert reading.numbers == tuple(numbers)
         assert tokens(reading.prompt, case.task) == tokens(case.prompt, case.task)
 
@@ -108,7 +108,7 @@ def test_examples_are_instructions_that_can_be_read(task, kind, tmp_path):
     )
     assert made
     for example in made:
-        reading = numbered.read(task, example.instruction, [True] * len(example.pictures))
+        reading = instructions.read(task, example.instruction, [True] * len(example.pictures))
         assert max(placeholders(reading.prompt), 1) == len(example.pictures) == len(set(example.pictures))
         for path in example.pictures:
             images.open_image(path)
@@ -132,15 +132,15 @@ def test_settings_survive_in_the_png(tmp_path):
         read_settings(tmp_path / "b.png")
 
 
-# ---- the studio ------------------------------------------------------------------------------------------------------
+# ---- the service -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_model, tmp_path_factory):
+def service(tiny_model, tmp_path_factory):
     folder = lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
-    studio = Studio(MIGEPipeline.from_pretrained(folder), "lively")
-    yield studio
-    studio.close()
+    service = GenerationService(MIGEPipeline.from_pretrained(folder), "lively")
+    yield service
+    service.close()
 
 
 def request(task=Task.SUBJECT, instruction="picture 1 beside picture 2", pictures=(CAT, CUP), **changes) -> Request:
@@ -148,8 +148,8 @@ def request(task=Task.SUBJECT, instruction="picture 1 beside picture 2", picture
     return Request(task, instruction, pictures, **(settings | changes))
 
 
-def result(studio, asked: Request) -> Made:
-    *_, made = studio.run(asked)
+def result(service, asked: Request) -> Made:
+    *_, made = service.run(asked)
     return made
 
 
@@ -157,8 +157,8 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_a_run_reports_every_step_and_shows_the_picture_on_the_way(studio):
-    *steps, made = studio.run(request(steps=14, seeds=(1, 2), height=96))
+def test_a_run_reports_every_step_and_shows_the_picture_on_the_way(service):
+    *steps, made = service.run(request(steps=14, seeds=(1, 2), height=96))
     assert [(step.number, step.of) for step in steps] == [(n, 14) for n in range(1, 15)]
     shown = [step for step in steps if step.previews]
     assert 1 < len(shown) <= PREVIEWS and shown[-1].number < 14
@@ -167,60 +167,60 @@ def test_a_run_reports_every_step_and_shows_the_picture_on_the_way(studio):
     assert [settings["seed"] for settings in made.settings] == [1, 2] and made.before is None
 
 
-def test_the_nth_named_picture_is_the_nth_reference(studio):
+def test_the_nth_named_picture_is_the_nth_reference(service):
     cat, cup = images.open_image(CAT), images.open_image(CUP)
     prompt = "<imagehere>beside<imagehere>"
     for text, references in (
         ("picture 1 beside picture 2", [cat, cup]),
         ("picture 2 beside picture 1", [cup, cat]),
     ):
-        want = studio.pipeline(prompt, references, num_inference_steps=3, guidance_scale=2.0, seed=5).images[0]
-        got = result(studio, request(instruction=text)).pictures[0]
+        want = service.pipeline(prompt, references, num_inference_steps=3, guidance_scale=2.0, seed=5).images[0]
+        got = result(service, request(instruction=text)).pictures[0]
         assert np.abs(levels(got) - levels(want)).max() <= 1
-    swapped = result(studio, request(instruction="picture 2 beside picture 1")).pictures[0]
-    assert np.abs(levels(swapped) - levels(result(studio, request()).pictures[0])).max() > 5
+    swapped = result(service, request(instruction="picture 2 beside picture 1")).pictures[0]
+    assert np.abs(levels(swapped) - levels(result(service, request()).pictures[0])).max() > 5
 
 
-def test_a_picture_named_twice_is_two_references(studio):
+def test_a_picture_named_twice_is_two_references(service):
     cat = images.open_image(CAT)
-    want = studio.pipeline("<imagehere>by<imagehere>", [cat, cat], num_inference_steps=3, guidance_scale=2.0, seed=5)
-    got = result(studio, request(instruction="picture 1 by picture 1", pictures=(CAT,)))
+    want = service.pipeline("<imagehere>by<imagehere>", [cat, cat], num_inference_steps=3, guidance_scale=2.0, seed=5)
+    got = result(service, request(instruction="picture 1 by picture 1", pictures=(CAT,)))
     assert np.abs(levels(got.pictures[0]) - levels(want.images[0])).max() <= 1
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_an_edit_is_the_pipelines_and_shows_what_it_edited(studio, named):
+def test_an_edit_is_the_pipelines_and_shows_what_it_edited(service, named):
     cat = images.open_image(CAT)
     text, prompt = ("make picture 1 dark", "make<imagehere>dark") if named else ("make it dark", "make it dark")
-    want = studio.pipeline(
+    want = service.pipeline(
         prompt, source=cat, num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5
     )
-    got = result(studio, request(Task.EDIT, text, (CAT,)))
+    got = result(service, request(Task.EDIT, text, (CAT,)))
     assert np.abs(levels(got.pictures[0]) - levels(want.images[0])).max() <= 1
     assert (levels(got.before) == levels(images.center_crop(cat, 128, 128))).all()
 
 
-def test_an_edit_with_a_subject_edits_picture_1(studio):
+def test_an_edit_with_a_subject_edits_picture_1(service):
     cat, cup = images.open_image(CAT), images.open_image(CUP)
     settings = dict(num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5)
-    want = studio.pipeline("add<imagehere>to<imagehere>", [cup, cat], source=cat, **settings)
-    got = result(studio, request(Task.SUBJECT_EDIT, "add picture 2 to picture 1"))
+    want = service.pipeline("add<imagehere>to<imagehere>", [cup, cat], source=cat, **settings)
+    got = result(service, request(Task.SUBJECT_EDIT, "add picture 2 to picture 1"))
     assert np.abs(levels(got.pictures[0]) - levels(want.images[0])).max() <= 1
 
 
 @pytest.mark.parametrize(
     ("task", "text"), [(Task.SUBJECT, "picture 2 by picture 1"), (Task.SUBJECT_EDIT, "picture 2 in picture 1")]
 )
-def test_a_picture_of_a_grid_is_that_seed_alone(studio, task, text):
-    grid = result(studio, request(task, text, seeds=(3, 4, 5)))
-    alone = [result(studio, request(task, text, seeds=(seed,))) for seed in (3, 4, 5)]
+def test_a_picture_of_a_grid_is_that_seed_alone(service, task, text):
+    grid = result(service, request(task, text, seeds=(3, 4, 5)))
+    alone = [result(service, request(task, text, seeds=(seed,))) for seed in (3, 4, 5)]
     for place in range(3):
         assert np.abs(levels(grid.pictures[place]) - levels(alone[place].pictures[0])).max() <= 1
     assert np.abs(levels(grid.pictures[0]) - levels(grid.pictures[1])).max() > 5
 
 
-def test_the_settings_of_a_result_say_all_that_made_it(studio):
-    [settings] = result(studio, request(Task.SUBJECT_EDIT, "add picture 2 to picture 1", seeds=(9,))).settings
+def test_the_settings_of_a_result_say_all_that_made_it(service):
+    [settings] = result(service, request(Task.SUBJECT_EDIT, "add picture 2 to picture 1", seeds=(9,))).settings
     assert settings == {
         "task": "subject_edit",
         "instruction": "add picture 2 to picture 1",
@@ -247,15 +247,15 @@ def test_the_settings_of_a_result_say_all_that_made_it(studio):
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"source_guidance": -1.0}, "source guidance is -1"),
         ({"seeds": ()}, "number of pictures is 0"),
-        ({"seeds": tuple(range(MOST_AT_ONCE + 1))}, "number of pictures is 9: choose one from 1 to 8"),
+        ({"seeds": tuple(range(MAX_AT_ONCE + 1))}, "number of pictures is 9: choose one from 1 to 8"),
         ({"seeds": (-1,)}, "seed is -1"),
-        ({"seeds": (2**32,)}, "seed is 4.29497e"),
+        ({"seeds": (2**32,)}, "seed is 4294967296"),
         ({"instruction": "picture 1 " + "so " * 90 + "picture 2"}, "too long: a picture in it would not be read"),
     ],
 )
-def test_a_request_out_of_bounds_is_refused_before_any_work(studio, changes, words):
+def test_a_request_out_of_bounds_is_refused_before_any_work(service, changes, words):
     with pytest.raises(RefusedError, match=words):
-        next(studio.run(request(**changes)))
+        next(service.run(request(**changes)))
 
 
 def bomb() -> bytes:
@@ -281,40 +281,40 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_bad_file_is_named_by_its_number_and_harms_nobody(studio, tmp_path, kind):
+def test_a_bad_file_is_named_by_its_number_and_harms_nobody(service, tmp_path, kind):
     content, words = BAD_FILES[kind]
     bad = tmp_path / "bad.png"
     bad.write_bytes(content())
-    waiting = studio.run(request(pictures=(CAT, bad)))
+    waiting = service.run(request(pictures=(CAT, bad)))
     with pytest.raises(RefusedError, match=rf"^Picture 2: .*{words}") as refusal:
         list(waiting)
     assert str(tmp_path) not in str(refusal.value)
-    assert result(studio, request()).pictures
+    assert result(service, request()).pictures
 
 
-def test_a_picture_too_long_to_scale_is_refused(studio, tmp_path):
+def test_a_picture_too_long_to_scale_is_refused(service, tmp_path):
     Image.new("RGB", (1, 60_000)).save(tmp_path / "long.png")
     with pytest.raises(RefusedError, match=r"60000.*make it smaller or crop it"):
-        list(studio.run(request(Task.EDIT, "make it dark", (tmp_path / "long.png",), width=256, height=256)))
+        list(service.run(request(Task.EDIT, "make it dark", (tmp_path / "long.png",), width=256, height=256)))
 
 
-def test_closing_a_run_stops_the_work(studio):
+def test_closing_a_run_stops_the_work(service):
     calls = []
-    hook = studio.pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = service.pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
     try:
-        running = studio.run(request(steps=100, guidance=1.0))
+        running = service.run(request(steps=100, guidance=1.0))
         assert isinstance(next(running), Step)
         running.close()
-        result(studio, request(steps=1, guidance=1.0))  # the worker has come to it, so the first one is over
+        result(service, request(steps=1, guidance=1.0))  # the worker has come to it, so the first one is over
     finally:
         hook.remove()
     assert len(calls) < 90
 
 
 def test_closing_the_studio_ends_what_runs(tiny_model):
-    studio = Studio(MIGEPipeline.from_pretrained(tiny_model), "tiny")
-    running = studio.run(request(steps=100))
+    service = GenerationService(MIGEPipeline.from_pretrained(tiny_model), "tiny")
+    running = service.run(request(steps=100))
     next(running)
-    studio.close()
+    service.close()
     with pytest.raises(Stopped):
         list(running)

@@ -1,0 +1,69 @@
+"""What a value of a config must be: types, ranges, names; each refusal says key, value and what was expected."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A config with an unknown, missing or contradictory key; the message names it."""
+
+
+_EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def check_types(section: Any, where: str) -> None:
+    """Raise ConfigError for a value that is not what its field says."""
+    for name, hint in get_type_hints(type(section)).items():
+        check_type(f"{where}.{name}", getattr(section, name), hint)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in options:
+        return
+    plain, or_none = options[0], ", or None" if len(options) > 1 else ""
+    kind = get_origin(plain) or plain
+    if kind in _EXPECTED:
+        number = type(value) in (int, float) and math.isfinite(value)
+        if not (number if kind is float else type(value) is kind):
+            raise ConfigError(f"{name} is {value!r}, expected {_EXPECTED[kind]}{or_none}")
+        return
+    inner = get_args(plain)
+    if issubclass(kind, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is {value!r}, expected a dict")
+        if inner[1] is float:
+            for key, one in value.items():
+                check_type(f"{name}.{key}", one, float)
+        return
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is {value!r}, expected a list, such as [{value!r}]")
+    for number, one in enumerate(value):
+        check_type(f"{name}[{number}]", one, inner[0])
+
+
+def at_least(name: str, got: float, least: float) -> None:
+    if got < least:
+        raise ConfigError(f"{name} is {got}, expected at least {least}")
+
+
+def positive(name: str, got: Any) -> None:
+    check_type(name, got, float)
+    if got <= 0:
+        raise ConfigError(f"{name} is {got}, expected a number above 0")
+
+
+def within(name: str, got: float, low: float, high: float) -> None:
+    if not low <= got <= high:
+        raise ConfigError(f"{name} is {got}, expected {low} to {high}")
+
+
+def one_of(name: str, got: str, known: Sequence[str]) -> None:
+    if got not in known:
+        raise ConfigError(f"{name} is {got!r}, expected one of {', '.join(known)}")
+
+
+def agree(name: str, got: int, other: str, expected: int) -> None:
+    if got != expected:
+        raise ConfigError(f"model: {name} is {got}, but {other} is {expected}: make them equal")

@@ -1,0 +1,134 @@
+"""The page's files: uploads, results and examples in one private folder, and who may name them.
+
+A file is known by the path this store handed out for it, compared as a string: nothing a client sends is ever looked
+up on the disk before it was found among those. Folders have names of `secrets.token_urlsafe`, so that a path is known
+to whoever it was given to and to nobody else.
+"""
+
+import secrets
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+MAX_STORED_BYTES = 4 * 2**30
+SUFFIXES = {
+    ".avif": "image/avif",
+    ".bmp": "image/bmp",
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+"""What a browser may show in place; everything else is a download. No SVG: it may hold scripts."""
+
+
+class StoreFullError(Exception):
+    """There is no room for another file until older ones are swept."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The images of one request, each with its caption, and the edited image as the model saw it."""
+
+    images: tuple[tuple[str, str], ...]  # path, caption
+    before: str | None
+
+
+class FileStore:
+    """The files of one server. Safe to use from several threads.
+
+    Args:
+        folder: an empty folder of the server's own; made private to its user.
+    """
+
+    def __init__(self, folder: Path):
+        folder.chmod(0o700)
+        self.folder = folder.resolve(strict=True)
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}  # every path handed out -> bytes
+        self._results: dict[str, Results] = {}  # token -> results
+        self._permanent: set[Path] = set()
+
+    def new_folder(self) -> Path:
+        """A fresh folder with a name that cannot be guessed."""
+        folder = self.folder / secrets.token_urlsafe(16)
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def add_upload(self, name: str, content: bytes) -> str:
+        """Keep an upload; gives back the path by which its owner names it. Raises StoreFullError."""
+        with self._lock:
+            if sum(self._sizes.values()) + len(content) > MAX_STORED_BYTES:
+                raise StoreFullError
+        path = self.new_folder() / _safe_name(name)
+        path.write_bytes(content)
+        return self.hand_out(path)
+
+    def hand_out(self, path: Path) -> str:
+        """Let clients name and fetch a file of this folder."""
+        with self._lock:
+            self._sizes[str(path)] = path.stat().st_size
+        return str(path)
+
+    def add_example(self, image: Path) -> str:
+        """Keep a copy of an image for as long as the server runs; gives back its path, for every visitor."""
+        folder = self.new_folder()
+        self._permanent.add(folder)
+        return self.hand_out(Path(shutil.copyfile(image, folder / image.name)))
+
+    def add_results(self, results: Results) -> str:
+        """Keep results; gives back the token by which the page names them."""
+        token = secrets.token_urlsafe(16)
+        with self._lock:
+            self._results[token] = results
+        return token
+
+    def results(self, token: Any) -> Results | None:
+        """The results of a token; None for anything that is none, or no longer one."""
+        with self._lock:
+            return self._results.get(token) if isinstance(token, str) else None
+
+    def find(self, path: Any) -> Path | None:
+        """The file of a path that was handed out, is still there and lies in this folder; None for anything else."""
+        with self._lock:
+            if not isinstance(path, str) or path not in self._sizes:
+                return None
+        found = Path(path)
+        real = found.resolve()
+        return found if found == real and found.is_file() and real.is_relative_to(self.folder) else None
+
+    def sweep(self, keep_seconds: float) -> None:
+        """Delete every folder and file older than that, the examples apart, and forget what lay in them."""
+        oldest = time.time() - keep_seconds
+        for entry in self.folder.iterdir():
+            if entry in self._permanent or entry.lstat().st_mtime > oldest:
+                continue
+            with self._lock:
+                self._forget(entry)
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def _forget(self, entry: Path) -> None:
+        below = {path for path in self._sizes if Path(path).is_relative_to(entry)}
+        for path in below:
+            del self._sizes[path]
+        gone = [token for token, kept in self._results.items() if any(path in below for path, _ in kept.images)]
+        for token in gone:
+            del self._results[token]
+
+
+def _safe_name(name: str) -> str:
+    """A file name that is one on every system and keeps its suffix."""
+    base = PurePath(name.replace("\\", "/")).name
+    stem, dot, suffix = base.rpartition(".")
+    if not dot:
+        stem, suffix = base, ""
+    clean = "".join(letter for letter in stem if letter.isalnum() or letter in " -_")[:60].strip() or "image"
+    kept = "".join(letter for letter in suffix.lower() if letter.isascii() and letter.isalnum())[:8]
+    return f"{clean}.{kept}" if kept else clean

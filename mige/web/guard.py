@@ -1,0 +1,231 @@
+"""What stands between the network and Gradio: an allow-list of addresses, and no path that a client made up.
+
+Gradio reads, copies and fetches what a request names. So no request reaches it as it came: only the routes the page
+needs exist, uploads and files are served from the store, and of every event the body is parsed, checked against the
+event it is for, and written anew. A value that looks like a file becomes the path of an upload of this server or
+`NOT_UPLOADED`, whatever it named; the fields turn that into a sentence.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mige.web import event_body
+from mige.web.event_body import BadRequestError
+from mige.web.file_store import SUFFIXES, FileStore, StoreFullError
+
+UPLOAD_MB = 20  # of one file
+MAX_FILES = 4  # of one upload
+MAX_BODY = 256 * 1024  # bytes of an event
+MAX_IN_FLIGHT = 64  # requests that send something, at the same time; finished ones wait in the queue instead
+BODY_SECONDS = 120  # for a body to arrive
+
+API = "/gradio_api"
+_SEGMENT = r"[\w@+-][\w.@+-]*"
+_READ = re.compile(
+    rf"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(?:/\d{{1,4}})?"
+    rf"|/(?:static|assets|svelte)/(?:{_SEGMENT}/)*{_SEGMENT}"
+    rf"|{API}/(?:info/?|openapi\.json|app_id/?|user/?|login_check/?|startup-events|theme\.css|queue/status)"
+    rf"|{API}/heartbeat/{event_body.ID.pattern}",
+    re.ASCII,
+)
+_FILE = f"{API}/file="
+_EVENT = re.compile(rf"{API}/(queue/join|run|api|call/v2|call)(?:/(\w{{1,80}}))?/?", re.ASCII)
+_RESULT = re.compile(rf"{API}/call/(?:v2/)?\w{{1,80}}/({event_body.ID.pattern})", re.ASCII)
+_FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
+
+_log = logging.getLogger(__name__)
+
+
+class Guard:
+    """ASGI middleware around Gradio's application.
+
+    Args:
+        page: gives the blocks that are served, once they are there.
+    """
+
+    def __init__(self, app: ASGIApp, store: FileStore, page: Callable[[], gr.Blocks]):
+        self.app, self.store, self.page = app, store, page
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request; whatever goes wrong ends in a sentence, and in the log if it is a fault of ours."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, watched)
+        except BadRequestError as refusal:
+            await _refusal(str(refusal), refusal.status)(scope, receive, watched)
+        except Exception:
+            _log.exception("%s %s failed", scope["method"], ascii(scope["path"]))
+            if not started:
+                sentence = "Something went wrong at our end: the log of the server says what."
+                await _refusal(sentence, 500)(scope, receive, watched)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        if method in ("GET", "HEAD"):
+            await self._read(path, scope, receive, send)
+        elif method == "POST":
+            if self.in_flight >= MAX_IN_FLIGHT:
+                raise BadRequestError("The server has too many requests at once: try again in a moment.", 503)
+            self.in_flight += 1
+            try:
+                await self._write(path, scope, receive, send)
+            finally:
+                self.in_flight -= 1
+        elif method == "OPTIONS":
+            await Response(status_code=204)(scope, receive, send)
+        else:
+            raise BadRequestError(f"{method} is not understood here: use GET or POST.", 405)
+
+    async def _read(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if path.startswith(_FILE):
+            await self._file(path.removeprefix(_FILE))(scope, receive, send)
+        elif path == f"{API}/upload_progress":  # what Gradio would measure is an upload it receives itself
+            await Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")(scope, receive, send)
+        elif path == f"{API}/queue/data":
+            self._require_session(Request(scope).query_params.get("session_hash"))
+            await self.app(scope, receive, send)
+        elif match := _RESULT.fullmatch(path):
+            self._require_event(match[1])
+            await self.app(scope, receive, send)
+        elif _READ.fullmatch(path):
+            await self.app(scope, receive, send)
+        else:
+            raise _NOTHING_HERE
+
+    async def _write(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if path == f"{API}/upload":
+            answer = await self._upload(Request(scope, _limited(receive, MAX_FILES * UPLOAD_MB * 2**20)))
+            await answer(scope, receive, send)
+            return
+        match = _EVENT.fullmatch(path)
+        if not match and path.rstrip("/") not in (f"{API}/cancel", f"{API}/reset"):
+            raise _NOTHING_HERE
+        sent = await _json(Request(scope, _limited(receive, MAX_BODY)))
+        if not match:
+            body = event_body.of_cancel(sent)
+        else:
+            route, name = match.groups()
+            body = event_body.of_event(self.page(), self.store, route, name, sent)
+            if route == "call/v2":  # parameters by name: now in their order
+                scope = scope | {"path": f"{API}/call/{name}", "raw_path": f"{API}/call/{name}".encode()}
+        await self.app(*_with_body(scope, receive, body), send)
+
+    def _file(self, path: str) -> Response:
+        """A file that was handed out. For any other path one answer, be there a file or not."""
+        found = self.store.find(path)
+        if found is None:
+            raise _NOTHING_HERE
+        shown_as = SUFFIXES.get(found.suffix.lower())
+        return FileResponse(
+            found,
+            media_type=shown_as or "application/octet-stream",
+            content_disposition_type="inline" if shown_as else "attachment",
+            filename=found.name,
+            headers=_FILE_HEADERS,
+        )
+
+    async def _upload(self, request: Request) -> Response:
+        """Keep the files of a form; answers with the paths by which the sender, and nobody else, may name them."""
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return PlainTextResponse("An upload is a form of type multipart/form-data, its files named “files”.", 400)
+        try:
+            form = await asyncio.wait_for(request.form(max_files=MAX_FILES, max_fields=8), BODY_SECONDS)
+        except BadRequestError as refusal:
+            return PlainTextResponse(str(refusal), refusal.status)
+        except (HTTPException, TimeoutError, UnicodeError, ValueError) as error:
+            return PlainTextResponse(f"The upload cannot be read: {getattr(error, 'detail', '') or 'cut short'}.", 400)
+        try:
+            files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
+            if too_large := [file for file in files if (file.size or 0) > UPLOAD_MB * 2**20]:
+                size = (too_large[0].size or 0) / 2**20
+                return PlainTextResponse(f"The file has a size of {size:.1f} MB: send at most {UPLOAD_MB} MB.", 413)
+            return JSONResponse([self.store.add_upload(one.filename or "image", await one.read()) for one in files])
+        except StoreFullError:
+            return PlainTextResponse("The server holds too many files: try again in an hour.", 507)
+        finally:
+            await form.close()
+
+    def _require_session(self, session: str | None) -> None:
+        """Gradio would open a stream and fail within."""
+        if session not in self.page()._queue.pending_messages_per_session:
+            raise _NO_SESSION
+
+    def _require_event(self, event: str) -> None:
+        queue = self.page()._queue
+        waiting = queue.pending_event_ids_session.values()
+        if event not in queue.event_ids_to_events and not any(event in ids for ids in waiting):
+            raise _NO_SESSION
+
+
+_NOTHING_HERE = BadRequestError("There is nothing at this address.", 404)
+_NO_SESSION = BadRequestError("There is no such request: it has ended, or was never sent.", 404)
+
+
+def _refusal(sentence: str, status: int) -> Response:
+    return JSONResponse({"error": sentence, "detail": sentence}, status)
+
+
+def _limited(receive: Receive, most: int) -> Receive:
+    """The same messages, refused once their bodies come to more than that many bytes."""
+    total = 0
+
+    async def limited() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > most:
+            raise BadRequestError(f"The request has a size of more than {most / 2**20:g} MB: send less.", 413)
+        return message
+
+    return limited
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return json.loads(await asyncio.wait_for(request.body(), BODY_SECONDS))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
+        raise BadRequestError("The request is no JSON that can be read: send an object.") from error
+    except TimeoutError as error:
+        raise BadRequestError("The request was cut short: send it again.", 408) from error
+
+
+def _with_body(scope: Scope, receive: Receive, body: dict[str, Any]) -> tuple[Scope, Receive]:
+    """The request with another body; what follows the body, the client's leaving, comes through."""
+    encoded = json.dumps(body).encode()
+    dropped = (b"content-length", b"content-type", b"transfer-encoding", b"content-encoding")
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(encoded)).encode())]
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": encoded, "more_body": False}
+
+    return scope | {"headers": headers}, replayed
