@@ -15,36 +15,33 @@ import argparse
 import importlib.util
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mige import config
-from mige.checkpoints.folder import CheckpointError
-from mige.mini import ablation, ablation_report
-from mige.mini.bench import BenchError
-from mige.training.trainer import PREEMPTED
-
-ROOT = Path(__file__).resolve().parent.parent
+from mige.cli import command
+from mige.cli.choices import VARIANTS
+from mige.cli.places import CONFIGS, MODELS, ROOT
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to make or go on with")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("out", type=command.folder_to_write, help="folder to make or go on with")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config, for all variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of weights and data (%(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=ablation.VARIANTS, default=list(ablation.VARIANTS),
-                        metavar="VARIANT", help=f"of {', '.join(ablation.VARIANTS)} (all)")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        metavar="VARIANT", help=f"of {', '.join(VARIANTS)} (all)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="of training, a multiple of 4 (the config's)")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
-    parser.add_argument("--from-model", type=Path, default=ROOT / "output/pretrained_models/ablation-base",
+    parser.add_argument("--config", type=Path, default=CONFIGS / "ablation.py", help="(%(default)s)")
+    parser.add_argument("--from-model", type=Path, default=MODELS / "ablation-base",
                         help="checkpoint folder that all runs start from (%(default)s)")  # fmt: skip
-    parser.add_argument("--per-kind", type=int, default=ablation.Plan.per_kind,
+    parser.add_argument("--per-kind", type=int, default=52,
                         help="cases of each kind, even (%(default)s)")  # fmt: skip
-    parser.add_argument("--sampler-steps", type=int, default=ablation.Plan.sampler_steps, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=ablation.Plan.batch,
+    parser.add_argument("--sampler-steps", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=64,
                         help="pictures generated at a time (%(default)s)")  # fmt: skip
     parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and pictures of scored runs")
     parser.add_argument("--report-only", action="store_true", help="train and score nothing")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     if args.batch < 1 or args.sampler_steps < 1 or args.per_kind < 2 or args.per_kind % 2:
         parser.error(f"--batch is {args.batch}, --sampler-steps {args.sampler_steps}, --per-kind {args.per_kind}; "
                      "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
@@ -53,7 +50,10 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    from mige.mini import ablation, ablation_report
+    from mige.training.signals import PREEMPTED
+
     if not args.report_only:
         steps = [] if args.steps is None else [f"train.steps={args.steps}"]
         plan = ablation.Plan(
@@ -73,8 +73,6 @@ def main(args: argparse.Namespace) -> None:
     print("\n".join([*sentences, f"{table}: all of it; beside it report.json and curves.png"]))
 
 
-if __name__ == "__main__":
-    try:
-        main(parse())
-    except (ablation.AblationError, BenchError, CheckpointError, config.ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

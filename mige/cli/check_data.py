@@ -9,7 +9,6 @@ The exit code is 1 if there is any fault. Reports are in the order of the files,
 import argparse
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,21 +19,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mige.cli import command
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
 from mige.data.records import Finding, Record
 from mige.tasks import Task
+from mige.utils.errors import UserError
 
 CHUNK = 64  # records a process decodes at a time; a picture shared within a chunk is decoded once
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, help=".json and .jsonl files")
     parser.add_argument("--root", type=Path, help="what relative paths start from (default: the folder of each file)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help="decode every picture")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}, expected at least 1")
     return args
@@ -54,9 +55,12 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
         tqdm(total=len(records), unit="record") as bar,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
     ):
-        for chunk, findings in zip(chunks, pool.map(partial(check_images, workers=1), chunks), strict=True):
-            bar.update(len(chunk))
-            yield from findings
+        try:
+            for chunk, findings in zip(chunks, pool.map(partial(check_images, workers=1), chunks), strict=True):
+                bar.update(len(chunk))
+                yield from findings
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error
 
 
 def file_of(where: str) -> str:
@@ -73,8 +77,7 @@ def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[st
         print("".join(f"{count!s:>13}" for count in counts), names, sep="  ")
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(args.files))
     report = read_records(files, root=args.root)
     faults = report.faults + check_targets(report.records)
@@ -86,11 +89,9 @@ def main() -> None:
     for finding in [*faults, *report.notes]:
         print(finding)
     print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
-    sys.exit(1 if faults else 0)
+    return 1 if faults else 0
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except BrokenProcessPool:
-        sys.exit("error: a worker process died, most likely of short memory; give fewer --workers")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

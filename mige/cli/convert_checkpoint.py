@@ -13,26 +13,19 @@ Prints a line a key (official name -> ours); a file with a missing, unexpected o
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-import torch
-import transformers
-from safetensors import SafetensorError
+from mige.cli import command
+from mige.cli.places import CONFIGS
 
-from mige import config
-from mige.checkpoints import convert
-from mige.checkpoints.folder import verify
-from mige.diffusion.solver import DPMSolver2M
-from mige.inference.pipeline import MIGEPipeline
-from mige.utils.files import whole_folder
-
-CONFIG = Path(__file__).parent.parent / "configs" / "mige_512.py"
+if TYPE_CHECKING:
+    from mige.config import Config
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     release = kinds.add_parser("release", help="the released model.pth")
     release.add_argument("--model", type=Path, required=True, help="model.pth")
@@ -43,24 +36,37 @@ def parse() -> argparse.Namespace:
     for kind in (release, training):
         kind.add_argument("--vae", type=Path, required=True, help="folder in diffusers' layout")
         kind.add_argument("--t5", type=Path, required=True, help="folder of t5-v1_1-xxl")
-        kind.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
-        kind.add_argument("--config", type=Path, default=CONFIG, help="sizes (default: %(default)s)")
+        kind.add_argument("--output", type=command.folder_to_write, required=True, help="checkpoint folder to make")
+        kind.add_argument("--config", type=Path, default=CONFIGS / "mige_512.py", help="sizes (default: %(default)s)")
         kind.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the files")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+def run(args: argparse.Namespace) -> None:
+    from safetensors import SafetensorError
+
+    from mige import config
+    from mige.utils.files import whole_folder
+
+    command.quiet_libraries()
     sizes = config.load(args.config)
-    with whole_folder(args.output) as folder:
-        report = write(args, sizes, folder)
+    try:
+        with whole_folder(args.output) as folder:
+            report = write(args, sizes, folder)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{args.output}: cannot be written: {error}") from error
     print(f"{args.output}: {len(report)} keys accounted for")
 
 
-def write(args: argparse.Namespace, sizes: config.Config, folder: Path) -> list[str]:
+def write(args: argparse.Namespace, sizes: "Config", folder: Path) -> list[str]:
     """Convert into `folder`, check it, and give back the report."""
+    import torch
+
+    from mige.checkpoints import convert
+    from mige.checkpoints.folder import verify
+    from mige.diffusion.solver import DPMSolver2M
+    from mige.inference.pipeline import MIGEPipeline
+
     tokenizer = convert.load_tokenizer(args.t5, sizes.model.text_encoder["vocab_size"])
     if args.kind == "release":
         parts, report = convert.from_release(sizes, args.model, args.vae)
@@ -80,8 +86,6 @@ def write(args: argparse.Namespace, sizes: config.Config, folder: Path) -> list[
     return report
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (convert.CheckpointError, config.ConfigError, OSError, SafetensorError) as error:  # the last: disk full
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -10,32 +10,24 @@ RESULTS holds.
 """
 
 import argparse
-import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from mige.checkpoints.folder import CheckpointError
-from mige.data.synthetic import tasks
-from mige.data.synthetic.cases import PER_KIND, make_cases
-from mige.evaluation import backbones, benchmarks, page, scoring, summary
-from mige.inference.pipeline import MIGEPipeline
-from mige.mini import bench, bench_report
-from mige.utils.images import BadImageError
+from mige.cli import command
+from mige.cli.choices import BENCHMARKS, CLIP, WORLD_KINDS
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", choices=["mini", *benchmarks.BENCHMARKS], required=True)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--benchmark", choices=["mini", *BENCHMARKS], required=True)
     parser.add_argument(
         "--results", type=Path, required=True, help="run folder of infer.py; mini: to make or go on with"
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     group = parser.add_argument_group("dreambench, emu_edit, magicbrush, migebench")
     group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
-    group.add_argument("--clip", choices=list(backbones.CLIP), default="ViT-B/32", help="(%(default)s)")
+    group.add_argument("--clip", choices=CLIP, default="ViT-B/32", help="(%(default)s)")
     group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
     group.add_argument("--dino-weights", help="file of DINO ViT-S/16 (default: the release, from the hub)")
     group.add_argument("--entities", type=Path, help="folder of extract_entities.py, for migebench's entity scores")
@@ -45,13 +37,13 @@ def parse() -> argparse.Namespace:
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
     group = parser.add_argument_group("mini")
     group.add_argument("--model", help="checkpoint folder")
-    group.add_argument("--per-kind", type=int, default=PER_KIND, help="cases of each kind, even (%(default)s)")
+    group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
     group.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
     group.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
     group.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
-    group.add_argument("--kinds", nargs="+", choices=tasks.KINDS, default=list(tasks.KINDS), metavar="KIND",
-                       help=f"of task (all): {', '.join(tasks.KINDS)}")  # fmt: skip
-    args = parser.parse_args()
+    group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
+                       help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
+    args = parser.parse_args(argv)
     if args.batch < 1 or args.steps < 1 or args.per_kind < 2 or args.per_kind % 2:
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
                      "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
@@ -60,7 +52,18 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace) -> None:
+    args.device = command.check_device(command.parser(None), args.device)
+    mini(args) if args.benchmark == "mini" else published(args)
+
+
 def mini(args: argparse.Namespace) -> None:
+    import torch
+
+    from mige.data.synthetic.cases import make_cases
+    from mige.inference.pipeline import MIGEPipeline
+    from mige.mini import bench, bench_report
+
     chosen = make_cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
@@ -72,6 +75,10 @@ def mini(args: argparse.Namespace) -> None:
 
 
 def published(args: argparse.Namespace) -> None:
+    import json
+
+    from mige.evaluation import backbones, benchmarks, page, scoring, summary
+
     prepared = benchmarks.read(args.prepared or args.results / "benchmark")
     if prepared.name != args.benchmark:
         raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
@@ -95,9 +102,6 @@ def published(args: argparse.Namespace) -> None:
     print(f"{written}: the tables and pictures")
 
 
-if __name__ == "__main__":
-    try:
-        arguments = parse()
-        mini(arguments) if arguments.benchmark == "mini" else published(arguments)
-    except (bench.BenchError, benchmarks.BenchmarkError, BadImageError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -7,34 +7,32 @@ stopped. Then give that folder to tools/evaluate.py as --entities.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from mige.evaluation import benchmarks, entities, scoring
-from mige.utils.images import BadImageError
+from mige.cli import command
+from mige.cli.choices import DETECTOR, SEGMENTER
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument("--results", type=Path, required=True, help="run folder of infer.py")
     parser.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
-    parser.add_argument("--output", type=Path, help="default: RESULTS/entities")
-    parser.add_argument(
-        "--detector", default=entities.DETECTOR, help="Grounding DINO: folder or hub name (%(default)s)"
-    )
-    parser.add_argument("--segmenter", default=entities.SEGMENTER, help="SAM: folder or hub name (%(default)s)")
+    parser.add_argument("--output", type=command.folder_to_write, help="default: RESULTS/entities")
+    parser.add_argument("--detector", default=DETECTOR, help="Grounding DINO: folder or hub name (%(default)s)")
+    parser.add_argument("--segmenter", default=SEGMENTER, help="SAM: folder or hub name (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="pictures at a time (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
     return args
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    from mige.evaluation import benchmarks, entities, scoring
+
+    args.device = command.check_device(command.parser(None), args.device)
     prepared = benchmarks.read(args.prepared or args.results / "benchmark")
     rows = [row for row in prepared.scored if "object" in row["score"]]
     if not rows:
@@ -46,8 +44,6 @@ def main() -> None:
     print(f"{found} of {every} objects found ({1 - found / every:.1%} not): {out / 'index.html'}")
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (benchmarks.BenchmarkError, BadImageError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

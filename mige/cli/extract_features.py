@@ -10,50 +10,60 @@ failures.jsonl; the others are done and the exit code is 3 (launchers make it 1)
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from mige.cli import command
+from mige.cli.choices import STORE_DTYPES
 
-from mige.checkpoints import folder as checkpoint
-from mige.checkpoints.errors import CheckpointError
-from mige.data.latent_store import extraction
-from mige.data.latent_store import store as features
-from mige.data.parsing import read_records
-from mige.data.records import Report
-from mige.inference.pipeline import MIGEPipeline
-from mige.inference.run import write_failures
-from mige.models import vae as latents
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from mige.data.latent_store.store import FeatureStore
+    from mige.data.records import Report
 
 SOME_FAILED = 3
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument("--records", nargs="+", type=Path, required=True, help=".json or .jsonl files")
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
     parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub; its VAE is used")
-    parser.add_argument("--output", type=Path, required=True, help="the store")
+    parser.add_argument("--output", type=command.folder_to_write, required=True, help="the store")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
-    parser.add_argument("--dtype", choices=features.DTYPES, default="float32", help="stored (default: %(default)s)")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float32", help="stored (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="processes opening pictures, for each GPU")
     parser.add_argument("--device", help="default: a GPU for each process where there are any")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def load_vae(model: Path) -> tuple[AutoencoderKL, int]:
-    """The checkpoint's VAE in float32, and the side of the pictures the model was trained on."""
+def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
+    """The checkpoint's VAE in float32, and the side of the images the model was trained on."""
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+    from mige.checkpoints import folder as checkpoint
+    from mige.models import vae as latents
+
     checkpoint.verify(model)
     vae = AutoencoderKL.from_pretrained(model / "vae").float().eval()
     return vae, PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * latents.downscale(vae)
 
 
-def main() -> int:
-    args = parse()
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from mige.data.latent_store import extraction
+    from mige.data.latent_store import store as features
+    from mige.data.parsing import read_records
+    from mige.data.records import Report
+    from mige.inference.pipeline import MIGEPipeline
+
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
@@ -78,7 +88,9 @@ def main() -> int:
     return SOME_FAILED if findings and state.is_main_process else 0
 
 
-def report(store: features.FeatureStore, pictures: dict[Path, str], failures: Report, folder: Path) -> None:
+def report(store: "FeatureStore", pictures: dict[Path, str], failures: "Report", folder: Path) -> None:
+    from mige.inference.run import write_failures
+
     there = len(pictures) - len(store.missing(pictures))
     print(f"{folder}: {there:,} of {len(pictures):,} pictures, {len(store):,} in all, "
           f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes a picture")  # fmt: skip
@@ -88,8 +100,6 @@ def report(store: features.FeatureStore, pictures: dict[Path, str], failures: Re
         print("\n".join(map(str, failures.findings[:20])), file=sys.stderr)
 
 
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

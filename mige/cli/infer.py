@@ -14,25 +14,22 @@ ones run, the bad ones go to failures.jsonl, and the exit code is 3.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-import torch
-import transformers
-from accelerate import PartialState
+from mige.cli import command
+from mige.tasks import Task
 
-from mige.checkpoints.errors import CheckpointError
-from mige.checkpoints.lora import merge_lora
-from mige.data import parsing as records
-from mige.inference import run as inference
-from mige.inference.pipeline import MIGEPipeline
+if TYPE_CHECKING:
+    from mige.data.records import Report
 
 SOME_FAILED = 3
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument(
         "--model",
         required=True,
@@ -42,9 +39,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
     parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
     parser.add_argument("--reference", nargs="+", default=[], help="one case: the pictures, in order")
-    parser.add_argument("--source", help="one case: the picture to edit")
-    parser.add_argument("--task", type=records.Task, choices=list(records.Task), help="insist on this task")
-    parser.add_argument("--output", type=Path, default=Path("output/infer"), help="run folder (default: %(default)s)")
+    parser.add_argument("--source", help="one case: the image to edit")
+    parser.add_argument("--id", default="image", help="one case: its name in the run folder (default: %(default)s)")
+    parser.add_argument("--task", type=Task, choices=list(Task), help="insist on this task")
+    parser.add_argument(
+        "--output", type=command.folder_to_write, default=Path("output/infer"), help="run folder (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: 50 subject-driven, 60 edits")
     parser.add_argument("--guidance", type=float, help="text guidance (default: 7 subject-driven, 5 edits)")
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--height", type=int, help="multiple of 16 px (default: the model's)")
     parser.add_argument("--width", type=int, help="multiple of 16 px (default: the model's)")
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="the fast mode; the first picture waits a little")
     parser.add_argument(
@@ -69,33 +69,53 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
     parser.add_argument("--note", default="", help="a line on top of the result pages")
-    args = parser.parse_args()
+    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
     if (args.records is None) == (args.prompt is None):
         parser.error("give either --records or --prompt")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.reuse < 1 or (args.reuse > 1 and not args.compile):
         parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    files = [file.resolve() for file in args.records or []]
+    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
+        parser.error(f"--records: {twice} is given twice; its records would be made once")
+    if args.prompt is None and args.id != parser.get_default("id"):
+        parser.error("--id names the one case of --prompt; records have ids of their own")
     return args
 
 
-def read(args: argparse.Namespace) -> records.Report:
+def join_text(argv: Sequence[str]) -> list[str]:
+    """Texts may begin with a hyphen: "--prompt", "-1 on a sign" is read as "--prompt=-1 on a sign"."""
+    joined, rest = [], list(argv)
+    while rest:
+        option = rest.pop(0)
+        if option in ("--prompt", "--note") and rest and rest[0].startswith("-") and not rest[0].startswith("--"):
+            option = f"{option}={rest.pop(0)}"
+        joined.append(option)
+    return joined
+
+
+def read(args: argparse.Namespace) -> "Report":
+    from mige.data import parsing, records
+
     if args.records:
-        return records.read_records(args.records, root=args.root, task=args.task)
+        return parsing.read_records(args.records, root=args.root, task=args.task)
     row = {"multi_prompt": args.prompt, "entity_path": args.reference, "source_path": [args.source] * bool(args.source)}
     root = args.root or Path()
-    record, findings = records.make_record(row, where="command line", root=root, default_id="image", task=args.task)
+    record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
     return records.Report([record] if record else [], findings)
 
 
-def main() -> int:
-    args = parse()
-    diffusers.utils.logging.disable_progress_bar()  # loading takes seconds; the run has its own bar
-    transformers.utils.logging.disable_progress_bar()
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from accelerate import PartialState
+
+    from mige.checkpoints.lora import merge_lora
+    from mige.inference import run as inference
+    from mige.inference.pipeline import MIGEPipeline
+
+    args.device = command.check_device(command.parser(None), args.device)
+    command.quiet_libraries()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
     state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
@@ -132,8 +152,6 @@ def main() -> int:
     return SOME_FAILED if report.faults else 0
 
 
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (inference.RunError, CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

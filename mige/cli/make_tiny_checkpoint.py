@@ -6,81 +6,28 @@ makes model.pth (as released), vae/ (diffusers' layout), t5/ (config, weights, s
 """
 
 import argparse
-import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
-import torch
-
-from mige import config
-from mige.checkpoints import convert
-from mige.models.build import build_parts
-from mige.utils.files import whole_folder
-
-EXTRA_IDS = 100  # T5's sentinel tokens come after the sentencepiece vocabulary
+from mige.cli import command
+from mige.cli.places import CONFIGS
 
 
-def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """A sentencepiece model with T5's special ids, trained on sentences of the kind that prompts are made of."""
-    subjects = [
-        "cat",
-        "dog",
-        "cup",
-        "flower",
-        "rocket",
-        "pencil",
-        "astronaut",
-        "pagoda",
-        "teapot",
-        "backpack",
-        "toy",
-        "car",
-        "bear",
-        "vase",
-        "person",
-    ]
-    places = ["in the jungle", "on the beach", "in the snow", "on a wooden table", "in front of a mountain", "at night"]
-    verbs = ["replace the", "remove the", "add a", "make the sky dark above the", "change the colour of the"]
-    templates = ["a {} {} next to a {}", "follow the instruction to edit the image: " + "{1} {0} and the {2}"]
-    sentences = [
-        template.format(subject, middle, other)
-        for subject, other in itertools.permutations(subjects, 2)
-        for template, middles in zip(templates, (places, verbs), strict=True)
-        for middle in middles
-    ]
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=file,
-            vocab_size=vocab_size - EXTRA_IDS,
-            hard_vocab_limit=False,
-            model_type="unigram",
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "tiny.py")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("folder", type=command.folder_to_write)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "tiny.py")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    sizes = config.load(args.config).model
-    torch.manual_seed(args.seed)
-    parts = build_parts(sizes)
-    with whole_folder(args.folder) as folder:
-        released = dict(state_dict=convert.to_official(parts), optimizer={}, scheduler={}, epoch=0)
-        torch.save(released, folder / "model.pth")
-        parts["vae"].save_pretrained(folder / "vae")
-        parts["text_encoder"].save_pretrained(folder / "t5")
-        write_tokenizer(folder / "t5" / "spiece.model", sizes.text_encoder["vocab_size"])
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    from mige.checkpoints.tiny import write_official
+
+    write_official(args.folder, args.config, args.seed)
     print(f"{args.folder}: tiny, untrained model in the official layout")
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -9,18 +9,17 @@ docs/evaluation.md says where the files are and what each protocol compares.
 """
 
 import argparse
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-from mige.data.prepare.sources import SourceError
-from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Options, prepare
+from mige.cli import command
+from mige.cli.choices import BENCHMARKS
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=list(BENCHMARKS))
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--data", help="folder of its files, or its name on the hub (default: that name)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to write")
     parser.add_argument("--root", help="migebench: where its placeholder paths lead (default: the data)")
     parser.add_argument("--split", choices=["validation", "test"], default="validation", help="emu_edit")
     parser.add_argument("--samples", type=int, default=1, help="dreambench: pictures a prompt (%(default)s)")
@@ -29,24 +28,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--iterative", metavar="RESULTS", help="magicbrush: turns start from the results in this folder"
     )
-    args = parser.parse_args()
-    args.data = args.data or BENCHMARKS[args.benchmark].hub
-    if args.data is None:
+    args = parser.parse_args(argv)
+    if args.data is None and args.benchmark in ("dreambench", "magicbrush"):
         parser.error(f"{args.benchmark} is not on the hub; fetch it and give its folder as --data")
     if args.samples < 1:
         parser.error(f"--samples must be at least 1, got {args.samples}")
     return args
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    from mige.evaluation.benchmarks import BENCHMARKS, Options, prepare
+
+    args.data = args.data or BENCHMARKS[args.benchmark].hub
     options = Options(args.data, args.root, args.split, args.samples, args.against, args.iterative)
     for path in prepare(args.benchmark, options, args.output):
         print(path)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (BenchmarkError, SourceError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

@@ -13,24 +13,24 @@ goes on where it stopped; a finished folder is left alone. docs/data.md describe
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mige.data.prepare.run import RECORDS, SKIPPED, prepare
-from mige.data.prepare.sources import SOURCES, Settings, SourceError
+from mige.cli import command
+from mige.cli.choices import SOURCES
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make or to go on with")
+    parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to make or to go on with")
     parser.add_argument("--input", nargs="+", help="local files or folders, or a hub name (default: the source's own)")
     parser.add_argument("--split", default="train", help="magicbrush: train or dev (default: %(default)s)")
     parser.add_argument("--name", default="", help="how ids begin, if not with the source (two sets of one source)")
     parser.add_argument("--limit", type=_positive, help="rows to read at most, over all runs")
     parser.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (%(default)s)")
     parser.add_argument("--min-quality", type=int, default=5, help="subjects200k: least of its scores (%(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
@@ -39,8 +39,10 @@ def _positive(text: str) -> int:
     return number
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    from mige.data.prepare.run import RECORDS, SKIPPED, prepare
+    from mige.data.prepare.sources import SOURCES, Settings
+
     hub = SOURCES[args.source].hub
     inputs = args.input or ([hub] if hub else [])
     resolved = tuple(str(Path(given).resolve()) if Path(given).exists() else given for given in inputs)
@@ -50,8 +52,6 @@ def main() -> None:
     print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was left out")
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (SourceError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

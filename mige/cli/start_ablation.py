@@ -11,39 +11,30 @@ the same command goes on after the last stage that was done.
 """
 
 import argparse
-import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from mige import config
-from mige.checkpoints.folder import CheckpointError
-from mige.mini import ablation
-from mige.mini.pretraining import teach
-from mige.mini.start import start_from
+from mige.cli import command
+from mige.cli.places import CONFIGS, MINI, ROOT
 from mige.tasks import Task
-from mige.training import checkpointing as training_state
-from mige.training.trainer import PREEMPTED
-from mige.utils.files import whole_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_FEATURES = "model.fusion.vae_features=False"
 NAMES = "text_to_image"  # the kind that the DiT learns, and a quarter of what the encoder does
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ablation.py", help="(%(default)s)")
-    parser.add_argument("--from-model", type=Path, default=ROOT / "output" / "pretrained_models" / "mige-mini",
+    parser.add_argument("--config", type=Path, default=CONFIGS / "ablation.py", help="(%(default)s)")
+    parser.add_argument("--from-model", type=Path, default=MINI,
                         help="whose VAE and tokenizer are taken (%(default)s)")  # fmt: skip
     parser.add_argument("--encoder-steps", type=int, default=1750, help="of the encoder's training (%(default)s)")
     parser.add_argument("--encoder-batch", type=int, default=128, help="cases a step of it (%(default)s)")
     parser.add_argument("--steps", type=int, default=2400, help="of drawing from names (%(default)s)")
-    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
     if min(args.encoder_steps, args.encoder_batch, args.steps) < 1:
         parser.error(f"--encoder-steps is {args.encoder_steps}, --encoder-batch {args.encoder_batch}, --steps "
                      f"{args.steps}; expected 1 and more")  # fmt: skip
@@ -52,6 +43,12 @@ def parse() -> argparse.Namespace:
 
 def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
     """`pretrain_mini_encoder.py` on names and the mixture without subject edits, whose emergence is tested."""
+    import torch
+
+    from mige import config
+    from mige.mini import ablation
+    from mige.mini.pretraining import teach
+
     own = [*args.overrides, WITHOUT_FEATURES, f"train.pretrained={str(start)!r}"]
     mixture = config.load(args.config, own).data.world
     known = {kind: mixture[kind] for kind in ablation.kinds_of(mixture, (Task.SUBJECT, Task.EDIT))}
@@ -64,18 +61,28 @@ def teach_encoder(start: Path, seeing: Path, args: argparse.Namespace) -> None:
 def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
     """A training on text to image alone, cooled down over its second half; returns the folder of its last weights.
 
-    The text encoder stays as it is, or it would forget what it has learnt of pictures.
+    The text encoder stays as it is, or it would forget what it has learnt of images.
     """
+    from mige.mini import ablation
+    from mige.training import checkpointing
+
     own = [f"train.pretrained={str(start)!r}", f"train.steps={args.steps}", f"train.cooldown={args.steps // 2}",
            f"train.checkpoint_every={args.steps}", "train.trainable='text_encoder_frozen'",
            f"data.world={ {NAMES: 1} }"]  # fmt: skip
     trainer = ROOT / "train_scripts" / "train_mige.py"
     if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT_FEATURES, *own]):
         sys.exit(code)
-    return training_state.list_checkpoints(run)[-1] / "model"
+    return checkpointing.list_checkpoints(run)[-1] / "model"
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    import shutil
+
+    from mige import config
+    from mige.mini.start import start_from
+    from mige.training.signals import PREEMPTED
+    from mige.utils.files import whole_folder
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # the training saves before it ends
     start, seeing, model = (args.folder / name for name in ("start", "seeing", "model"))
     if model.exists():
@@ -89,8 +96,6 @@ def main(args: argparse.Namespace) -> None:
         shutil.copytree(trained, folder, dirs_exist_ok=True)
 
 
-if __name__ == "__main__":
-    try:
-        main(parse())
-    except (config.ConfigError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -8,30 +8,31 @@ the config can be set on the command line: train.steps=200 data.features=output/
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mige import config
-from mige.checkpoints.errors import CheckpointError
-from mige.data.records import BadRecordsError
-from mige.training.errors import TrainingError
-from mige.training.signals import exit_when_stopped
-from mige.training.trainer import Trainer
+from mige.cli import command
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
-    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+
+
+def run(args: argparse.Namespace) -> int:
+    from mige.training.signals import exit_when_stopped
+
     exit_when_stopped()
+    from mige import config
+    from mige.training.trainer import Trainer
+
     return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
 
 
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (config.ConfigError, BadRecordsError, CheckpointError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -10,42 +10,36 @@ import argparse
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 
-import diffusers
-import torch
-import transformers
-
-from mige.checkpoints.folder import CheckpointError
-from mige.inference.pipeline import MIGEPipeline
-from mige.web.page import serving
-from mige.web.service import GenerationService
-
-MODEL = "output/pretrained_models/mige-mini"
+from mige.cli import command
+from mige.cli.places import MINI
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="checkpoint folder, or a name on the hub (%(default)s)")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 
-def main() -> None:
-    args = parse()
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from mige.inference.pipeline import MIGEPipeline
+    from mige.web.page import serving
+    from mige.web.service import GenerationService
+
+    args.device = command.check_device(command.parser(None), args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder goes then, too
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
     with serving(GenerationService(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
@@ -53,10 +47,7 @@ def main() -> None:
         threading.Event().wait()
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(0)
-    except (CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    code = command.guarded(run, parse(argv))
+    return 0 if code == command.INTERRUPTED else code  # Ctrl-C is how it ends

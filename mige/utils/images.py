@@ -11,16 +11,16 @@ import stat
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile, ImageOps
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
+from mige.utils.errors import UserError
 from mige.utils.files import sync_folder
+
+if TYPE_CHECKING:  # torch and torchvision load where tensors are made: checking records needs neither
+    from torch import Tensor
 
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB, where Pillow's own limit refuses; a 108-megapixel photograph still passes
 # Only what Pillow decodes itself: EPS, for one, would start Ghostscript on a stranger's file. MPO comes as JPEG.
@@ -35,7 +35,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError, ValueError):
     """A picture that cannot be used: which one, what is wrong and what to do."""
 
     def __init__(self, picture: Path | str, problem: str, remedy: str):
@@ -77,6 +77,9 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     For a square this is torchvision's Resize(size) + CenterCrop(size), bit for bit. Raises BadImageError where the
     picture is so long that its scaled form would exceed MAX_PIXELS.
     """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
     if image.width * height >= image.height * width:
         covering = (height, int(height * image.width / image.height))
     else:
@@ -87,6 +90,9 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale (bicubic) the whole picture to fit height x width, centred on black; RGB in and out."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
     if image.width * height >= image.height * width:
         fitting = (max(1, int(width * image.height / image.width)), width)
     else:
@@ -99,25 +105,32 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     return canvas
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> "Tensor":
     """RGB image -> float32 [3, H, W] in [-1, 1]. Raises ValueError for any other mode."""
+    from torchvision.transforms import functional as F
+
     return F.to_tensor(_require_rgb(image)) * 2 - 1
 
 
-def vision_pixels(image: Image.Image, size: int) -> Tensor:
+def vision_pixels(image: Image.Image, size: int) -> "Tensor":
     """RGB image -> float32 [3, size, size], normalised for the vision tower; squeezed to a square (bicubic).
 
     Raises ValueError for any other mode.
     """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
     squeezed = F.resize(_require_rgb(image), (size, size), InterpolationMode.BICUBIC)
     return F.normalize(F.to_tensor(squeezed), CLIP_MEAN, CLIP_STD)
 
 
-def to_pil(pixels: Tensor) -> list[Image.Image]:
+def to_pil(pixels: "Tensor") -> list[Image.Image]:
     """Float [B, 3, H, W], clamped to [-1, 1] -> B RGB images, rounded to the nearest of 256 levels.
 
     Raises ValueError for another shape and for pixels that are NaN or infinite.
     """
+    import torch
+
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")
     finite = pixels.isfinite().flatten(1).all(1)
