@@ -52,7 +52,7 @@ from mige.models.build import build_parts
 from mige.models.encoder import set_product_dtype
 from mige.models.fast_dit import FastDenoiser
 from mige.tasks import TASKS, Task
-from mige.training.metrics import forward_flops, matrix_rate
+from mige.training.flops import forward_flops, measured_peak_flops
 from mige.utils import images
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +206,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device(args.device)
         self.on_gpu = self.device.type == "cuda"
-        self.rate = matrix_rate(self.device)
+        self.rate = measured_peak_flops(self.device)
         self.pipeline, self.changed = random_pipeline(args), []
         self.vae = copy.deepcopy(self.pipeline.vae).to("cpu")
         self.exact: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}  # latents, pixels by task, batch and steps

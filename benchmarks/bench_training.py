@@ -30,7 +30,7 @@ from mige.models.build import build_parts
 from mige.models.encoder import set_product_dtype
 from mige.models.instruction import Instruction
 from mige.models.mige import PARTS, MIGEModel
-from mige.training.metrics import forward_flops, matrix_rate, useful_flops
+from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
 from mige.training.optimizers import build_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print the kernels that take the longest")
     args = parser.parse_args()
-    rate = matrix_rate(torch.device(args.device))
+    rate = measured_peak_flops(torch.device(args.device))
     print(json.dumps({"matrix_tflops": rate and round(rate / 1e12, 1)}), flush=True)
     for variant in args.variants:
         for batch in args.batches:

@@ -72,7 +72,7 @@ def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
     trainer = ROOT / "train_scripts" / "train_mige.py"
     if code := ablation.launch(trainer, args.config, run, [*args.overrides, WITHOUT_FEATURES, *own]):
         sys.exit(code)
-    return training_state.finished(run)[-1] / "model"
+    return training_state.list_checkpoints(run)[-1] / "model"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from mige import config
 from mige.checkpoints.errors import CheckpointError
 from mige.data.records import BadRecordsError
-from mige.training.checkpointing import TrainingError
+from mige.training.errors import TrainingError
+from mige.training.signals import exit_when_stopped
 from mige.training.trainer import Trainer
 
 
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
     args = parser.parse_intermixed_args()  # overrides may stand before and after the options
+    exit_when_stopped()
     return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
 
 

@@ -226,7 +226,7 @@ def overrides(plan: Plan, name: str, seed: int) -> list[str]:
 def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
     """Train to the last step, from the newest checkpoint if there is one."""
     folder, own = plan.folder(name, seed), overrides(plan, name, seed)
-    if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.finished(folder)]:
+    if _step_name(plan.steps[-1]) in [checkpoint.name for checkpoint in training_state.list_checkpoints(folder)]:
         return  # stopped while it was scored
     if not (folder / "start").exists():
         start_with(plan.model, folder / "start", config.load(plan.file, own).model, seed)

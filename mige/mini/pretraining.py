@@ -27,7 +27,7 @@ from mige.models import vae as latents
 from mige.models.instruction import Instruction, tokenize, training_text
 from mige.models.mige import MIGEModel
 from mige.training.muon import BatchedMuon, muon_groups
-from mige.training.trainer import check_sizes
+from mige.training.pretrained import check_sizes
 from mige.utils.files import whole_folder
 
 MOST = 2  # pictures an instruction of the world shows at most

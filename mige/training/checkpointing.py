@@ -1,10 +1,12 @@
-"""Checkpoints of a training run: `checkpoints/step-00001000/` with everything to go on from, and to infer with.
+"""Checkpoints of a training run: `checkpoints/step-00001000/` with everything to resume from, and to infer with.
 
-* `state/`  weights, optimiser and random state, by accelerate, in the layout of its backend
-* `model/`  a pipeline folder for inference (averaged weights if there are any); with LoRA `lora/` in its place
-* `progress.json`  steps done, and what must not change on resume
+* `state/`  parameters, optimiser and random state, by accelerate, in the layout of its backend
+* `model/`  a pipeline folder for inference (averaged parameters if there are any); with LoRA `lora/` in its place
+* `progress.json`  steps done, and what must not change on resume (mige/training/resume.py)
 
-A checkpoint is written under another name and renamed when whole, so a half-written one is never picked up.
+A checkpoint is written under another name and renamed when whole, so a half-written one is never picked up. Those in
+`checkpoints/` are one line: each was reached from the one before. Resuming from an older one moves the later ones into
+`checkpoints/abandoned-N/`, where nothing reads or deletes them.
 """
 
 import json
@@ -16,31 +18,51 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from mige.training.errors import TrainingError
+from mige.utils.files import sync_folder, write_text
+
 _NAME = re.compile(r"step-(\d{8})")
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot start or go on; the message says why, what is safe and what to do."""
-
-
-def finished(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+def list_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run's line, oldest first."""
     folder = run / "checkpoints"
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
-def save(
+def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Steps done, and what must not change. Raises TrainingError for a folder that is no whole checkpoint."""
+    path = checkpoint / "progress.json"
+    if not path.is_file():
+        why = "no such folder" if not checkpoint.exists() else "no progress.json in it"
+        raise TrainingError(f"{checkpoint}: {why}; expected a checkpoint such as RUN/checkpoints/step-00001000")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        step, invariants = saved["step"], saved["invariants"]
+        if type(step) is not int or not isinstance(invariants, dict):
+            raise ValueError("step is no whole number, or invariants no object")
+    except KeyError as error:
+        raise TrainingError(
+            f"{path}: no {error}: saved by an earlier version, which drew other samples; start a new run from "
+            f"train.pretrained={str(checkpoint / 'model')!r}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error}; resume from another checkpoint") from error
+    return step, invariants
+
+
+def save_checkpoint(
     accelerator: Accelerator,
     run: Path,
     step: int,
-    fixed: Mapping[str, Any],
+    invariants: Mapping[str, Any],
     export: Callable[[Path], None],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`. Called by every process.
+    """Write the checkpoint of `step` and drop all but the newest `keep` of its line. Called by every process.
 
     Args:
-        fixed: facts that must be the same on resume, JSON.
+        invariants: facts that must be the same on resume, JSON.
         export: writes the inference part into a folder; called by every process, and only the main one writes.
 
     Raises TrainingError if writing fails (a full disk); earlier checkpoints are untouched.
@@ -56,14 +78,14 @@ def save(
         export(part)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (part / "progress.json").write_text(json.dumps({"step": step, **fixed}, indent=2) + "\n")
-            if target.exists():  # saved before by a run that then went back to an older checkpoint
-                shutil.rmtree(target)
+            progress = {"step": step, "invariants": dict(invariants)}
+            write_text(part / "progress.json", json.dumps(progress, indent=2) + "\n")
             part.rename(target)
-            for old in finished(run)[:-keep]:
+            sync_folder(target.parent)
+            for old in list_checkpoints(run)[:-keep]:
                 shutil.rmtree(old)
     except Exception as error:  # torch and safetensors report a full disk in several types
-        good = finished(run)
+        good = list_checkpoints(run)
         shutil.rmtree(part, ignore_errors=True)
         last = good[-1] if good else "none"
         raise TrainingError(
@@ -73,23 +95,25 @@ def save(
     return target
 
 
-def restore(accelerator: Accelerator, checkpoint: Path, fixed: Mapping[str, Any]) -> int:
-    """Load a checkpoint into what accelerate prepared; returns the steps done.
-
-    Raises TrainingError if the run it belongs to saw other samples or in another order, or, with DeepSpeed, if its
-    optimiser's state is split for another number of processes.
-    """
-    saved = json.loads((checkpoint / "progress.json").read_text())
-    step = saved.pop("step")
-    differing = [
-        f"{key}: {saved.get(key)} there, {value} now" for key, value in fixed.items() if saved.get(key) != value
-    ]
-    if differing:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Load a checkpoint's state into what accelerate prepared. Raises TrainingError if it cannot be read."""
+    try:
+        accelerator.load_state(str(checkpoint / "state"))
+    except Exception as error:  # a file that is cut off or missing is reported in several types
         raise TrainingError(
-            f"{checkpoint} cannot be resumed as this run is set: {'; '.join(differing)}. "
-            "Keep seed, data and global batch = batch_size x gradient_accumulation_steps x processes (DeepSpeed: the "
-            "processes too); "
-            "or start a new run from its model/ folder"
-        )
-    accelerator.load_state(str(checkpoint / "state"))
-    return step
+            f"{checkpoint / 'state'} cannot be loaded: {type(error).__name__}: {error}; resume from another checkpoint"
+        ) from error
+
+
+def abandon_others(run: Path, checkpoint: Path) -> list[Path]:
+    """Move away the checkpoints of `run` that `checkpoint` was not reached through; returns where they are now."""
+    line = list_checkpoints(run)
+    there = [path.resolve() for path in line]
+    own = there.index(checkpoint.resolve()) + 1 if checkpoint.resolve() in there else 0
+    if not line[own:]:
+        return []
+    numbers = [int(path.name.removeprefix("abandoned-")) for path in (run / "checkpoints").glob("abandoned-*")]
+    folder = run / "checkpoints" / f"abandoned-{max(numbers, default=0) + 1}"
+    folder.mkdir()
+    # The newest first: killed in between, what is left is still one line.
+    return [path.rename(folder / path.name) for path in reversed(line[own:])]

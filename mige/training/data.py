@@ -17,7 +17,7 @@ from mige.data.records import Finding, Record, Report
 from mige.data.synthetic.stream import WorldDataset
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
-from mige.training.checkpointing import TrainingError
+from mige.training.errors import TrainingError
 
 log = logging.getLogger("mige")
 

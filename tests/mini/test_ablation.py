@@ -433,7 +433,7 @@ def test_a_run_killed_in_training_and_stopped_in_scoring_gives_the_same_scores(
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    trained = [path.name for path in training_state.finished(run)]
+    trained = [path.name for path in training_state.list_checkpoints(run)]
     assert trained[:2] == ["step-00000001", "step-00000002"] and not (out / "scores.jsonl").exists()
 
     answer, batches = bench._answer, []

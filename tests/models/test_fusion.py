@@ -20,7 +20,7 @@ from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
 from mige.models.instruction import Instruction, tokenize
-from mige.training.metrics import forward_flops
+from mige.training.flops import forward_flops
 from mige.training.trainer import Trainer
 
 TINY = ROOT / "configs" / "tiny.py"

@@ -1,0 +1,5 @@
+"""What ends a training with a message instead of a traceback."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot start or go on; the message says why, what is safe and what to do."""

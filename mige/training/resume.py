@@ -1,0 +1,99 @@
+"""What a run may change when it is resumed, and what it may not.
+
+Everything that decides which sample comes when, what is done with it, or what the optimiser's state means must stay. It
+is written into each checkpoint under the names below, which do not follow renamings in the code or the config.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from mige.config import Config
+from mige.data.records import Record
+from mige.training.errors import TrainingError
+
+
+def resume_invariants(
+    config: Config, dataset: Dataset, *, global_batch_size: int, precision: str, sharding: str, processes: int
+) -> dict[str, Any]:
+    """Name -> value in JSON of all that must stay.
+
+    Args:
+        precision: mixed precision, of accelerate. sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
+    """
+    data, train, model = config.data, config.train, config.model
+    facts = {
+        "seed": train.seed,
+        "global_batch_size": global_batch_size,
+        "epoch_samples": len(dataset),
+        "world": [[kind, float(weight)] for kind, weight in data.world.items()],
+        "image_size": data.size,
+        "features": data.features is not None,
+        "drop_text": float(data.drop_text),
+        "drop_source": float(data.drop_source),
+        "drop_both": float(data.drop_both),
+        "noise_levels": train.noise_levels,
+        "snr_gamma": train.snr_gamma,
+        "snr_power": float(train.snr_power),
+        "optimizer": train.optimizer,
+        "betas": [float(beta) for beta in train.betas],
+        "eps": float(train.eps),
+        "weight_decay": float(train.weight_decay),
+        "ema": train.ema,
+        "param_dtype": train.param_dtype,
+        "mixed_precision": precision,
+        "trainable": train.trainable,
+        "lora_rank": train.lora_rank if train.trainable == "lora" else None,
+        "sharding": sharding,
+        "dit_layers": model.transformer["num_layers"],
+        "dit_heads": model.transformer["num_attention_heads"],
+        "dit_head_size": model.transformer["attention_head_dim"],
+        "text_layers": model.text_encoder.get("num_layers"),
+        "text_width": model.text_encoder["d_model"],
+        "vision_layers": model.image_encoder.get("num_hidden_layers"),
+        "vision_width": model.image_encoder["hidden_size"],
+        "qformer_layers": model.qformer.get("num_hidden_layers"),
+        "qformer_width": model.qformer["hidden_size"],
+        "queries": model.fusion.get("num_queries"),
+        "vae_features": model.fusion.get("vae_features", True),
+    }
+    for number, (records, one) in enumerate(zip(_sets(dataset), data.sets, strict=False)):
+        facts[f"set_{number}"] = {
+            "file": str(one["file"]).replace("\\", "/").rsplit("/", 1)[-1],
+            "records": len(records),
+            "weight": float(one["weight"]),
+            "digest": _digest(records),
+        }
+    facts["sets"] = len(data.sets)
+    if sharding == "ZeRO-2":
+        facts["processes"] = processes
+    return facts
+
+
+def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise TrainingError naming every fact that differs, with both values."""
+    names = [name for name in (saved | now) if saved.get(name) != now.get(name)]
+    if names:
+        differing = "; ".join(f"{name}: {saved.get(name)} there, {now.get(name)} now" for name in names)
+        raise TrainingError(
+            f"{checkpoint} cannot be resumed as this run is set: {differing}. Set these back (the global batch is "
+            "batch_size x gradient_accumulation_steps x processes), or start a new run from its model/ folder"
+        )
+
+
+def _sets(dataset: Dataset) -> list[Sequence[Record]]:
+    mixture = getattr(dataset, "mixture", None)  # the miniature world's is weights of kinds
+    return list(getattr(mixture, "sets", ()))
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Of what is trained on, wherever the files lie: ids, tasks, instructions, names of the images."""
+    found = hashlib.sha256()
+    for record in records:
+        images = [path.name for path in (*record.references, record.target) if path is not None]
+        source = record.references.index(record.source) if record.source in record.references else None
+        row = [record.id, str(record.task), record.prompt, record.edit_type, source, images]
+        found.update(repr(row).encode())
+    return found.hexdigest()[:16]

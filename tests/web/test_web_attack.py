@@ -1,0 +1,131 @@
+"""The served page as an attacker uses it: every event the running page has, found in its own config."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from test_web_service import CAT
+
+from mige.inference.pipeline import MIGEPipeline
+from mige.web import page
+from mige.web.service import GenerationService
+
+SECRET = b"planted-secret-4711"
+INTERNAL = ("Traceback", "went wrong at our end", "Internal Server Error", '"error": null', '"error":null')
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model) -> Iterator[str]:
+    with page.serving(GenerationService(MIGEPipeline.from_pretrained(tiny_model), "tiny")) as address:
+        yield address.rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def http(address) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def planted(tmp_path) -> Iterator[dict[str, str]]:
+    """Paths to a secret file in every place that Gradio would serve; keys say which, "missing" has no file."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    outside, cwd, inside = tmp_path / "secret.png", Path("planted-secret.png"), folder / "secret.png"
+    for path in (outside, cwd, inside):
+        path.write_bytes(SECRET)
+    link = folder / "link.png"
+    link.symlink_to(outside)
+    yield {
+        "missing": str(tmp_path / "missing.png"),
+        "temporary": str(outside),
+        "working": str(cwd.absolute()),
+        "relative": str(cwd),
+        "dots": f"{folder}/../{outside.relative_to(outside.anchor)}",
+        "link": str(link),
+        "not handed out": str(inside),
+        "file:": outside.as_uri(),
+        "system": "/etc/passwd",
+    }
+    for path in (cwd, inside, link):
+        path.unlink()
+
+
+def test_no_address_serves_a_file_or_tells_of_one(http, planted):
+    answers = set()
+    for path in planted.values():
+        for route in ("gradio_api/file=", "gradio_api/file/", "file=", "static/", "assets/", "gradio_api/proxy="):
+            for spelled in (path, path.replace("/", "%2f"), path.replace("/", "%2F%2F")):
+                answer = http.get(f"/{route}{spelled}")
+                assert answer.status_code >= 400 and SECRET not in answer.content
+                if route not in ("static/", "assets/"):  # those two hold Gradio's own files, which may be missing
+                    answers.add((answer.status_code, answer.text))
+    assert len(answers) == 1
+    for route in ("component_server", "process_recording", "vibe-edit", "stream/a"):
+        assert http.post(f"/gradio_api/{route}", json={"data": planted["working"]}).status_code == 404
+    for route in ("deep_link?session_hash=a", "custom_component/a/client/b/c", "runs", "dev/reload"):
+        assert http.get(f"/gradio_api/{route}").status_code == 404
+
+
+def test_an_upload_is_its_senders_and_lies_in_a_private_folder(http):
+    first, second = (
+        http.post("/gradio_api/upload", files={"files": ("../../a.html", b"<script>")}).json()[0] for _ in range(2)
+    )
+    assert first != second and first.endswith("/a.html")  # the same bytes, but nobody can reckon the other's path
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert Path(first).parent.parent == folder and folder.stat().st_mode & 0o777 == 0o700
+    answer = http.get(f"/gradio_api/file={first}")
+    assert answer.content == b"<script>"
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["content-disposition"].startswith("attachment")
+    Path(first).unlink()
+    Path(first).symlink_to("/etc/passwd")
+    assert http.get(f"/gradio_api/file={first}").status_code == 404
+
+
+def edit(http: httpx.Client, **changes) -> str:
+    """How the edit of an uploaded photograph ends, sent by the names of the fields."""
+    [path] = http.post("/gradio_api/upload", files={"files": ("cat.jpg", CAT.read_bytes())}).json()
+    asked = {"instruction": "make it dark", "picture_1": {"path": path}, "steps": 1, "guidance": 1.0} | changes
+    called = http.post("/gradio_api/call/v2/edit", content=json.dumps(asked))
+    if called.is_error:
+        return called.text
+    return http.get(f"/gradio_api/call/v2/edit/{called.json()['event_id']}").text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"instruction": None}, "The instruction is empty"),
+        ({"instruction": ["a"]}, 'The instruction is [\\"a\\"]: expected a text'),
+        ({"picture_1": "photo.jpg"}, 'Picture 1 is \\"photo.jpg\\": expected a file that was uploaded'),
+        ({"picture_1": {"path": "/etc/passwd"}}, "Picture 1 is no file that was uploaded to this server"),
+        ({"seed": float("nan")}, "The seed is NaN: expected a whole number from 0 to 4294967295"),
+        ({"seed": 0.5}, "The seed is 0.5: expected a whole number"),
+        ({"seed": True}, "The seed is true: expected a whole number"),
+        ({"pictures": 10**12}, "number of pictures is 1e+12: choose one from 1 to 8"),
+        ({"width": 128.5}, "The width is 128.5: expected a whole number of px"),
+        ({"guidance": "2"}, 'The guidance is \\"2\\": expected a number from 0 to 20'),
+        ({"guidance": float("inf")}, "The guidance is too large: choose one from 0 to 20"),
+        ({"guidence": 2}, "'guidence' is no parameter of /edit: it takes instruction, picture_1, seed"),
+    ],
+)
+def test_a_wrong_value_gets_a_sentence_that_names_the_field(http, changes, words):
+    assert words in edit(http, **changes)
+
+
+def test_old_files_are_deleted_and_the_examples_stay(tiny_model, monkeypatch):
+    monkeypatch.setattr(page, "KEPT_SECONDS", 0.5)
+    monkeypatch.setattr(page, "SWEEP_SECONDS", 0.1)
+    service = GenerationService(MIGEPipeline.from_pretrained(tiny_model), "tiny")
+    with page.serving(service) as address, httpx.Client(base_url=address, timeout=60) as http:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        examples = set(folder.rglob("*.png"))
+        assert "complete" in edit(http) and examples
+        until = time.monotonic() + 20
+        while set(folder.rglob("*.*")) != examples and time.monotonic() < until:
+            time.sleep(0.05)
+        assert set(folder.rglob("*.*")) == examples
