@@ -7,6 +7,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: more only wait for each other at these sizes
 os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import io
@@ -24,7 +25,8 @@ import pytest
 from filelock import FileLock
 from processes import ROOT, environment, run_python
 
-__all__ = ["ROOT", "environment", "lively", "official_dir", "release_arguments", "run_script", "run_tool", "tiny_model"]
+__all__ = ["ROOT", "environment", "lively", "official_dir", "release_arguments", "run_here", "run_script", "run_tool",
+           "tiny_model"]  # fmt: skip
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
@@ -40,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in xdist's workers
         folder = Path(tempfile.mkdtemp(prefix="mige-tests-"))
         os.environ[RUN] = str(folder)
+        os.environ["HF_HOME"] = str(folder / "huggingface")
         server = processes.start_server(folder)
 
         def finish() -> None:
@@ -84,6 +87,19 @@ def run_script(script: str, *arguments: object) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
+def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """The same, with its exit code, stdout and stderr. What would end it with a traceback is raised."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_script(script, *arguments)
+        except SystemExit as stop:
+            code = stop.code
+    if isinstance(code, str):  # as the interpreter does it
+        code, err = 1, io.StringIO(f"{err.getvalue()}{code}\n")
+    return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
+
+
 # ---- folders of the whole run ----------------------------------------------------------------------------------------
 
 
@@ -124,7 +140,7 @@ def lively(tiny_model) -> Iterator[Path]:
     """`tiny_model` with weights of which every part does something."""
     from lively import lively_checkpoint
 
-    yield from made_once("lively", lambda folder: lively_checkpoint(tiny_model, folder))
+    yield from made_once("model", lambda folder: lively_checkpoint(tiny_model, folder))
 
 
 def release_arguments(official: Path, output: Path, config: Path = ROOT / "configs" / "tiny.py") -> list[object]:
