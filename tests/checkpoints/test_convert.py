@@ -503,6 +503,7 @@ print((kib("VmHWM") - before) * 1024)  # VmHWM: ru_maxrss would count what the p
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_memory(official_dir, tmp_path):
     """Converting takes little more memory than the weights have bytes, however much else lies in the file."""

@@ -3,17 +3,16 @@
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, release_arguments
+from conftest import ROOT, release_arguments
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
@@ -263,17 +262,12 @@ def convert(monkeypatch, *arguments: object) -> object:
     return stop.value.code
 
 
+@pytest.mark.processes
 def test_a_full_disk(official_dir, tmp_path):
     """A limit on the size of files stands in for the full disk: the DiT's weights do not fit."""
     limit = 500_000
     assert official_dir.joinpath("vae", "diffusion_pytorch_model.safetensors").stat().st_size > limit
-    done = subprocess.run(
-        [sys.executable, TOOL, *map(str, release_arguments(official_dir, tmp_path / "model"))],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = run_python(TOOL, *release_arguments(official_dir, tmp_path / "model"), file_size=limit)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"^error: .*File too large", done.stderr, re.MULTILINE)

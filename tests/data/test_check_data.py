@@ -73,6 +73,7 @@ def test_a_sound_set(folder, monkeypatch, capsys):
     assert "153/153" in stderr, "a progress bar"
 
 
+@pytest.mark.processes
 def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypatch, capsys):
     rows = [edit(f"e{n}") for n in range(200)]
     rows[3]["entity_path"] = rows[3]["source_path"] = ["broken.png"]

@@ -12,7 +12,7 @@ import evaluation_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, run_tool
+from conftest import ROOT, environment, run_here
 from PIL import Image
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -466,7 +466,7 @@ def evaluate(weights, monkeypatch, capsys):
 
 def test_the_tools_end_to_end(tmp_path, evaluate):
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"
-    done = run_tool("prepare_benchmark.py", "magicbrush", "--data", data, "--output", out / "benchmark")
+    done = run_here("tools/prepare_benchmark.py", "magicbrush", "--data", data, "--output", out / "benchmark")
     assert done.returncode == 0, done.stderr
     results(read(out / "benchmark"), out)
     code, printed = evaluate("--benchmark", "magicbrush", "--results", out, "--label", "mine")
@@ -497,6 +497,7 @@ def test_the_tools_end_to_end(tmp_path, evaluate):
     assert "--clip-weights ./no: no such file" in code
 
 
+@pytest.mark.processes
 def test_the_script_edits_turn_by_turn(tmp_path, tiny_model):
     """magicbrush.sh, iterative: the second turn starts from the picture that the first made."""
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"

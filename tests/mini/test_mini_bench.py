@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from lively import lively_checkpoint
 from PIL import Image
 from test_report import Page
 
@@ -277,8 +276,8 @@ def test_rows_become_a_table_of_means():
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("bench") / "model")
+def model(lively) -> Path:
+    return lively
 
 
 @pytest.fixture(scope="module")

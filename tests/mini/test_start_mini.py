@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from diffusers import AutoencoderKL
-from test_ablation import run_script
 
 from mige.inference.pipeline import MIGEPipeline
 

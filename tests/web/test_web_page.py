@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment
 from gradio_client import Client, handle_file
-from lively import lively_checkpoint
 from PIL import Image
 from test_web_service import BAD_FILES, CAT, CUP
 
@@ -28,11 +27,6 @@ from mige.web.provenance import read_settings
 from mige.web.service import GenerationService
 
 FEW = dict(steps=2, guidance=2.0)
-
-
-@pytest.fixture(scope="module")
-def lively(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
 
 
 @pytest.fixture(scope="module")
