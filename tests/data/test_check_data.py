@@ -2,12 +2,12 @@
 
 import json
 import re
-import runpy
-import sys
 
 import pytest
 from conftest import ROOT, run_tool
 from PIL import Image
+
+from mige.cli import check_data
 
 SCRIPT = ROOT / "tools" / "check_data.py"
 
@@ -51,10 +51,7 @@ def folder(tmp_path):
 
 def in_process(monkeypatch, capsys, *arguments):
     """The script in this process, which spares its imports: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return stopped.value.code, *capsys.readouterr()
+    return check_data.main([*map(str, arguments)]), *capsys.readouterr()
 
 
 def table(stdout):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from PIL import Image
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
 from mige.evaluation import backbones, benchmarks, metrics, page, scoring, statistics, summary
 from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
@@ -453,10 +453,8 @@ def evaluate(weights, monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[object, str]:
         backbone = ("--clip-weights", weights["clip"], "--dino-weights", weights["dino"], "--device", "cpu")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*backbone, *arguments])])
         try:
-            runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-            code = 0
+            code = cli_evaluate.main([*map(str, [*backbone, *arguments])])
         except SystemExit as exit:
             code = exit.code
         return code, capsys.readouterr().out

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from conftest import ROOT, environment
 from PIL import Image
 from processes import run_python, start_python
 
+from mige.cli import infer as cli_infer
 from mige.inference.pipeline import MIGEPipeline
 
 SCRIPT = ROOT / "infer_scripts" / "infer.py"
@@ -40,15 +39,11 @@ def infer(*arguments):
     An exception that would print a traceback fails the test.
     """
     out, err = io.StringIO(), io.StringIO()
-    argv = [str(SCRIPT), *map(str, arguments)]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    code = stop.value.code
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli_infer.main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
     if isinstance(code, str):  # what the interpreter does with sys.exit("...")
         err.write(code)
         code = 1
