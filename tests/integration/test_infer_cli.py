@@ -353,4 +353,4 @@ def test_arguments_that_make_no_command(arguments, told):
 def test_an_output_that_is_a_file(model, tmp_path):
     (tmp_path / "file").write_text("")
     done = infer("--model", model, "--records", FILES[0], "--output", tmp_path / "file", "--steps", 2)
-    assert done.returncode == 1 and f"'{tmp_path}/file" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path}/file is a file; name a folder" in done.stderr
