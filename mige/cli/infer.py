@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,10 @@ from mige.cli import command
 from mige.tasks import Task
 
 if TYPE_CHECKING:
+    import torch
+
     from mige.data.records import Report
+    from mige.inference.pipeline import MIGEPipeline
 
 SOME_FAILED = 3
 
@@ -107,10 +111,8 @@ def read(args: argparse.Namespace) -> "Report":
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
     from accelerate import PartialState
 
-    from mige.checkpoints.lora import merge_lora
     from mige.inference import run as inference
     from mige.inference.pipeline import MIGEPipeline
 
@@ -128,11 +130,29 @@ def run(args: argparse.Namespace) -> int:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
         return 1
+    with ExitStack() as held:
+        if main_process:
+            held.enter_context(inference.claim(args.output))  # before the weights load, and until the pages are written
+            inference.check_folder(args.output, settings, report.records)
+            listed = inference.write_failures(report, args.output)
+            if report.faults:
+                print(f"listed in {listed}", file=sys.stderr)
+        pipeline = load(args, model, device)
+        options = {"batch_size": args.batch_size, "note": args.note, "state": state}
+        inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:
-        inference.check_folder(args.output, settings, report.records)
-        listed = inference.write_failures(report, args.output)
-        if report.faults:
-            print(f"listed in {listed}", file=sys.stderr)
+        made, page = len(report.records), args.output / "index.html"
+        print(f"{made} images: open {page} or {args.output / 'contact_sheet.png'}")
+    return SOME_FAILED if report.faults else 0
+
+
+def load(args: argparse.Namespace, model: Path, device: "torch.device | str") -> "MIGEPipeline":
+    """The pipeline in the mode asked for."""
+    import torch
+
+    from mige.checkpoints.lora import merge_lora
+    from mige.inference.pipeline import MIGEPipeline
+
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     if args.lora:
         pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
@@ -143,13 +163,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
     if args.compile:
         pipeline.compile()
-    options = {"batch_size": args.batch_size, "note": args.note, "state": state}
-    inference.run(report.records, pipeline, settings, args.output, **options)
-    if main_process:
-        print(
-            f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}"
-        )
-    return SOME_FAILED if report.faults else 0
+    return pipeline
 
 
 def main(argv: Sequence[str] | None = None) -> int:
