@@ -82,7 +82,7 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     done = infer("--model", model, "--records", *FILES, "--output", folder, "--steps", 12, "--batch-size", 1)
     assert done.returncode == 0, done.stderr
-    assert f"7 pictures: open {folder}/index.html" in done.stdout
+    assert f"7 images: open {folder}/index.html" in done.stdout
     return folder
 
 
