@@ -43,8 +43,8 @@ VERDICTS = ("success", "identity", "background")
 OPTIONS = ("plain", "compiled", "bfloat16", "vae16", *APPROXIMATE)
 TABLE = (
     "compiled/1000 compiled/60 compiled/30 compiled/20 compiled/10 compiled+vae16/60 compiled+reuse2/60 "
-    "compiled+reuse3/60 compiled+reuse4/60 compiled+reuse5/60 compiled+interval/60 "
-    "compiled+reuse2+interval/60 compiled+bfloat16/60"
+    "compiled+reuse3/60 compiled+reuse4/60 compiled+reuse5/60 "
+    "compiled+bfloat16/60"
 )
 
 
