@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from mige.data.prepare import sources
+from mige.utils.errors import UserError
 from mige.utils.files import write_text
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError, RuntimeError):
     """Files of a benchmark, or results, that cannot be used: what was found, what was expected, what to do."""
 
 

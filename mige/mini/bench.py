@@ -27,6 +27,7 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
 from mige.tasks import Task
 from mige.utils import images
+from mige.utils.errors import UserError
 from mige.utils.files import write_text
 
 CANDIDATES = 64
@@ -227,7 +228,7 @@ def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-class BenchError(RuntimeError):
+class BenchError(UserError, RuntimeError):
     """A run that cannot start; the message says why and what to do."""
 
 

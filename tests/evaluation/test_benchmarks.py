@@ -6,15 +6,14 @@ import json
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT
 from diffusers import AutoencoderKL
-from lively import lively_checkpoint
 from PIL import Image
+from processes import run_python
 
 from mige.data.synthetic.cases import make_cases
 from mige.inference.pipeline import MIGEPipeline
@@ -27,8 +26,7 @@ KINDS = ("two_references", "add", "add_by_reference")  # one of each task
 
 
 def start(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return run_python(ROOT / "benchmarks" / name, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,8 @@ def functions() -> dict:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("deviation") / "model")
+def model(lively) -> Path:
+    return lively
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,12 @@ import evaluation_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, run_tool
+from conftest import ROOT, environment, run_here
 from PIL import Image
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
 from mige.evaluation import backbones, benchmarks, metrics, page, scoring, statistics, summary
 from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
@@ -453,10 +453,8 @@ def evaluate(weights, monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[object, str]:
         backbone = ("--clip-weights", weights["clip"], "--dino-weights", weights["dino"], "--device", "cpu")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*backbone, *arguments])])
         try:
-            runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-            code = 0
+            code = cli_evaluate.main([*map(str, [*backbone, *arguments])])
         except SystemExit as exit:
             code = exit.code
         return code, capsys.readouterr().out
@@ -466,7 +464,7 @@ def evaluate(weights, monkeypatch, capsys):
 
 def test_the_tools_end_to_end(tmp_path, evaluate):
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"
-    done = run_tool("prepare_benchmark.py", "magicbrush", "--data", data, "--output", out / "benchmark")
+    done = run_here("tools/prepare_benchmark.py", "magicbrush", "--data", data, "--output", out / "benchmark")
     assert done.returncode == 0, done.stderr
     results(read(out / "benchmark"), out)
     code, printed = evaluate("--benchmark", "magicbrush", "--results", out, "--label", "mine")
@@ -497,6 +495,7 @@ def test_the_tools_end_to_end(tmp_path, evaluate):
     assert "--clip-weights ./no: no such file" in code
 
 
+@pytest.mark.processes
 def test_the_script_edits_turn_by_turn(tmp_path, tiny_model):
     """magicbrush.sh, iterative: the second turn starts from the picture that the first made."""
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"

@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from lively import lively_checkpoint
 from PIL import Image
 from torch.nn import functional as F
 
@@ -31,11 +30,6 @@ def load(folder, **kwargs) -> MIGEPipeline:
     pipe = MIGEPipeline.from_pretrained(folder, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def lively(tiny_model, tmp_path_factory):
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
 
 
 @pytest.fixture(scope="module")

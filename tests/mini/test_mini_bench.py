@@ -2,20 +2,17 @@
 
 import json
 import math
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from lively import lively_checkpoint
 from PIL import Image
 from test_report import Page
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.cases import PER_KIND, BenchCase, make_cases
 from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
@@ -277,8 +274,8 @@ def test_rows_become_a_table_of_means():
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("bench") / "model")
+def model(lively) -> Path:
+    return lively
 
 
 @pytest.fixture(scope="module")
@@ -499,12 +496,10 @@ def test_a_sheet_shows_every_card(whole, chosen, tmp_path):
 
 def evaluate(monkeypatch, *arguments: object) -> str | int | None:
     """Run tools/evaluate.py on the mini-bench as a script, in this process; give back what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--benchmark", "mini", *map(str, arguments)])
     try:
-        runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+        return cli_evaluate.main(["--benchmark", "mini", *map(str, arguments)]) or None
     except SystemExit as done:
         return done.code
-    return None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 from golden import golden_model
-from lively import lively_checkpoint
 
 from mige.checkpoints.lora import add_lora
 from mige.diffusion import guidance
@@ -36,8 +35,8 @@ def uncompiled():
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model, tmp_path_factory):
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+def folder(lively):
+    return lively
 
 
 @pytest.fixture(scope="module")
