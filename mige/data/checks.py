@@ -92,7 +92,7 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
     if source.key == target.key:
         return [Finding(record.where, f"source and target are the same image ({record.target})", "check it", False)]
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
-    if abs(ratio - 1) > RATIO_TOLERANCE:
+    if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
         problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
         return [Finding(record.where, problem, "what does not overlap is cropped away; crop both alike", False)]

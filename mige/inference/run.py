@@ -48,8 +48,9 @@ __all__ = [
 def check(report: Report, model: Path, settings: Settings) -> Report:
     """Everything that can be wrong, found before weights load: images and prompts of the report's records.
 
-    Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for inference and not opened. Returns a report whose records are all fit to run. Raises
-    CheckpointError if the model folder is not whole.
+    Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
+    inference and not opened. Returns a report whose records are all fit to run. Raises CheckpointError if the model
+    folder is not whole.
     """
     checkpoint.verify(model)
     fusion = MIGEFusion.load_config(model / "fusion")

@@ -35,7 +35,7 @@ def pipe(model):
 
 @pytest.fixture(scope="module")
 def records(model):
-    report = inference.check(read_records(FILES), model)
+    report = inference.check(read_records(FILES), model, SETTINGS)
     assert len(report.records) == 7 and not report.findings, report.text()
     return report.records
 
@@ -292,13 +292,13 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
         {"multi_prompt": "a<imagehere>" + " wonderful" * 60, "entity_path": [cat]},
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    report = inference.check(read_records([tmp_path / "x.json"]), model)
+    report = inference.check(read_records([tmp_path / "x.json"]), model, SETTINGS)
     assert [record.id for record in report.records] == ["00004", "00005"]
     assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
     (note,) = [note for note in report.notes if "record 5" in note.where]
     assert "are cut (limit 128)" in note.problem
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
-        inference.check(report, tmp_path)
+        inference.check(report, tmp_path, SETTINGS)
 
 
 def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
