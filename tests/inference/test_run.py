@@ -36,7 +36,9 @@ def pipe(model):
 @pytest.fixture(scope="module")
 def records(model):
     report = inference.check(read_records(FILES), model, SETTINGS)
-    assert len(report.records) == 7 and not report.findings, report.text()
+    assert len(report.records) == 7 and not report.faults, report.text()
+    (note,) = report.notes
+    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.problem  # tiny knows no comma
     return report.records
 
 
