@@ -64,8 +64,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--vae-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--t5-bits", type=int, choices=[8, 4], help="less memory: T5's matrices rounded")
-    parser.add_argument("--guidance-low", type=float, default=0.0, help="approximate: no guidance below this time")
-    parser.add_argument("--guidance-high", type=float, default=1000.0, help="approximate: none above (times 0..999)")
     parser.add_argument(
         "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
     )

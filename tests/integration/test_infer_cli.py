@@ -18,6 +18,7 @@ from conftest import ROOT, environment
 from PIL import Image
 from processes import run_python, start_python
 
+from mige.checkpoints.errors import CheckpointError
 from mige.cli import infer as cli_infer
 from mige.inference.pipeline import MIGEPipeline
 
@@ -199,7 +200,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         (["--compile"], 1),
         (["--vae-dtype", "bfloat16"], 8),
         (["--t5-bits", 8], 8),
-        (["--compile", "--offload", "--reuse", 2, "--guidance-low", 100, "--guidance-high", 900, "--t5-bits", 4], 255),
+        (["--compile", "--offload", "--reuse", 2, "--t5-bits", 4], 255),
     ],
 )
 def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
@@ -315,10 +316,17 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
 )
 def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MIGEPipeline, "download", lambda name: f"/cache/{name}")
-    assert MIGEPipeline.locate(name) == (Path("/cache") / name if is_hub else Path(name))
+    monkeypatch.setattr(MIGEPipeline, "download", lambda name, **_: f"/cache/{name}")
+    if is_hub:
+        assert MIGEPipeline.locate(name) == Path("/cache") / name
+    else:
+        with pytest.raises(CheckpointError, match="no such folder"):
+            MIGEPipeline.locate(name)
     (tmp_path / "someone").mkdir()  # now it is a mistyped path
-    assert MIGEPipeline.locate("someone/mige") == Path("someone/mige")
+    with pytest.raises(CheckpointError, match="someone/mige: no such folder; correct the path"):
+        MIGEPipeline.locate("someone/mige")
+    with pytest.raises(CheckpointError, match="did you mean someone/mige"):
+        MIGEPipeline.locate("somoene/mige")
 
 
 @pytest.mark.parametrize(
