@@ -9,6 +9,7 @@ The exit code is 1 if there is any fault. Reports are in the order of the files,
 import argparse
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +47,11 @@ def check_targets(records: Sequence[Record]) -> list[Finding]:
     return [Finding(record.where, "no target picture", remedy) for record in records if record.target is None]
 
 
+def _leave_ctrl_c_to_the_parent() -> None:
+    """A terminal sends it to every process of the group: each worker would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]:
     """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
     chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
@@ -53,7 +59,7 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
     context.set_forkserver_preload(["mige.data.checks"])
     with (
         tqdm(total=len(records), unit="record") as bar,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
     ):
         try:
             for chunk, findings in zip(
@@ -63,6 +69,9 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
                 yield from findings
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # or the chunks that wait would all be decoded first
+            raise
 
 
 def file_of(where: str) -> str:
@@ -98,4 +107,4 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted="the check is not finished, the same command starts anew")
