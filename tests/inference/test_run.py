@@ -305,9 +305,9 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
 
 def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
     opened = []
-    monkeypatch.setattr(inference, "_load", lambda record: opened.append(record.id) or record.id)
+    monkeypatch.setattr(inference, "_load", lambda record, _: opened.append(record.id) or record.id)
     with ThreadPoolExecutor(1) as reader:
-        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader)
+        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader, False)
         for start in (0, 2, 4):
             chunk, _, samples = next(chunks)
             assert samples.result() == [record.id for record in chunk] == [r.id for r in records[start : start + 2]]
