@@ -72,6 +72,7 @@ def run(
     *,
     batch_size: int | None = None,
     note: str = "",
+    sheets: bool | None = None,
     state: PartialState | None = None,
 ) -> None:
     """Run the records that the folder has no picture of yet, then write the pages.
@@ -80,6 +81,7 @@ def run(
         records: checked (see `check`); any mixture of tasks.
         batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
         note: a line shown on top of the pages.
+        sheets: draw contact sheets too; None: where a single one holds all records.
         state: of accelerate, where several processes run the same records; the first of them writes the pages.
 
     Raises RunError where `check_folder` does, if memory is short and if a picture comes out as NaN; ValueError for a
@@ -107,7 +109,7 @@ def run(
                 raise RunError(
                     f"{folder}: {', '.join(lost[:20])} made, and gone again; does something else write there?"
                 )
-            write_pages(records, lines, settings, folder, note)
+            write_pages(records, lines, settings, folder, note, sheets)
 
 
 def _make(
