@@ -317,7 +317,7 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
         assert done.returncode == 1 and not (tmp_path / "run").exists()
         return done.stderr
 
-    assert f"error: {tmp_path}/nothing: not a checkpoint folder" in run(tmp_path / "nothing")
+    assert f"error: {tmp_path}/nothing: no such folder; correct the path" in run(tmp_path / "nothing")
     assert f"error: {EXAMPLES}: not a checkpoint folder" in run(EXAMPLES)
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
