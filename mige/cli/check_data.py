@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mige.cli import command
-from mige.data.checks import check_images
+from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.parsing import read_records
 from mige.data.records import Finding, Record
 from mige.tasks import Task
@@ -62,7 +62,9 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
         ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
     ):
         try:
-            for chunk, findings in zip(chunks, pool.map(partial(check_images, workers=1), chunks), strict=True):
+            for chunk, findings in zip(
+                chunks, pool.map(partial(check_images, workers=1, training=True), chunks), strict=True
+            ):
                 bar.update(len(chunk))
                 yield from findings
         except BrokenProcessPool as error:
@@ -89,13 +91,15 @@ def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[st
 def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(args.files))
     report = read_records(files, root=args.root)
-    faults = report.faults + check_targets(report.records)
+    findings = report.findings + check_targets(report.records) + check_repeats(report.records)
+    findings += [finding for record in report.records for finding in check_training_text(record)]
     if args.pictures and report.records:
-        faults += check_pictures(report.records, args.workers)
+        findings += check_pictures(report.records, args.workers)
+    faults = [finding for finding in findings if finding.fatal]
     bad = dict.fromkeys(fault.where for fault in faults)
     good = [record for record in report.records if record.where not in bad]
     print_counts(files, good, list(bad))
-    for finding in [*faults, *report.notes]:
+    for finding in [*faults, *(finding for finding in findings if not finding.fatal)]:
         print(finding)
     print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
     return 1 if faults else 0

@@ -67,6 +67,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
     )
+    parser.add_argument(
+        "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
+    )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
@@ -105,7 +108,8 @@ def read(args: argparse.Namespace) -> "Report":
 
     if args.records:
         return parsing.read_records(args.records, root=args.root, task=args.task)
-    row = {"multi_prompt": args.prompt, "entity_path": args.reference, "source_path": [args.source] * bool(args.source)}
+    row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
+    row["source_path"] = [args.source] * bool(args.source)
     root = args.root or Path()
     record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
     return records.Report([record] if record else [], findings)
@@ -125,8 +129,8 @@ def run(args: argparse.Namespace) -> int:
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
-    report = inference.check(read(args), model)
     inference.check_size(settings, model)
+    report = inference.check(read(args), model, settings)
     if report.findings and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
