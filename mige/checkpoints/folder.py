@@ -33,6 +33,8 @@ def verify(folder: Path) -> None:
     Raises CheckpointError naming every missing part and every missing, unexpected or misshapen key.
     """
     index = folder / "model_index.json"
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder; correct the path of the model")
     if not index.is_file():
         raise CheckpointError(f"{folder}: not a checkpoint folder, it has no model_index.json (convert official files "
                               "with tools/convert_checkpoint.py)")  # fmt: skip
