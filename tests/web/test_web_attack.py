@@ -2,8 +2,12 @@
 
 import json
 import os
+import secrets
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -30,6 +34,11 @@ def http(address) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def events(http) -> list[dict]:
+    return [event for event in http.get("/config").json()["dependencies"] if event["backend_fn"]]
+
+
 @pytest.fixture
 def planted(tmp_path) -> Iterator[dict[str, str]]:
     """Paths to a secret file in every place that Gradio would serve; keys say which, "missing" has no file."""
@@ -52,6 +61,87 @@ def planted(tmp_path) -> Iterator[dict[str, str]]:
     }
     for path in (cwd, inside, link):
         path.unlink()
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list]]:
+    """An address of this machine, and who connected to it."""
+    asked: list = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, peer = server.accept()
+                except OSError:
+                    return
+                asked.append(peer)
+                connection.close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/a.png", asked
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def shapes(path: str) -> list:
+    """The ways in which a value may name a file."""
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    deeper = [path, {"path": path}, {"url": path, "meta": {"_type": "gradio.FileData"}}, {"value": {"deep": [file]}}]
+    return [path, {"path": path}, file | {"url": path}, [{"image": file, "caption": path}], deeper]
+
+
+def send(http: httpx.Client, event: dict, value, session: str) -> str:
+    """The value in every input of an event, through every route that starts one; all that was answered."""
+    data, index, name = [value] * len(event["inputs"]), event["id"], event["api_name"]
+    select = {"index": value, "value": value}
+    body = {"data": data, "fn_index": index, "session_hash": session, "event_data": select, "trigger_id": index}
+    answers = [http.post("/gradio_api/run/predict", json=body).text]
+    joined = http.post("/gradio_api/queue/join", json=body)
+    answers.append(joined.text if joined.is_error else http.get(f"/gradio_api/queue/data?session_hash={session}").text)
+    called = http.post(f"/gradio_api/call/{name}", json={"data": data})
+    answers.append(
+        called.text if called.is_error else http.get(f"/gradio_api/call/{name}/{called.json()['event_id']}").text
+    )
+    return "\n".join(answers)
+
+
+def neutral(text: str, path: str) -> str:
+    """An answer without what differs in every request."""
+    lines = [line for line in text.splitlines() if "process_completed" in line or "error" in line]
+    kept = [line.split('"output":')[-1].split('"duration"')[0] if '"output":' in line else line for line in lines]
+    return "\n".join(kept).replace(path, "PATH")
+
+
+def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
+    asked = [
+        (event, place, number, value)
+        for event in events
+        for place, path in planted.items()
+        for number, value in enumerate(shapes(path))
+        if number == 2 or place in ("missing", "temporary")
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(lambda one: send(http, one[0], one[3], secrets.token_hex(8)), asked))
+    answers: dict = {}
+    for (event, place, number, _), text in zip(asked, texts, strict=True):
+        path, where = planted[place], (event["api_name"], place, number)
+        assert SECRET.decode() not in text and "root:" not in text, where
+        assert "file=" + path not in text, where
+        for sign in INTERNAL:
+            assert sign not in text, (where, sign)
+        if number in (1, 2):  # those that quote nothing of what was sent
+            same = answers.setdefault((event["id"], number), neutral(text, path))
+            assert neutral(text, path) == same, where
+
+
+def test_no_event_fetches_an_address(http, events, listener):
+    url, asked = listener
+    sent = [(event, value) for event in events for value in shapes(url)]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda one: send(http, *one, secrets.token_hex(8)), sent))
+    http.get(f"/gradio_api/proxy={url}")
+    http.get(f"/gradio_api/file={url}")
+    assert asked == []
 
 
 def test_no_address_serves_a_file_or_tells_of_one(http, planted):
