@@ -180,10 +180,36 @@ def edit(http: httpx.Client, **changes) -> str:
     """How the edit of an uploaded photograph ends, sent by the names of the fields."""
     [path] = http.post("/gradio_api/upload", files={"files": ("cat.jpg", CAT.read_bytes())}).json()
     asked = {"instruction": "make it dark", "picture_1": {"path": path}, "steps": 1, "guidance": 1.0} | changes
-    called = http.post("/gradio_api/call/v2/edit", content=json.dumps(asked))
+    called = http.post(  # by hand: httpx would refuse NaN
+        "/gradio_api/call/v2/edit", content=json.dumps(asked), headers={"Content-Type": "application/json"}
+    )
     if called.is_error:
         return called.text
     return http.get(f"/gradio_api/call/v2/edit/{called.json()['event_id']}").text
+
+
+def test_results_are_named_by_their_token_and_a_number(http, events):
+    """As the page does it: a run of two images, then a click on the second one, or on one that is not there."""
+    [path] = http.post("/gradio_api/upload", files={"files": ("cat.jpg", CAT.read_bytes())}).json()
+    for start, pick in zip(
+        [event for event in events if event["api_name"] in ("generate", "edit")],
+        [event for event in events if event["api_name"].startswith("pick")],
+        strict=False,
+    ):
+        pictures = [{"path": path}] + [None] * (len(start["inputs"]) - 9)
+        values = ["a picture 1", *pictures, 7, 2, 1, 1.0, 1.0, 128, 128]
+        session = f"token{start['id']}"
+        http.post("/gradio_api/queue/join", json={"data": values, "fn_index": start["id"], "session_hash": session})
+        lines = http.get(f"/gradio_api/queue/data?session_hash={session}").text.splitlines()
+        [ended] = [json.loads(line.removeprefix("data: ")) for line in lines if "process_completed" in line]
+        token = ended["output"]["data"][1]
+        asked = {"data": [token], "fn_index": pick["id"], "session_hash": session}
+        shown = http.post("/gradio_api/run/predict", json=asked | {"event_data": {"index": 1, "value": None}}).json()
+        assert shown["data"][1]["label"] == "Download PNG of seed 8"
+        assert http.get(f"/gradio_api/file={shown['data'][1]['value']['path']}").content.startswith(b"\x89PNG")
+        for index, sentence in ((2, "The number of the result is 2"), ("/etc/passwd", 'is \\"/etc/passwd\\"')):
+            said = http.post("/gradio_api/run/predict", json=asked | {"event_data": {"index": index, "value": None}})
+            assert sentence in said.text and "expected a whole number from 0 to 1" in said.text
 
 
 @pytest.mark.parametrize(
