@@ -14,6 +14,7 @@ ones run, the bad ones go to failures.jsonl, and the exit code is 3.
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -108,11 +109,25 @@ def main() -> int:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
         return 1
+    with ExitStack() as held:
+        if main_process:
+            held.enter_context(inference.claim(args.output))  # before the weights load, and until the pages are written
+            inference.check_folder(args.output, settings, report.records)
+            listed = inference.write_failures(report, args.output)
+            if report.faults:
+                print(f"listed in {listed}", file=sys.stderr)
+        pipeline = load(args, model, device)
+        options = {"batch_size": args.batch_size, "note": args.note, "state": state}
+        inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:
-        inference.check_folder(args.output, settings, report.records)
-        listed = inference.write_failures(report, args.output)
-        if report.faults:
-            print(f"listed in {listed}", file=sys.stderr)
+        print(
+            f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}"
+        )
+    return SOME_FAILED if report.faults else 0
+
+
+def load(args: argparse.Namespace, model: Path, device: torch.device | str) -> MIGEPipeline:
+    """The pipeline in the mode asked for."""
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
     if args.lora:
         pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
@@ -123,13 +138,7 @@ def main() -> int:
     pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
     if args.compile:
         pipeline.compile()
-    options = {"batch_size": args.batch_size, "note": args.note, "state": state}
-    inference.run(report.records, pipeline, settings, args.output, **options)
-    if main_process:
-        print(
-            f"{len(report.records)} pictures: open {args.output / 'index.html'} or {args.output / 'contact_sheet.png'}"
-        )
-    return SOME_FAILED if report.faults else 0
+    return pipeline
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Averaged weights of a model that may be sharded over processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -22,6 +22,12 @@ class AveragedWeights(EMAModel):
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         super().__init__(parameters, decay=decay, foreach=True)
         self.to(dtype=torch.float32)
+
+    def named(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor | None]:
+        """The whole averages by the parameters' names, a tied one under each of its names; called by all processes."""
+        average = dict(zip(map(id, trained), self.whole(), strict=True))
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: average[id(parameter)] for name, parameter in named if id(parameter) in average}
 
     def whole(self) -> list[Tensor | None]:
         """The averages, in the parameters' order; sharded ones gathered in host memory.

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -75,13 +76,23 @@ class Monitor:
             self.metrics.add(mse, vb, task, time, self.timesteps)
             self.metrics.work += seen.work
 
+    def fail_to_read(self, step: int, micro: int, error: Exception) -> NoReturn:
+        """Raise TrainingError naming the samples of this process that a micro-batch could not read."""
+        size = self.config.train.batch_size
+        first = step * self.global_batch_size + micro * self.micro_batch + self.accelerator.process_index * size
+        names = "; ".join(sample_name(self.dataset, number) for number in range(first, first + size))
+        raise TrainingError(
+            f"step {step}: a sample cannot be read: {str(error).strip().splitlines()[-1]}; records: {names}. Mend the "
+            "file, then resume"
+        ) from error
+
     def _not_finite(self, micro: int, losses: Tensor) -> list[int]:
         """Places in the global batch of the samples with such a loss; they lie as process, noise level, sample."""
         levels, size = self.config.train.noise_levels, self.config.train.batch_size
         bad = (~losses.isfinite()).reshape(-1, levels, size).any(1).flatten()
         return [micro * self.micro_batch + place for place in bad.nonzero().flatten().tolist()]
 
-    def _fail(self, step: int, problem: str, places: Sequence[int]) -> None:
+    def _fail(self, step: int, problem: str, places: Sequence[int]) -> NoReturn:
         good = list_checkpoints(self.run)
         records = "; ".join(sample_name(self.dataset, step * self.global_batch_size + place) for place in places)
         raise TrainingError(

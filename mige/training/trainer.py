@@ -5,7 +5,6 @@ from (seed, sample index), the networks' own dropout from (seed, micro-batch, pr
 resumed equals one that never stopped, bit for bit.
 """
 
-import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mige.checkpoints.lora import add_lora, save_lora
+from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
 from mige.data.dataset import Counters, TrainingBatch, collate
 from mige.data.synthetic.stream import collate_world
@@ -27,9 +25,10 @@ from mige.training import checkpointing, sampling
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
-from mige.training.monitor import Monitor, sample_name
-from mige.training.optimizers import build_optimizers, learning_rate
-from mige.training.pretrained import adapters_to_float32, check_shardable, load_pretrained
+from mige.training.monitor import Monitor
+from mige.training.optimizers import learning_rate
+from mige.training.prepare import prepare_model, prepare_vae
+from mige.training.pretrained import check_shardable, load_pretrained
 from mige.training.resume import check_invariants, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
@@ -56,61 +55,26 @@ class Trainer:
         self.device, self.stop = self.accelerator.device, StopRequest()
         if self.accelerator.is_main_process:
             log_to_terminal()
-        self.zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
-        self.sharding = "ZeRO-2" if self.zero2 else "FSDP2" if self.accelerator.is_fsdp2 else "none"
+        zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
+        self.sharding = "ZeRO-2" if zero2 else "FSDP2" if self.accelerator.is_fsdp2 else "none"
         if self.sharding != "none":
             check_shardable(settings, self.sharding)
         self.pipeline = load_pretrained(config, self.device)
         self.dataset = load_dataset(config, self.pipeline)
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
-        self.diffusion = Diffusion()
-        self._prepare()
-        timesteps = len(self.diffusion.tables["log_beta"])
-        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps)
-        self.global_batch_size = self.monitor.global_batch_size
-        many = sum(p.numel() for p in self.trained)
-        log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
-
-    def _prepare(self) -> None:
-        """Freeze, compile, wrap; the VAE stays outside the trained model."""
-        settings = self.config.train
-        self.pipeline.vae.to(self.device).requires_grad_(False)
-        self.vae = self.pipeline.vae
-        if self.config.data.world and self.accelerator.mixed_precision == "bf16":  # encodes anew at every step: be fast
-            self.vae = copy.deepcopy(self.vae).to(torch.bfloat16, memory_format=torch.channels_last)
-        model = self.pipeline.model
-        model.freeze(settings.trainable)
-        if settings.trainable == "lora":
-            add_lora(model.transformer, settings.lora_rank)
-            adapters_to_float32(model.transformer)
-        model.checkpoint_gradients(settings.gradient_checkpointing)
-        model.compile_blocks([part for part in settings.compile if part != "vae"])
-        if "vae" in settings.compile:
-            self.vae.encoder.compile(dynamic=True)  # the number of images differs from batch to batch
-        model.train()
-        tower = model.encoder.image_encoder
-        if self.zero2:
-            given = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            given["train_micro_batch_size_per_gpu"] = settings.batch_size
-            given["gradient_accumulation_steps"] = settings.gradient_accumulation_steps
-            given["gradient_clipping"] = settings.max_grad_norm  # it clips by itself, at 1 unless told
-        else:
-            model.to(self.device)
-        if self.accelerator.is_fsdp2:
-            keep_precision(self.accelerator)
-            if settings.trainable != "all":  # the frozen tower has a precision of its own
-                self.accelerator.state.fsdp_plugin.ignored_modules = [tower.embeddings, tower.encoder]
-        frozen = [(p, p.data) for p in tower.parameters() if not p.requires_grad]
-        self.plain = model
-        self.model, *self.optimizers = self.accelerator.prepare(model, *build_optimizers(settings, model, self.device))
-        if self.zero2:  # it casts all there is; the frozen tower has a precision of its own
-            for parameter, data in frozen:
-                parameter.data = data.to(self.device)
+        self.diffusion, self.plain = Diffusion(), self.pipeline.model
+        self.vae = prepare_vae(config, self.pipeline, self.accelerator)
+        self.model, self.optimizers = prepare_model(settings, self.plain, self.accelerator)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
         if settings.ema is not None:
             self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)
+        timesteps = len(self.diffusion.tables["log_beta"])
+        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps)
+        self.global_batch_size = self.monitor.global_batch_size
+        many = sum(p.numel() for p in self.trained)
+        log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -132,7 +96,7 @@ class Trainer:
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
-        batches = iter(self._loader())
+        batches = iter(build_loader(self.config, self.dataset, self.accelerator, self.step))
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
             self._train_step(batches)
@@ -154,26 +118,6 @@ class Trainer:
                 return PREEMPTED
         bar.close()
         return 0
-
-    def _loader(self) -> DataLoader:
-        settings, accelerator = self.config.train, self.accelerator
-        counters = Counters(
-            batch=settings.batch_size,
-            processes=accelerator.num_processes,
-            rank=accelerator.process_index,
-            accumulate=settings.gradient_accumulation_steps,
-            start=self.step,
-        )
-        workers = self.config.data.workers
-        return DataLoader(
-            self.dataset,
-            batch_sampler=counters,
-            collate_fn=collate_world if self.config.data.world else collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_leave_group,
-        )
 
     def _train_step(self, batches: Iterator) -> None:
         """One optimiser step."""
@@ -201,14 +145,7 @@ class Trainer:
         try:
             return next(batches)
         except (OSError, ValueError) as error:  # a file that has gone or changed since the check
-            size, accelerator = self.config.train.batch_size, self.accelerator
-            first = self.step * self.global_batch_size
-            first += (micro * accelerator.num_processes + accelerator.process_index) * size
-            names = "; ".join(sample_name(self.dataset, number) for number in range(first, first + size))
-            said = str(error).strip().splitlines()[-1]
-            raise TrainingError(
-                f"step {self.step}: a sample cannot be read: {said}; records: {names}. Mend the file, then resume"
-            ) from error
+            self.monitor.fail_to_read(self.step, micro, error)
 
     def _seed_dropout(self, micro: int) -> None:
         """The networks' own dropout (Q-Former, T5) restarts from a known state in every micro-batch."""
@@ -238,7 +175,7 @@ class Trainer:
     def _sample(self, saved: bool) -> None:
         """The fixed records into samples/step-N of the run. If it fails, this step is saved before the run ends."""
         settings, pipeline, failure = self.config.train, self.pipeline, None
-        averaged = {} if self.ema is None else self._averaged()  # both by all processes
+        averaged = {} if self.ema is None else self.ema.named(self.plain, self.trained)  # both by all processes
         state = self.accelerator.get_state_dict(self.model) if self.accelerator.is_fsdp2 else None
         if self.accelerator.is_main_process:
             folder = self.run_folder / "samples" / f"step-{self.step:08d}"
@@ -291,7 +228,7 @@ class Trainer:
     def _export(self, folder: Path) -> None:
         """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters."""
         state = self.accelerator.get_state_dict(self.model)  # gathered, by all processes, where it is sharded
-        averaged = {} if self.ema is None else self._averaged()
+        averaged = {} if self.ema is None else self.ema.named(self.plain, self.trained)
         if not self.accelerator.is_main_process:
             return
         if self.config.train.trainable == "lora":
@@ -300,21 +237,26 @@ class Trainer:
             state |= {name: average.to("cpu", state[name].dtype) for name, average in averaged.items()}
             self.pipeline.with_weights(state).save_pretrained(folder / "model")
 
-    def _averaged(self) -> dict[str, Tensor]:
-        """The averaged parameters by name, a tied one under each of its names; called by all processes."""
-        average = dict(zip(map(id, self.trained), self.ema.whole(), strict=True))
-        named = self.plain.named_parameters(remove_duplicate=False)
-        return {name: average[id(parameter)] for name, parameter in named if id(parameter) in average}
 
-
-def keep_precision(accelerator: Accelerator) -> None:
-    """FSDP2 in bfloat16 reduces gradients in float32 and leaves inputs, timesteps among them, as they are."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if accelerator.mixed_precision == "bf16":
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, step: int) -> DataLoader:
+    """The micro-batches of this process from that step on."""
+    settings, workers = config.train, config.data.workers
+    counters = Counters(
+        batch=settings.batch_size,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        accumulate=settings.gradient_accumulation_steps,
+        start=step,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=counters,
+        collate_fn=collate_world if config.data.world else collate,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_group,
+    )
 
 
 def _leave_group(_: int) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from mige.checkpoints.errors import CheckpointError
 from mige.data.parsing import read_records
 from mige.inference import run as inference
+from mige.inference.folder import write_config
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.run import RunError, Settings, record_generator
 from mige.tasks import Task
@@ -85,7 +86,7 @@ class Spy:
 
 def test_the_run_folder(finished, records):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "results.jsonl", "images", "contact_sheet.png", "index.html", "inputs"}
+    assert names == {".lock", "config.json", "results.jsonl", "images", "contact_sheet.png", "index.html", "inputs"}
     made = pictures(finished)
     assert made.keys() == {record.id for record in records}
     assert all(picture.shape == (128, 128, 3) and picture.std() > 5 for picture in made.values())
@@ -221,7 +222,7 @@ def test_other_settings_in_the_same_folder(pipe, records, finished, change):
 @pytest.mark.parametrize("name", ["model", "lora"])
 def test_one_folder_however_it_is_written(tmp_path, name):
     """`--model x/` goes on with a run of `--model x`; another folder does not."""
-    inference._write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
+    write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
     for spelling in ("models/x", "models/x/", "./models/x", "models//x/."):
         inference.check_folder(tmp_path, replace(SETTINGS, **{name: spelling}), [])
     for other in ("models/y", "/models/x", "x", "models/x/x"):

@@ -274,7 +274,7 @@ def truncated() -> bytes:
 
 BAD_FILES = {
     "bomb": (bomb, "pixels"),
-    "text": (lambda: b"no picture at all", "not a picture of a known format"),
+    "text": (lambda: b"no picture at all", "a text, not an image of a known format"),
     "truncated": (truncated, "cannot be decoded"),
     "empty": (lambda: b"", "empty"),
 }
