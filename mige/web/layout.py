@@ -101,8 +101,9 @@ def _settings(service: GenerationService, task: Task) -> list[gr.Component]:
 
 
 def _examples(examples: list[Example], inputs: list[gr.Component]) -> gr.Dataset:
-    rows = [values_of(example, len(inputs)) for example in examples]
-    return Dataset(components=inputs, samples=rows, label="Examples: click one, then Run", type="index")
+    columns = 1 + max(len(example.pictures) for example in examples)  # no column for a slot that none of them fills
+    rows = [values_of(example, columns) for example in examples]
+    return Dataset(components=inputs[:columns], samples=rows, label="Examples: click one, then Run", type="index")
 
 
 def values_of(example: Example, num_inputs: int) -> list[str | None]:

@@ -53,6 +53,18 @@ CSS = """
   background: var(--background-fill-secondary); font-size: .8rem; font-weight: 650; line-height: 1; }
 .mige-chip img { width: 1.6rem; height: 1.6rem; margin: 0 .4rem 0 0 !important; object-fit: cover; }
 .mige-chip.empty { padding-left: .4rem; border-style: dashed; font-weight: 400; }
+.gradio-container { --body-text-color-subdued: var(--neutral-600); --block-info-text-color: var(--neutral-600); }
+.dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: var(--neutral-400);
+  --block-info-text-color: var(--neutral-400); }
+.gradio-container [role=tab][aria-selected=true] { color: var(--primary-700); }
+.dark [role=tab][aria-selected=true] { color: var(--primary-300); }
+.gradio-container footer, .gradio-container footer * { color: var(--body-text-color-subdued); }
+.mige-gallery .grid-wrap { max-height: none !important; overflow: visible !important; }
+.mige-slider .slider-wrap, .mige-slider .slider { position: relative; }
+.mige-slider::before, .mige-slider::after { position: absolute; bottom: .6rem; z-index: 2; padding: .1rem .5rem;
+  border-radius: .3rem; background: #000b; color: #fff; font-size: .8rem; pointer-events: none; }
+.mige-slider::before { content: "Before"; left: .6rem; }
+.mige-slider::after { content: "After"; right: .6rem; }
 .mige-result .generating { border: none !important; }
 .mige-stage { display: flex; flex-direction: column; gap: .6rem; min-height: 5rem; }
 .mige-stage p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
