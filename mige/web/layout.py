@@ -70,13 +70,12 @@ def _slot(number: int, words: str, visible: bool) -> gr.Image:
 def _slider() -> gr.ImageSlider:
     """Open near the input's edge: what is seen first is the result, with a rim of the input that says "drag me"."""
     return gr.ImageSlider(
-        label="Before and after",
+        label="Before and after (left: before, right: after)",
         visible=False,
         interactive=False,
         max_height=640,
         slider_position=8,
         buttons=["fullscreen"],
-        elem_classes="mige-slider",
     )
 
 

@@ -26,9 +26,9 @@ THEME = gr.themes.Default(
     font_mono=("ui-monospace", "Consolas", "monospace"),
 ).set(
     button_primary_background_fill="*primary_700",
-    button_primary_background_fill_hover="*primary_600",
+    button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
-    button_primary_background_fill_hover_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_800",
     button_primary_text_color="white",
 )
 
@@ -60,11 +60,6 @@ CSS = """
 .dark [role=tab][aria-selected=true] { color: var(--primary-300); }
 .gradio-container footer, .gradio-container footer * { color: var(--body-text-color-subdued); }
 .mige-gallery .grid-wrap { max-height: none !important; overflow: visible !important; }
-.mige-slider .slider-wrap, .mige-slider .slider { position: relative; }
-.mige-slider::before, .mige-slider::after { position: absolute; bottom: .6rem; z-index: 2; padding: .1rem .5rem;
-  border-radius: .3rem; background: #000b; color: #fff; font-size: .8rem; pointer-events: none; }
-.mige-slider::before { content: "Before"; left: .6rem; }
-.mige-slider::after { content: "After"; right: .6rem; }
 .mige-result .generating { border: none !important; }
 .mige-stage { display: flex; flex-direction: column; gap: .6rem; min-height: 5rem; }
 .mige-stage p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
