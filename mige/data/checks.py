@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mige.data.records import Finding, Record
 from mige.models.instruction import MAX_WORDS, full_text, tokenize
 from mige.tasks import PLACEHOLDER
 from mige.utils.images import BadImageError, open_image
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_images(records: Sequence[Record], workers: int = 8) -> list[Finding]:
@@ -38,7 +40,7 @@ def _decoding_error(path: Path) -> BadImageError | None:
 
 
 def check_lengths(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
 ) -> list[Finding]:
     """What of each record's instruction is cut: words over 88, tokens over the limit.
 
@@ -48,7 +50,7 @@ def check_lengths(
 
 
 def _check_length(
-    record: Record, tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
+    record: Record, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
 ) -> list[Finding]:
     text = full_text(record.task, record.prompt, record.edit_type)
     instruction = tokenize(text, tokenizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mige.tasks import Task
+from mige.utils.errors import UserError
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 ID_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, the first not a dot"
@@ -41,7 +42,7 @@ class Finding:
         return f"{'' if self.fatal else 'note: '}{self.where}: {self.problem}; {self.remedy}"
 
 
-class BadRecordsError(ValueError):
+class BadRecordsError(UserError, ValueError):
     """The data has faults; the message is the whole report."""
 
 

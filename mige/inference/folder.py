@@ -21,12 +21,13 @@ import mige
 from mige.data.records import Record, Report
 from mige.inference.results import Finished, is_of, read_finished
 from mige.inference.settings import Settings, differing
+from mige.utils.errors import UserError
 from mige.utils.files import FolderInUseError, folder_lock, json_lines, read_json_object, write_text
 
 _NAMED = 20  # faults of a folder that are printed; the others are counted
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run that cannot start or go on; the message says which records and what to do."""
 
 

@@ -163,7 +163,67 @@ def _run_chunk(
             text_guidance=settings.guidance,
             source_guidance=settings.source_guidance,
             on_step=lambda *_: bar.update(len(chunk) / steps),
-            **_approximations(settings),
+            reuse=settings.reuse,
+        )
+        pictures = images.to_pil(pipeline.decode(final))
+    except torch.OutOfMemoryError as error:
+        most = max(len(record.references) for record in chunk)
+        raise RunError(
+            f"out of memory on {names} ({len(chunk)} at a time, up to {most} references each): "
+            "give a smaller --batch-size, size or number of references"
+        ) from error
+    except ValueError as error:
+        raise RunError(f"{names}: {error}") from error
+    pipeline.maybe_free_model_hooks()
+    seconds = round((time.perf_counter() - started) / len(chunk), 3)
+    facts = {**_resolved(settings, task), "seconds": seconds}
+    return [(record, picture, facts | {"size": picture.size}) for record, picture in zip(chunk, pictures, strict=True)]
+
+
+def _wait_for_everyone(state: PartialState | None) -> None:
+    if state is not None:
+        state.wait_for_everyone()
+
+
+_BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+
+
+def _opened_ahead(
+    chunks: Iterable[Drawn], reader: ThreadPoolExecutor
+) -> Iterator[tuple[list[Record], list[SampleNoise], Future]]:
+    """The chunks with their samples to come: pictures are opened while the chunk before is computed."""
+    before = None
+    for chunk, noise in chunks:
+        coming = chunk, noise, reader.submit(lambda chunk=chunk: [_load(record) for record in chunk])
+        if before is not None:
+            yield before
+        before = coming
+    if before is not None:
+        yield before
+
+
+def _run_chunk(
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    chunk: Sequence[Record],
+    noise: Sequence[SampleNoise],
+    opened: Future,
+    bar: tqdm,
+) -> list[tuple[Record, images.Image.Image, dict[str, Any]]]:
+    """Records with their pictures and further facts."""
+    task = chunk[0].task
+    names = ", ".join(record.id for record in chunk)
+    steps = settings.steps or TASKS[task].steps
+    started = time.perf_counter()
+    try:
+        final = pipeline.run(
+            opened.result(),
+            noise,
+            steps=steps,
+            text_guidance=settings.guidance,
+            source_guidance=settings.source_guidance,
+            on_step=lambda *_: bar.update(len(chunk) / steps),
+            reuse=settings.reuse,
         )
         pictures = images.to_pil(pipeline.decode(final))
     except torch.OutOfMemoryError as error:

@@ -24,8 +24,6 @@ class Settings:
     lora: str | None = None  # folder of adapters added to the model
     vae_dtype: str = "float32"  # or bfloat16
     t5_bits: int | None = None  # 8 or 4: the text encoder's matrices rounded to so many bits
-    guidance_low: float = 0.0  # model times that are guided, the full branch alone elsewhere (an approximation)
-    guidance_high: float = 1000.0
     reuse: int = 1  # the DiT's middle blocks are computed every so many steps (above 1 an approximation)
     noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
 

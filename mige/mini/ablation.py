@@ -39,6 +39,7 @@ from mige.mini.start import start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state
 from mige.training.trainer import PREEMPTED
+from mige.utils.errors import UserError
 from mige.utils.files import write_text
 
 QUARTERS = 4  # checkpoints of a run that are scored
@@ -67,7 +68,7 @@ VARIANTS: Mapping[str, Variant] = {
 """Text-only is compared with `edit_only`: without pictures in the instruction the other tasks have no meaning."""
 
 
-class AblationError(RuntimeError):
+class AblationError(UserError, RuntimeError):
     """Runs that cannot start or go on; the message says why and what to do."""
 
 

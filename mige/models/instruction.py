@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mige.tasks import PLACEHOLDER, TASKS, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_WORDS = 88
 """Blank-separated words the training captions were cut to."""
@@ -70,7 +72,7 @@ def training_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
     return TASKS[task].training_prefix + clean(prompt)
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Instruction:
+def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
     """Token ids of every segment, each tokenised alone as in training."""
     segments = [
         list(tokenizer(segment, add_special_tokens=False).input_ids) if segment.strip() else []

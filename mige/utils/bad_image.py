@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from mige.utils.errors import UserError
+
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB, where Pillow's own limit refuses; a 108-megapixel photograph still passes
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError, ValueError):
     """An image that cannot be used: which one, what is wrong and what to do."""
 
     def __init__(self, image: Path | str, problem: str, remedy: str):

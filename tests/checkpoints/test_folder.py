@@ -3,22 +3,20 @@
 import json
 import os
 import re
-import resource
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, release_arguments
+from conftest import ROOT, release_arguments
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.folder import verify
+from mige.cli import convert_checkpoint
 from mige.inference.pipeline import MIGEPipeline
 from mige.utils.files import whole_folder
 
@@ -257,23 +255,17 @@ def test_killed_in_the_middle(tmp_path):
 
 def convert(monkeypatch, *arguments: object) -> object:
     """Run the tool in this process as `python tools/convert_checkpoint.py ...` would; its exit value."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOL), run_name="__main__")
+        convert_checkpoint.main([*map(str, arguments)])
     return stop.value.code
 
 
+@pytest.mark.processes
 def test_a_full_disk(official_dir, tmp_path):
     """A limit on the size of files stands in for the full disk: the DiT's weights do not fit."""
     limit = 500_000
     assert official_dir.joinpath("vae", "diffusion_pytorch_model.safetensors").stat().st_size > limit
-    done = subprocess.run(
-        [sys.executable, TOOL, *map(str, release_arguments(official_dir, tmp_path / "model"))],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = run_python(TOOL, *release_arguments(official_dir, tmp_path / "model"), file_size=limit)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"^error: .*File too large", done.stderr, re.MULTILINE)

@@ -2,12 +2,12 @@
 
 import json
 import re
-import runpy
-import sys
 
 import pytest
 from conftest import ROOT, run_tool
 from PIL import Image
+
+from mige.cli import check_data
 
 SCRIPT = ROOT / "tools" / "check_data.py"
 
@@ -51,10 +51,7 @@ def folder(tmp_path):
 
 def in_process(monkeypatch, capsys, *arguments):
     """The script in this process, which spares its imports: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return stopped.value.code, *capsys.readouterr()
+    return check_data.main([*map(str, arguments)]), *capsys.readouterr()
 
 
 def table(stdout):
@@ -73,6 +70,7 @@ def test_a_sound_set(folder, monkeypatch, capsys):
     assert "153/153" in stderr, "a progress bar"
 
 
+@pytest.mark.processes
 def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypatch, capsys):
     rows = [edit(f"e{n}") for n in range(200)]
     rows[3]["entity_path"] = rows[3]["source_path"] = ["broken.png"]

@@ -5,16 +5,16 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, run_tool
+from conftest import ROOT, run_here
 from diffusers import AutoencoderKL
 from PIL import Image
+from processes import run_python, start_python
 from torch.utils.data import DataLoader
 
 from mige.data.latent_store.extraction import distinct_pictures, extract
@@ -489,16 +489,15 @@ def arguments(records, model, output, *more):
 
 def launch(count, *args):
     """On CPUs `accelerate launch` starts one process only; torch's launcher, which it uses for GPUs, starts `count`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
-    command += [ROOT / "tools" / "extract_features.py", *args]
-    return subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    return run_python(*torchrun, ROOT / "tools" / "extract_features.py", *args)
 
 
 def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_model):
     bad = tmp_path / "data" / "bad.png"
     bad.write_text("no picture")
     records = write_records(data, tmp_path / "data" / "records.json", [bad])
-    done = run_tool("extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
+    done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 3, done.stderr
     assert "11 of 12 pictures, 11 in all" in done.stdout
     [failure] = (tmp_path / "store" / "failures.jsonl").read_text().splitlines()
@@ -506,18 +505,19 @@ def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_mode
     assert "failures.jsonl" in done.stderr and "12/12" in done.stderr
     assert_same(open_store(tmp_path / "store", vae=vae, size=SIZE), data, encoded(vae, data))
     draw(bad, 5)
-    done = run_tool("extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
+    done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 0, done.stderr
     assert "12 of 12 pictures" in done.stdout
     assert not (tmp_path / "store" / "failures.jsonl").exists()
 
 
+@pytest.mark.processes
 def test_killed_resumed_with_two_processes(vae, tmp_path, tiny_model):
     data = [draw(tmp_path / "data" / f"{n:03d}.png", n) for n in range(300)]
     records = write_records(data, tmp_path / "data" / "records.json")
     args = arguments(records, tiny_model, tmp_path / "store")
-    command = [sys.executable, ROOT / "tools" / "extract_features.py", *args, "--device", "cpu"]
-    process = subprocess.Popen([*map(str, command)], env=environment(), stderr=subprocess.DEVNULL)
+    tool = ROOT / "tools" / "extract_features.py"
+    process = start_python(tool, *args, "--device", "cpu", stderr=subprocess.DEVNULL)
     while len(finished := list((tmp_path / "store").glob("*.index"))) == 0 or finished[0].stat().st_size < 5 * ENTRY:
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.002)
@@ -537,6 +537,7 @@ def test_killed_resumed_with_two_processes(vae, tmp_path, tiny_model):
     assert_same(store, data, encoded(vae, data))
 
 
+@pytest.mark.processes
 def test_two_processes_list_the_failures_of_both(vae, data, tmp_path, tiny_model):
     bad = [tmp_path / "data" / f"bad{n}.png" for n in range(3)]
     records = write_records(data, tmp_path / "data" / "records.json", bad)
@@ -551,6 +552,6 @@ def test_two_processes_list_the_failures_of_both(vae, data, tmp_path, tiny_model
 def test_tool_refuses_bad_records_and_other_settings(data, tmp_path, tiny_model):
     records = tmp_path / "records.json"
     records.write_text("[{]")
-    done = run_tool("extract_features.py", *arguments(records, tiny_model, tmp_path / "store"))
+    done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store"))
     assert done.returncode == 1 and "malformed JSON" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "store").exists()

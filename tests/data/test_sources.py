@@ -5,10 +5,8 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
+from processes import start_python
 
+from mige.cli import prepare_data
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
 from mige.data.prepare import run as preparing
@@ -95,8 +95,7 @@ def ip2p_row(number, **changes):
 
 def script(monkeypatch, *arguments):
     """Run tools/prepare_data.py in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert prepare_data.main([*map(str, arguments)]) == 0
 
 
 def lines(path):
@@ -505,19 +504,19 @@ def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files)
     assert leftover == set(), "a part file of a kill is overwritten and renamed when its row is made again"
 
 
+@pytest.mark.processes
 def test_kill_9_of_the_script(tmp_path, monkeypatch, capsys):
     rows = [ip2p_row(n, original_image=cell(encoded("red", (256, 256)))) for n in range(400)]
     file, out = parquet(tmp_path / "train-0.parquet", rows, IP2P), tmp_path / "out"
-    command = [sys.executable, SCRIPT, "instructpix2pix", "--input", file, "--output", out, "--workers", "1"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.DEVNULL)
+    arguments = ["instructpix2pix", "--input", file, "--output", out, "--workers", "1"]
+    running = start_python(SCRIPT, *arguments, stderr=subprocess.DEVNULL)
     while running.poll() is None and not ((out / "records.jsonl").exists() and summary(out)["rows"] >= 32):
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     with (out / "records.jsonl").open("a") as file_:
         file_.write('{"id": "half a li')
-    script(monkeypatch, *command[2:])
+    script(monkeypatch, *arguments)
     assert "400 rows read, 400 records written, 0 samples left out (finished)" in capsys.readouterr().out
     assert [line["row"] for line in lines(out / "records.jsonl")] == list(range(400))
 

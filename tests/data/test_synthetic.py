@@ -1,13 +1,13 @@
 """The miniature world: one right answer to every instruction, the same for the same seed."""
 
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_here
 from transformers import AutoTokenizer
 
 from mige.data.dataset import Dropout
@@ -210,8 +210,7 @@ def test_two_drawings_are_joined_along_the_line():
 
 
 def make_world(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/make_world.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_here("tools/make_world.py", *arguments)
 
 
 @pytest.mark.parametrize("unseen", [False, True])

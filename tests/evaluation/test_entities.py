@@ -6,7 +6,7 @@ import evaluation_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import run_tool
+from conftest import run_here
 from PIL import Image
 
 from mige.evaluation import entities, scoring
@@ -137,10 +137,10 @@ def test_an_unfinished_extraction_is_refused(results, tmp_path):
 
 def test_the_tool(results, tmp_path, weights):
     arguments = ("--detector", weights[0], "--segmenter", weights[1], "--device", "cpu")
-    done = run_tool("extract_entities.py", "--results", tmp_path / "r", *arguments)
+    done = run_here("tools/extract_entities.py", "--results", tmp_path / "r", *arguments)
     assert done.returncode == 0, done.stderr
     assert "of 6 objects found" in done.stdout
     assert len((tmp_path / "r" / "entities" / "entities.jsonl").read_text().splitlines()) == 6
     prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "mb"))), tmp_path / "b" / "benchmark")
-    done = run_tool("extract_entities.py", "--results", tmp_path / "b", *arguments)
+    done = run_here("tools/extract_entities.py", "--results", tmp_path / "b", *arguments)
     assert done.returncode == 1 and "magicbrush names no objects" in done.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lively import lively_checkpoint
 from PIL import Image
 
 from mige.checkpoints.errors import CheckpointError
@@ -25,8 +24,8 @@ SETTINGS = Settings(model="tiny", dtype="float32", steps=2)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory):
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+def model(lively):
+    return lively
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -13,14 +11,15 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, environment
-from lively import lively_checkpoint
 from PIL import Image
+from processes import run_python, start_python
 
+from mige.checkpoints.errors import CheckpointError
+from mige.cli import infer as cli_infer
 from mige.inference.pipeline import MIGEPipeline
 
 SCRIPT = ROOT / "infer_scripts" / "infer.py"
@@ -31,8 +30,8 @@ IDS = {row["id"] for file in FILES for row in json.loads(file.read_text())}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory):
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+def model(lively):
+    return lively
 
 
 def infer(*arguments):
@@ -41,27 +40,15 @@ def infer(*arguments):
     An exception that would print a traceback fails the test.
     """
     out, err = io.StringIO(), io.StringIO()
-    argv = [str(SCRIPT), *map(str, arguments)]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    code = stop.value.code
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli_infer.main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
     if isinstance(code, str):  # what the interpreter does with sys.exit("...")
         err.write(code)
         code = 1
     return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def command(*arguments):
-    return [sys.executable, str(SCRIPT), *map(str, arguments)]
-
-
-def child_environment():
-    return {**environment(), "OMP_NUM_THREADS": "1"}
 
 
 def write(path, rows):
@@ -96,7 +83,7 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     done = infer("--model", model, "--records", *FILES, "--output", folder, "--steps", 12, "--batch-size", 1)
     assert done.returncode == 0, done.stderr
-    assert f"7 pictures: open {folder}/index.html" in done.stdout
+    assert f"7 images: open {folder}/index.html" in done.stdout
     return folder
 
 
@@ -125,10 +112,11 @@ def test_the_same_command_again_keeps_every_picture(model, whole, tmp_path):
     assert "a line for the reader" in (folder / "index.html").read_text()
 
 
+@pytest.mark.processes
 def test_killed_and_started_again(model, whole, tmp_path):
     arguments = ("--model", model, "--records", *FILES, "--output", tmp_path, "--steps", 12, "--batch-size", 1)
     log = tmp_path / "results.jsonl"
-    child = subprocess.Popen(command(*arguments), env=child_environment(), stderr=subprocess.DEVNULL)
+    child = start_python(SCRIPT, *arguments, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while child.poll() is None and time.monotonic() < deadline and not (log.exists() and b"\n" in log.read_bytes()):
         time.sleep(0.001)
@@ -146,17 +134,12 @@ def test_killed_and_started_again(model, whole, tmp_path):
     assert_same_pictures(tmp_path, whole)  # and no half pictures
 
 
+@pytest.mark.processes
 def test_no_space_left_for_a_picture(model, whole, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     arguments = ("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, "--batch-size", 1)
     smallest = min(path.stat().st_size for path in (whole / "images").iterdir())
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, smallest // 2))
-
-    done = subprocess.run(
-        command(*arguments), env=child_environment(), capture_output=True, text=True, preexec_fn=limit
-    )
+    done = run_python(SCRIPT, *arguments, file_size=smallest // 2)
     assert done.returncode == 1
     assert "error: " in done.stderr and "cannot save the picture" in done.stderr
     assert f"{tmp_path}/images/pagoda_in_snow.png" in done.stderr and "Traceback" not in done.stderr
@@ -165,13 +148,14 @@ def test_no_space_left_for_a_picture(model, whole, tmp_path):
     assert made(tmp_path) == ["blue_suit.png", "pagoda_in_snow.png", "rocket_at_sunrise.png"]
 
 
+@pytest.mark.processes
 def test_the_shell_scripts(model, tmp_path):
     """All three at once, with the official settings; from another folder, since they find their own way."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     running = {
         task: subprocess.Popen(
             ["sh", str(ROOT / "infer_scripts" / f"{task}.sh"), model, EXAMPLES / f"{task}.json", tmp_path / task],
-            env={**child_environment(), "PATH": path},
+            env={**environment(), "PATH": path},
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
@@ -216,7 +200,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         (["--compile"], 1),
         (["--vae-dtype", "bfloat16"], 8),
         (["--t5-bits", 8], 8),
-        (["--compile", "--offload", "--reuse", 2, "--guidance-low", 100, "--guidance-high", 900, "--t5-bits", 4], 255),
+        (["--compile", "--offload", "--reuse", 2, "--t5-bits", 4], 255),
     ],
 )
 def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
@@ -332,10 +316,17 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
 )
 def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MIGEPipeline, "download", lambda name: f"/cache/{name}")
-    assert MIGEPipeline.locate(name) == (Path("/cache") / name if is_hub else Path(name))
+    monkeypatch.setattr(MIGEPipeline, "download", lambda name, **_: f"/cache/{name}")
+    if is_hub:
+        assert MIGEPipeline.locate(name) == Path("/cache") / name
+    else:
+        with pytest.raises(CheckpointError, match="no such folder"):
+            MIGEPipeline.locate(name)
     (tmp_path / "someone").mkdir()  # now it is a mistyped path
-    assert MIGEPipeline.locate("someone/mige") == Path("someone/mige")
+    with pytest.raises(CheckpointError, match="someone/mige: no such folder; correct the path"):
+        MIGEPipeline.locate("someone/mige")
+    with pytest.raises(CheckpointError, match="did you mean someone/mige"):
+        MIGEPipeline.locate("somoene/mige")
 
 
 @pytest.mark.parametrize(
@@ -370,4 +361,4 @@ def test_arguments_that_make_no_command(arguments, told):
 def test_an_output_that_is_a_file(model, tmp_path):
     (tmp_path / "file").write_text("")
     done = infer("--model", model, "--records", FILES[0], "--output", tmp_path / "file", "--steps", 2)
-    assert done.returncode == 1 and f"'{tmp_path}/file" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path}/file is a file; name a folder" in done.stderr

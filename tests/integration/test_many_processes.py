@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,23 +15,24 @@ import torch
 import yaml
 from conftest import ROOT, environment
 from evaluation_files import save
-from lively import lively_checkpoint
 from PIL import Image
+from processes import PythonProcess, run_python, start_python
 from safetensors.torch import load_file
 from test_trainer import command as train_command
 
+pytestmark = pytest.mark.processes
 RECORDS = 7
 
 
-def launch(processes: int, *arguments: object, settings: dict | None = None, **kwargs) -> subprocess.Popen:
+def launch(processes: int, *arguments: object, settings: dict | None = None) -> PythonProcess:
     """A script in so many processes, as torchrun starts them; `settings`: more environment variables."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen([*start, *map(str, arguments)], cwd=ROOT, env=environment() | variables | (settings or {}),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    variables = {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+    return start_python(*start, *arguments, cwd=ROOT, env=environment() | variables | (settings or {}),
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: PythonProcess) -> str:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     return out
@@ -42,8 +42,8 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
+def model(lively) -> Path:
+    return lively
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,7 @@ def pictures(out: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def alone(model, records, tmp_path_factory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("alone") / "out"
-    subprocess.run([sys.executable, *map(str, arguments(model, records, out, 3))], cwd=ROOT, check=True,
-                   env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)  # fmt: skip
+    run_python(*arguments(model, records, out, 3), cwd=ROOT).check_returncode()
     return pictures(out)
 
 
@@ -88,7 +87,7 @@ def check_whole(out: Path, alone: dict[str, np.ndarray]) -> None:
 
 def test_three_processes_share_a_run(model, records, alone, tmp_path):
     printed = finish(launch(3, *arguments(model, records, tmp_path / "out", 3)))
-    assert printed.count("7 pictures: open") == 1
+    assert printed.count("7 images: open") == 1
     check_whole(tmp_path / "out", alone)
 
 
@@ -172,7 +171,7 @@ def fsdp_settings() -> dict[str, str]:
     return {"ACCELERATE_USE_FSDP": "true"} | {names[key]: str(value) for key, value in there.items()}
 
 
-def shard(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> subprocess.Popen:
+def shard(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> PythonProcess:
     _, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
     return launch(processes, ROOT / "tests" / "fsdp_on_cpu.py", ROOT / config, *rest, settings=fsdp_settings())
 
@@ -223,9 +222,8 @@ def zero2(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -
     _, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
     start = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate_config.yaml"]
     start += ["--num_processes", str(processes), "--mixed_precision", "no", "tests/zero2_on_cpu.py", config]
-    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([sys.executable, *start, *rest], cwd=ROOT, env=environment() | variables,
-                          capture_output=True, text=True)  # fmt: skip
+    variables = {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    return run_python(*start, *rest, cwd=ROOT, env=environment() | variables)
 
 
 def test_zero2_equals_one_process(tiny_model, tmp_path):

@@ -4,27 +4,28 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, run_script
 from PIL import Image
+from processes import start_python
 
 from mige import config
 from mige.checkpoints.folder import CheckpointError
+from mige.evaluation.statistics import Estimate, estimate, spread, t_quantile
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import ablation, ablation_report, bench, pretraining
 from mige.mini.ablation import VARIANTS, AblationError, Plan
 from mige.mini.ablation_report import COMPARISONS, Comparison, Scores, compare
-from mige.mini.intervals import Estimate, estimate, spread, t_quantile
 from mige.mini.start import start_from, start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state
@@ -359,34 +360,22 @@ def test_lines_of_scores_keep_every_case_in_its_place():
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Here and in the trainings: at these sizes threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment() | {"OMP_NUM_THREADS": "1"}).items():
-            patch.setenv(name, value)
-        yield
-    torch.set_num_threads(threads)
-
-
 def arguments(out: Path, toy: Path, model: Path, *variants: str) -> list[str]:
     given = [out, "--config", toy, "--from-model", model, "--seeds", 0, "--per-kind", 2, "--sampler-steps", 2]
     return [*map(str, given), "--variants", *variants]
 
 
-def run_script(script: str, *given: object) -> None:
-    """Run a script in this process, as a user would."""
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.fixture(scope="module")
+def forked_trainings():
+    """What starts a training in a process of its own starts a fork."""
+    start = lambda command, **options: start_python(*command[1:], **options)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, given)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    signal.signal(signal.SIGTERM, before)
+        patch.setattr(ablation, "subprocess", SimpleNamespace(Popen=start))
+        yield
 
 
 @pytest.fixture(scope="module")
-def whole(toy, tiny_model, one_thread, tmp_path_factory) -> tuple[Path, str]:
+def whole(toy, tiny_model, forked_trainings, tmp_path_factory) -> tuple[Path, str]:
     """Two variants from one seed, without a stop: their folder (don't write into it) and what was printed."""
     out, printed = tmp_path_factory.mktemp("ablation") / "out", io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -394,6 +383,7 @@ def whole(toy, tiny_model, one_thread, tmp_path_factory) -> tuple[Path, str]:
     return out, printed.getvalue()
 
 
+@pytest.mark.processes
 def test_a_toy_run_ends_with_a_table_and_curves(whole):
     out, printed = whole
     assert "edits only minus edits only, text-only at equal compute, L1 inside in edits, unseen subjects: " in printed
@@ -409,6 +399,7 @@ def test_a_toy_run_ends_with_a_table_and_curves(whole):
     assert all(line["samples"] == 4 * line["step"] for line in lines)
 
 
+@pytest.mark.processes
 def test_of_a_scored_run_the_weights_are_gone_and_the_last_pictures_stay(whole):
     out, _ = whole
     assert not list(out.rglob("*.safetensors"))
@@ -417,15 +408,15 @@ def test_of_a_scored_run_the_weights_are_gone_and_the_last_pictures_stay(whole):
         assert (out / "runs" / name / "metrics.jsonl").is_file()
 
 
+@pytest.mark.processes
 def test_a_run_killed_in_training_and_stopped_in_scoring_gives_the_same_scores(
     whole, toy, tiny_model, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
     run = out / "runs" / "edit_only-0"
-    command = [sys.executable, str(ROOT / "tools" / "ablate.py"), *arguments(out, toy, tiny_model, "edit_only")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    given = arguments(out, toy, tiny_model, "edit_only")
+    process = start_python(ROOT / "tools" / "ablate.py", *given, start_new_session=True, **streams)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000002").exists():
         assert process.poll() is None, process.stderr.read()
@@ -461,6 +452,7 @@ def test_a_run_killed_in_training_and_stopped_in_scoring_gives_the_same_scores(
         assert one["values"] == pytest.approx(other["values"], abs=2e-5)  # another size of batch rounds otherwise
 
 
+@pytest.mark.processes
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(whole, toy, tiny_model, tmp_path):
     out = shutil.copytree(whole[0], tmp_path / "out")
     before = (out / "scores.jsonl").read_bytes()
@@ -483,7 +475,8 @@ def test_without_a_model_to_start_from_nothing_is_begun(toy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_training_that_fails_is_reported(toy, tiny_model, tmp_path):
+@pytest.mark.processes
+def test_a_training_that_fails_is_reported(toy, tiny_model, forked_trainings, tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import sys; sys.exit(3)")
     failing = Plan(tmp_path / "out", toy, (), tiny_model, script, per_kind=2, sampler_steps=2)
@@ -491,6 +484,7 @@ def test_a_training_that_fails_is_reported(toy, tiny_model, tmp_path):
         ablation.run(failing, ["joint"], [0])
 
 
+@pytest.mark.processes
 def test_a_folder_is_worked_on_by_one_at_a_time_even_if_only_its_training_is_left(toy, tiny_model, tmp_path):
     out, child = tmp_path / "out", None
     out.mkdir()
@@ -576,7 +570,8 @@ def test_a_run_starts_with_all_parts_of_the_model_and_of_a_changed_fusion_with_w
     assert not (tmp_path / "deep").exists()
 
 
-def test_what_the_ablations_start_from(toy, tiny_model, one_thread, tmp_path):
+@pytest.mark.processes
+def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_path):
     few = ("--encoder-steps", 2, "--encoder-batch", 2, "--steps", 2, "data.workers=0", "train.trackers=[]")
     script = ("train_scripts/start_ablation.py", tmp_path / "base", "--config", toy, "--from-model", tiny_model, *few)
     taught, teach = [], pretraining.teach

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_ablation import run_script
+from conftest import ROOT, run_script
 
 from mige.data.dataset import Dropout
 from mige.data.synthetic import sprites, tasks

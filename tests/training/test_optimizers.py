@@ -203,6 +203,7 @@ def compare_kernel_with_plain(device: str) -> None:
                         assert dtype != BF16 or (a != b).float().mean() < 1e-3  # the same bits: else half would differ
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(adamw.triton is None, reason="needs Triton")
 def test_the_kernel_is_the_plain_update_interpreted():
     here = Path(__file__)
@@ -213,6 +214,7 @@ def test_the_kernel_is_the_plain_update_interpreted():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernel_is_the_plain_update_on_a_gpu():
     compare_kernel_with_plain("cuda")

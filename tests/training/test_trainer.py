@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,8 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import run_here
+from processes import PythonProcess, environment, run_python, start_python
 from safetensors.torch import load_file
 
 from mige import config
@@ -49,14 +50,17 @@ def command(model: Path, run: Path, *more: str) -> list[str]:
     return ["train_scripts/train_mige.py", "configs/tiny.py", text[0], "--output", str(run), *text[1:]]
 
 
-def start(model: Path, run: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command(model, run, *more)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # a process group of its own
-    )
+def start(model: Path, run: Path, *more: str) -> PythonProcess:
+    """Training in a process with a group of its own."""
+    streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return start_python(*command(model, run, *more), cwd=ROOT, start_new_session=True, **streams)
+
+
+def torchrun(processes: int) -> list[object]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+
+
+ON_CPU = environment() | {"ACCELERATE_USE_CPU": "true"}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -72,10 +76,10 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "state" / "model.safetensors")
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(condition, process: PythonProcess, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -87,10 +91,11 @@ STEPS = ("train.steps=9", "train.checkpoint_every=3", "train.keep_checkpoints=2"
 def uninterrupted(tiny_model, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     process = start(tiny_model, run, *STEPS)  # a process like the others: threads decide the last bits
-    assert process.wait() == 0, process.stderr.read().decode()
+    assert process.wait() == 0, process.stderr.read()
     return run
 
 
+@pytest.mark.processes
 def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, tmp_path, uninterrupted):
     run = tmp_path / "killed"
     process = start(tiny_model, run, *STEPS)  # 1: in the middle of a step
@@ -113,20 +118,22 @@ def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, 
     process = start(tiny_model, run, *STEPS, "data.workers=2")  # 3: asked to stop, as schedulers do it: workers too
     wait_until(lambda: len(metrics(run)) >= 7, process)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == PREEMPTED, process.stderr.read().decode()
+    assert process.wait() == PREEMPTED, process.stderr.read()
 
     process = start(tiny_model, run, *STEPS)
-    assert process.wait() == 0, process.stderr.read().decode()
+    assert process.wait() == 0, process.stderr.read()
     assert losses(run) == losses(uninterrupted)  # every step once, to the last bit
     got, want = (weights(r / "checkpoints" / "step-00000009") for r in (run, uninterrupted))
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     assert not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.processes
 def test_the_newest_checkpoints_are_kept(uninterrupted):
     assert [path.name for path in training_state.list_checkpoints(uninterrupted)] == ["step-00000006", "step-00000009"]
 
 
+@pytest.mark.processes
 def test_the_run_folder(uninterrupted):
     saved = json.loads((uninterrupted / "config.json").read_text())
     assert saved["train"]["steps"] == 9
@@ -136,6 +143,7 @@ def test_the_run_folder(uninterrupted):
     assert any("loss/subject_edit" in line for line in lines) and any("loss/t 0-249" in line for line in lines)
 
 
+@pytest.mark.processes
 def test_an_unforeseen_error_ends_the_workers_too(tiny_model, tmp_path):
     script = (
         "import sys; from pathlib import Path; from mige import config; from mige.training import trainer\n"
@@ -145,8 +153,7 @@ def test_an_unforeseen_error_ends_the_workers_too(tiny_model, tmp_path):
     )
     given = command(tiny_model, tmp_path / "run", "data.workers=2")
     options = [given[2], *given[5:]]
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), *options], cwd=ROOT, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    done = run_python("-c", script, tmp_path / "run", *options, cwd=ROOT, timeout=120)
     assert done.returncode == 1 and "RuntimeError: unforeseen" in done.stderr
 
 
@@ -160,13 +167,11 @@ def test_an_error_is_told_without_waiting_for_the_other_processes(tiny_model, tm
     assert trainer.run() == 0 and waited
 
 
+@pytest.mark.processes
 def test_a_sigterm_to_one_of_two_processes_saves_and_ends_both(tiny_model, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         *command(tiny_model, tmp_path / "run", "train.steps=100000", "train.checkpoint_every=100000")],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    endless = command(tiny_model, tmp_path / "run", "train.steps=100000", "train.checkpoint_every=100000")
+    streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_python(*torchrun(2), *endless, cwd=ROOT, env=ON_CPU, start_new_session=True, **streams)
     wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, process)
     workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
     workers["1"].send_signal(signal.SIGTERM)  # not to the one that writes
@@ -193,16 +198,14 @@ def test_the_compiled_encoder_of_the_vae_trains_alike(tiny_model, tmp_path):
     assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
 
 
+@pytest.mark.processes
 def test_two_processes_equal_one_with_the_double_batch(tiny_model, tmp_path):
     # eps 1 makes AdamW linear in the gradient; a small one turns the rounding of zero gradients into full steps
     steps = ("train.steps=10", "train.checkpoint_every=10", "train.eps=1e-2")
     build(tiny_model, tmp_path / "one", *steps, "train.batch_size=2").run()
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         *command(tiny_model, tmp_path / "two", *steps, "train.batch_size=1")],
-        cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
+    one_each = command(tiny_model, tmp_path / "two", *steps, "train.batch_size=1")
+    done = run_python(*torchrun(2), *one_each, cwd=ROOT, env=ON_CPU)
+    assert done.returncode == 0, done.stderr
     one, two = (weights(tmp_path / name / "checkpoints" / "step-00000010") for name in ("one", "two"))
     start_weights = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
     key = "transformer_blocks.0.attn1.to_q.weight"
@@ -243,6 +246,7 @@ def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
         )
 
 
+@pytest.mark.processes
 def test_a_checkpoint_is_a_model(tiny_model, uninterrupted):
     """What infer.py loads from a checkpoint is what was trained."""
     checkpoint = uninterrupted / "checkpoints" / "step-00000009"
@@ -333,16 +337,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
     assert all(tensor.isfinite().all() for tensor in good.values())
 
 
+@pytest.mark.processes
 def test_disk_full_while_saving(tiny_model, tmp_path):
     run = tmp_path / "run"
     build(tiny_model, run, "train.steps=1").run()
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000,) * 2);" \
-              "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);" \
-              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *command(tiny_model, run, "train.steps=2")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_python(*command(tiny_model, run, "train.steps=2"), cwd=ROOT, file_size=400_000)
     assert done.returncode == 1
     assert "error: cannot save the checkpoint of step 2" in done.stderr and "step-00000001" in done.stderr
     assert "Traceback" not in done.stderr
@@ -404,10 +403,7 @@ def test_the_way_back_to_inference(tiny_model, tmp_path):
         "of_lora": ["--model", tiny_model, "--lora", tmp_path / "lora" / checkpoint / "lora"],
     }.items():
         records = ROOT / "example_data" / "edit.json"
-        done = subprocess.run(
-            [sys.executable, "infer_scripts/infer.py", *map(str, flags), "--records", str(records), "--steps", "2",
-             "--output", str(tmp_path / name)],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+        more = ["--records", records, "--steps", 2, "--output", tmp_path / name]
+        done = run_here("infer_scripts/infer.py", *flags, *more)
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / name / "images").glob("*.png"))) == 3

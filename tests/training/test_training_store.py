@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
-from lively import lively_checkpoint
 
 from mige import config
 from mige.data.dataset import collate
@@ -27,8 +26,8 @@ SAMPLES = range(12)  # two epochs: every record at two times, with other noise a
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    return lively_checkpoint(tiny_model, tmp_path_factory.mktemp("model") / "lively")
+def model(lively) -> Path:
+    return lively
 
 
 @pytest.fixture(scope="module")

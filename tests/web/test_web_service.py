@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lively import lively_checkpoint
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -136,9 +135,8 @@ def test_settings_survive_in_the_png(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def service(tiny_model, tmp_path_factory):
-    folder = lively_checkpoint(tiny_model, tmp_path_factory.mktemp("lively") / "model")
-    service = GenerationService(MIGEPipeline.from_pretrained(folder), "lively")
+def service(lively):
+    service = GenerationService(MIGEPipeline.from_pretrained(lively), "lively")
     yield service
     service.close()
 
