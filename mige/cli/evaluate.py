@@ -75,26 +75,27 @@ def mini(args: argparse.Namespace) -> None:
 
 
 def published(args: argparse.Namespace) -> None:
-    import json
-
     from mige.evaluation import backbones, benchmarks, page, scoring, summary
 
     prepared = benchmarks.read(args.prepared or args.results / "benchmark")
     if prepared.name != args.benchmark:
         raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+    reports = [summary.read_report(path) for path in args.compare]
     found = scoring.outputs(prepared, args.results)
     crops = scoring.crops(prepared, args.entities) if args.entities else None
     backbones.require_file(args.clip_weights, "--clip-weights")
     backbones.require_file(args.dino_weights, "--dino-weights")
     clip = backbones.Clip(args.clip, args.clip_weights, args.device)
     dino = backbones.Dino("ViT-S/16", args.dino_weights, args.device)
+    protocol = summary.protocol(prepared, clip, dino)
+    others = summary.beside({"protocol": protocol}, reports)  # refused before the work, not after it
     cache = prepared.folder / "features"
     scores = scoring.score(prepared, found, clip, dino, cache, entities=crops, batch=args.batch)
     table = summary.table(prepared, scores.rows)
     facts = {"label": args.label or args.results.name, "clip": args.clip, "samples": len(scores.rows)}
-    facts |= {"protocol": summary.protocol(prepared, clip, dino), "versions": summary.versions()}
+    facts |= {"protocol": protocol, "versions": summary.versions()}
     facts |= {"note": page.note(table, scores.notes, scores.rows), "table": table}
-    facts["table"] = table + summary.beside(facts, [json.loads(path.read_text("utf-8")) for path in args.compare])
+    facts["table"] = table + others
     out = args.results / "evaluation"
     written = page.write(prepared, facts, scores.rows, found, out)
     scoring.write_rows(scores.rows, out / "samples.jsonl")

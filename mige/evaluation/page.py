@@ -17,7 +17,7 @@ from mige.reports.page import Case
 SHOWN = 10  # best, median and worst cases
 _BINS = 24
 LEGEND = (
-    "Small: 95 % bootstrap intervals. Copy of the input: what a model that changes nothing would score. "
+    "Small: 95 % intervals, of one sample none. Copy of the input: what a model that changes nothing would score. "
     "*: fewer samples than the benchmark has."
 )
 STYLE = """
@@ -96,17 +96,18 @@ def _lines(table: Sequence[Mapping[str, Any]], subset: str, names: Sequence[str]
     for version in dict.fromkeys(entry["version"] for entry in table):
         own = {e["measure"]: e for e in table if e["version"] == version and e["subset"] == subset}
         if own:
-            cells = [
-                f"{own[name]['mean']:.4f} <small>{own[name]['low']:.4f} to {own[name]['high']:.4f}</small>"
-                if name in own
-                else "-"
-                for name in names
-            ]
+            cells = [_cell(own[name]) if name in own else "-" for name in names]
             first = max(own.values(), key=lambda entry: entry["n"])
             few = first["of"] is not None and first["n"] < first["of"]
             n = f"{first['n']} of {first['of']} *" if few else str(first["n"])
             lines.append((VERSIONS.get(version, version), cells, n))
     return lines
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    if entry["low"] is None:  # of one value
+        return f"{entry['mean']:.4f}"
+    return f"{entry['mean']:.4f} <small>{entry['low']:.4f} to {entry['high']:.4f}</small>"
 
 
 def _tables(prepared: Prepared, facts: Mapping[str, Any], metrics: Sequence[Metric]) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mige.evaluation.statistics import Estimate, estimate
 from mige.mini import bench
 from mige.mini.ablation import QUARTERS, VARIANTS, AblationError, finished, kinds_of, read_scores, share
-from mige.mini.intervals import Estimate, estimate
 from mige.tasks import Task
 from mige.utils.files import write_text
 

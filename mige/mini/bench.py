@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.cases import SEED, BenchCase, make_cases
 from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
+from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
 from mige.tasks import Task
@@ -187,30 +188,14 @@ def _features(pictures: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     return cells, histogram.flatten(1)
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson for a share; raises ValueError for n < 1."""
-    if n < 1:
-        raise ValueError(f"an interval needs at least one trial, got {n}")
-    z, p = 1.959964, successes / n
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
-
-
-def normal(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean by its standard error; of one value, that value."""
-    mean = float(np.mean(values))
-    half = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean - half, mean + half
+# ---- table -----------------------------------------------------------------------------------------------------------
 
 
 def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
     """Rows of cases.jsonl -> one of the table for each kind, split (seen, unseen, all) and measure that there is.
 
-    A case with two references has a mean identity of 0, 1/2 or 1; its interval counts cases, which is the wider one.
+    Low and high are None where there is no interval, of one L1 error. A case with two references has a mean identity of
+    0, 1/2 or 1; its interval counts cases, which is the wider one.
     """
     table = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -218,7 +203,7 @@ def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
             chosen = [row.get(version, {}) for row in rows if row["kind"] == kind and split in (row["split"], "all")]
             for name in MEASURES:
                 if values := [scores[name] for scores in chosen if name in scores]:
-                    low, high = wilson(sum(values), len(values)) if name in SHARES else normal(values)
+                    low, high = wilson(sum(values), len(values)) if name in SHARES else t_interval(values)
                     mean = sum(values) / len(values)
                     entry = {"kind": kind, "split": split, "measure": name, "n": len(values)}
                     table.append(entry | {"mean": mean, "low": low, "high": high})

@@ -24,9 +24,9 @@ from mige.utils import images
 EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
 HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
 LEGEND = (
-    "Intervals are Wilson's for shares and those of the standard error for L1 errors. Copy: the picture to edit, given "
-    "back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. Of VAE: the "
-    "mean as a share of that bound."
+    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the picture "
+    "to edit, given back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. "
+    "Of VAE: the mean as a share of that bound."
 )
 EACH = 3  # cases shown as best, median and worst of a kind
 _OVERVIEW = ("success", "identity", "background", "l1_outside")
@@ -79,7 +79,8 @@ def _cells(entry: Mapping) -> tuple[str, ...]:
         for name in ("mean", "low", "high", "copy", "vae", "of_vae")
     )
     n = str(entry["n"]) if entry["n"] >= entry["of"] else f"{entry['n']} of {entry['of']} *"
-    return entry["split"], _words(entry["measure"]), mean, f"{low} to {high}", n, copy, vae, of_vae
+    interval = "-" if entry["low"] is None else f"{low} to {high}"
+    return entry["split"], _words(entry["measure"]), mean, interval, n, copy, vae, of_vae
 
 
 def _words(measure: str) -> str:
