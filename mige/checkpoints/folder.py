@@ -44,7 +44,8 @@ def verify(folder: Path, variant: str | None = None) -> None:
     """
     index = folder / "model_index.json"
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: no such folder, expected one with model_index.json (convert official files "
+                              "with tools/convert_checkpoint.py)")  # fmt: skip
     if not index.is_file():
         raise CheckpointError(f"{folder}: not a checkpoint folder, it has no model_index.json (convert official files "
                               "with tools/convert_checkpoint.py)")  # fmt: skip

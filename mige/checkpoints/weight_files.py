@@ -60,7 +60,7 @@ def files_to_read(folder: Path, stem: str, variant: str | None) -> tuple[list[Pa
     if variant is not None:
         known |= set(_set(folder, stem, None)[0])
     stray = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path not in known)
-    faults += [f"{name} is read by nothing: remove it, or name it in {stem}.safetensors.index.json" for name in stray]
+    faults += [f"{name} is in no index and would not be read: remove it" for name in stray]
     return [path for path in own if path.is_file()], faults
 
 
@@ -89,7 +89,7 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
         return paths, [f"missing file {path.name}" for path in paths if not path.is_file()]
     if whole.is_file():
         return [whole], []
-    return [], [f"expected {whole.name} or {index.name}"]
+    return [], [f"expected config.json and *.safetensors files: neither {whole.name} nor {index.name} is there"]
 
 
 def _index(folder: Path, stem: str, variant: str | None) -> Path:
