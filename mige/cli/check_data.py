@@ -9,6 +9,7 @@ The exit code is 1 if there is any fault. Reports are in the order of the files,
 import argparse
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mige.cli import command
-from mige.data.checks import check_images
+from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.parsing import read_records
 from mige.data.records import Finding, Record
 from mige.tasks import Task
@@ -46,6 +47,11 @@ def check_targets(records: Sequence[Record]) -> list[Finding]:
     return [Finding(record.where, "no target picture", remedy) for record in records if record.target is None]
 
 
+def _leave_ctrl_c_to_the_parent() -> None:
+    """A terminal sends it to every process of the group: each worker would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]:
     """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
     chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
@@ -53,14 +59,19 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
     context.set_forkserver_preload(["mige.data.checks"])
     with (
         tqdm(total=len(records), unit="record") as bar,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
     ):
         try:
-            for chunk, findings in zip(chunks, pool.map(partial(check_images, workers=1), chunks), strict=True):
+            for chunk, findings in zip(
+                chunks, pool.map(partial(check_images, workers=1, training=True), chunks), strict=True
+            ):
                 bar.update(len(chunk))
                 yield from findings
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # or the chunks that wait would all be decoded first
+            raise
 
 
 def file_of(where: str) -> str:
@@ -80,13 +91,15 @@ def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[st
 def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(args.files))
     report = read_records(files, root=args.root)
-    faults = report.faults + check_targets(report.records)
+    findings = report.findings + check_targets(report.records) + check_repeats(report.records)
+    findings += [finding for record in report.records for finding in check_training_text(record)]
     if args.pictures and report.records:
-        faults += check_pictures(report.records, args.workers)
+        findings += check_pictures(report.records, args.workers)
+    faults = [finding for finding in findings if finding.fatal]
     bad = dict.fromkeys(fault.where for fault in faults)
     good = [record for record in report.records if record.where not in bad]
     print_counts(files, good, list(bad))
-    for finding in [*faults, *report.notes]:
+    for finding in [*faults, *(finding for finding in findings if not finding.fatal)]:
         print(finding)
     print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
     return 1 if faults else 0
@@ -94,4 +107,4 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted="the check is not finished, the same command starts anew")

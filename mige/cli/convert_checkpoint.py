@@ -88,4 +88,4 @@ def write(args: argparse.Namespace, sizes: "Config", folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted=command.STARTS_ANEW)

@@ -55,4 +55,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(
+        run, parse(argv), interrupted="images that were made are kept, the same command makes all anew"
+    )

@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv), ImportError)
+    return command.guarded(run, parse(argv), ImportError, interrupted=command.STARTS_ANEW)

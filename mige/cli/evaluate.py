@@ -21,7 +21,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("--benchmark", choices=["mini", *BENCHMARKS], required=True)
     parser.add_argument(
-        "--results", type=Path, required=True, help="run folder of infer.py; mini: to make or go on with"
+        "--results",
+        type=command.folder_to_write,
+        required=True,
+        help="run folder of infer.py; mini: to make or go on with",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")

@@ -38,7 +38,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="processes opening pictures, for each GPU")
     parser.add_argument("--device", help="default: a GPU for each process where there are any")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.size is not None and args.size < 1) or args.batch_size < 1 or args.workers < 0:
+        parser.error(f"--size is {args.size}, --batch-size {args.batch_size}, --workers {args.workers}; "
+                     "expected >= 1, >= 1 and >= 0")  # fmt: skip
+    return args
 
 
 def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
@@ -64,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from mige.data.records import Report
     from mige.inference.pipeline import MIGEPipeline
 
+    if args.device is not None:
+        command.check_device(command.parser(None), args.device)
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))

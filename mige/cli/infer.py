@@ -67,9 +67,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
     )
+    parser.add_argument(
+        "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
+    )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
     parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
+    parser.add_argument(
+        "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
+    )
     parser.add_argument("--note", default="", help="a line on top of the result pages")
     args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
     if (args.records is None) == (args.prompt is None):
@@ -122,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
-    report = inference.check(read(args), model)
     inference.check_size(settings, model)
+    report = inference.check(read(args), model, settings)
     if report.findings and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
@@ -136,11 +142,17 @@ def run(args: argparse.Namespace) -> int:
             if report.faults:
                 print(f"listed in {listed}", file=sys.stderr)
         pipeline = load(args, model, device)
-        options = {"batch_size": args.batch_size, "note": args.note, "state": state}
+        options = {
+            "batch_size": args.batch_size,
+            "note": args.note,
+            "sheets": args.contact_sheets or None,
+            "state": state,
+        }
         inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:
         made, page = len(report.records), args.output / "index.html"
-        print(f"{made} images: open {page} or {args.output / 'contact_sheet.png'}")
+        sheet = args.output / "contact_sheet.png"
+        print(f"{made} images: open {page}" + (f" or {sheet}" if sheet.exists() else ""))
     return SOME_FAILED if report.faults else 0
 
 

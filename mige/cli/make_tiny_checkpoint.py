@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted=command.STARTS_ANEW)

@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv), ValueError)
+    return command.guarded(run, parse(argv), ValueError, interrupted="the same command starts anew")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mige.cli import command
+from mige.cli.places import CONFIGS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
     parser.add_argument("--start", type=Path, required=True, help="checkpoint folder whose encoder is taught")
-    parser.add_argument("--config", type=Path, default=Path("configs/mini.py"))
+    parser.add_argument("--config", type=Path, default=CONFIGS / "mini.py", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--batch", type=int, default=256, help="cases a step (%(default)s)")
@@ -50,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted=command.STARTS_ANEW)

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mige.cli import command
+from mige.cli.places import CONFIGS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
-    parser.add_argument("--config", default="configs/mini.py")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "mini.py", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh parts (%(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="of the VAE's training (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
@@ -79,4 +80,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    return command.guarded(run, parse(argv))
+    return command.guarded(run, parse(argv), interrupted=command.STARTS_ANEW)

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
 
-from mige.reports.page import Case, html_page
+from mige.reports.cases import Case
+from mige.reports.page import html_page
 from mige.utils.files import write_text
 from mige.utils.images import open_image, save_image
 

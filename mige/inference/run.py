@@ -27,7 +27,7 @@ from mige.inference.pages import write_pages
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.results import ResultsWriter, read_finished
 from mige.inference.samples import Sample, SampleNoise
-from mige.inference.settings import Settings, check_size
+from mige.inference.settings import Settings, check_size, image_size
 from mige.models.fusion import MIGEFusion
 from mige.tasks import TASKS, Task
 from mige.utils import images
@@ -45,17 +45,20 @@ __all__ = [
 ]
 
 
-def check(report: Report, model: Path) -> Report:
-    """Everything that can be wrong, found before weights load: pictures and prompt lengths of the report's records.
+def check(report: Report, model: Path, settings: Settings) -> Report:
+    """Everything that can be wrong, found before weights load: images and prompts of the report's records.
 
-    Targets are not needed for inference and not opened. Returns a report whose records are all fit to run. Raises
-    CheckpointError if the model folder is not whole.
+    Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
+    inference and not opened. Returns a report whose records are all fit to run. Raises CheckpointError if the model
+    folder is not whole.
     """
     checkpoint.verify(model)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     findings = list(report.findings)
-    findings += check_images([replace(record, target=None) for record in report.records])
+    size, ignore_profiles = image_size(settings, model), settings.ignore_profiles
+    own = [replace(record, target=None) for record in report.records]
+    findings += check_images(own, size=size, ignore_profiles=ignore_profiles)
     findings += check_lengths(report.records, tokenizer, fusion["num_queries"], fusion["max_tokens"])
     bad = {finding.where for finding in findings if finding.fatal}
     return Report([record for record in report.records if record.where not in bad], findings)
@@ -69,6 +72,7 @@ def run(
     *,
     batch_size: int | None = None,
     note: str = "",
+    sheets: bool | None = None,
     state: PartialState | None = None,
 ) -> None:
     """Run the records that the folder has no picture of yet, then write the pages.
@@ -77,6 +81,7 @@ def run(
         records: checked (see `check`); any mixture of tasks.
         batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
         note: a line shown on top of the pages.
+        sheets: draw contact sheets too; None: where a single one holds all records.
         state: of accelerate, where several processes run the same records; the first of them writes the pages.
 
     Raises RunError where `check_folder` does, if memory is short and if a picture comes out as NaN; ValueError for a
@@ -104,7 +109,7 @@ def run(
                 raise RunError(
                     f"{folder}: {', '.join(lost[:20])} made, and gone again; does something else write there?"
                 )
-            write_pages(records, lines, settings, folder, note)
+            write_pages(records, lines, settings, folder, note, sheets)
 
 
 def _make(
@@ -113,7 +118,7 @@ def _make(
     """Chunk by chunk: the pictures of the next are opened and those of the last are saved meanwhile."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing: list[Future] = []
-        for chunk, noise, opened in _opened_ahead(chunks, reader):
+        for chunk, noise, opened in _opened_ahead(chunks, reader, settings.ignore_profiles):
             made = _run_chunk(pipeline, settings, chunk, noise, opened, bar)
             _wait(writing)
             writing = [writer.submit(results.add, *result) for result in made]
@@ -129,12 +134,12 @@ _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}
 
 
 def _opened_ahead(
-    chunks: Iterable[Drawn], reader: ThreadPoolExecutor
+    chunks: Iterable[Drawn], reader: ThreadPoolExecutor, ignore_profiles: bool
 ) -> Iterator[tuple[list[Record], list[SampleNoise], Future]]:
     """The chunks with their samples to come: pictures are opened while the chunk before is computed."""
     before = None
     for chunk, noise in chunks:
-        coming = chunk, noise, reader.submit(lambda chunk=chunk: [_load(record) for record in chunk])
+        coming = chunk, noise, reader.submit(lambda chunk=chunk: [_load(record, ignore_profiles) for record in chunk])
         if before is not None:
             yield before
         before = coming
@@ -178,71 +183,6 @@ def _run_chunk(
     seconds = round((time.perf_counter() - started) / len(chunk), 3)
     facts = {**_resolved(settings, task), "seconds": seconds}
     return [(record, picture, facts | {"size": picture.size}) for record, picture in zip(chunk, pictures, strict=True)]
-
-
-def _wait_for_everyone(state: PartialState | None) -> None:
-    if state is not None:
-        state.wait_for_everyone()
-
-
-_BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-
-
-def _opened_ahead(
-    chunks: Iterable[Drawn], reader: ThreadPoolExecutor
-) -> Iterator[tuple[list[Record], list[SampleNoise], Future]]:
-    """The chunks with their samples to come: pictures are opened while the chunk before is computed."""
-    before = None
-    for chunk, noise in chunks:
-        coming = chunk, noise, reader.submit(lambda chunk=chunk: [_load(record) for record in chunk])
-        if before is not None:
-            yield before
-        before = coming
-    if before is not None:
-        yield before
-
-
-def _run_chunk(
-    pipeline: MIGEPipeline,
-    settings: Settings,
-    chunk: Sequence[Record],
-    noise: Sequence[SampleNoise],
-    opened: Future,
-    bar: tqdm,
-) -> list[tuple[Record, images.Image.Image, dict[str, Any]]]:
-    """Records with their pictures and further facts."""
-    task = chunk[0].task
-    names = ", ".join(record.id for record in chunk)
-    steps = settings.steps or TASKS[task].steps
-    started = time.perf_counter()
-    try:
-        final = pipeline.run(
-            opened.result(),
-            noise,
-            steps=steps,
-            text_guidance=settings.guidance,
-            source_guidance=settings.source_guidance,
-            on_step=lambda *_: bar.update(len(chunk) / steps),
-            reuse=settings.reuse,
-        )
-        pictures = images.to_pil(pipeline.decode(final))
-    except torch.OutOfMemoryError as error:
-        most = max(len(record.references) for record in chunk)
-        raise RunError(
-            f"out of memory on {names} ({len(chunk)} at a time, up to {most} references each): "
-            "give a smaller --batch-size, size or number of references"
-        ) from error
-    except ValueError as error:
-        raise RunError(f"{names}: {error}") from error
-    pipeline.maybe_free_model_hooks()
-    seconds = round((time.perf_counter() - started) / len(chunk), 3)
-    facts = {**_resolved(settings, task), "seconds": seconds}
-    return [(record, picture, facts | {"size": picture.size}) for record, picture in zip(chunk, pictures, strict=True)]
-
-
-def _approximations(settings: Settings) -> dict[str, Any]:
-    interval = settings.guidance_low, settings.guidance_high
-    return {"guidance_interval": None if interval == (0.0, 1000.0) else interval, "reuse": settings.reuse}
 
 
 def _wait(writing: Iterable[Future]) -> None:
@@ -254,9 +194,11 @@ def _wait(writing: Iterable[Future]) -> None:
         raise RunError(str(error)) from error
 
 
-def _load(record: Record) -> Sample:
+def _load(record: Record, ignore_profiles: bool) -> Sample:
     """Open a record's pictures, each once: the source is the same object as its reference."""
-    opened = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
+    opened = {
+        path: images.open_image(path, ignore_profiles=ignore_profiles) for path in dict.fromkeys(record.references)
+    }
     source = None if record.source is None else opened[record.source]
     references = tuple(opened[path] for path in record.references)
     return Sample(record.task, record.prompt, references, source, record.edit_type)

@@ -25,6 +25,7 @@ class Settings:
     vae_dtype: str = "float32"  # or bfloat16
     t5_bits: int | None = None  # 8 or 4: the text encoder's matrices rounded to so many bits
     reuse: int = 1  # the DiT's middle blocks are computed every so many steps (above 1 an approximation)
+    ignore_profiles: bool = False  # take the references' numbers as sRGB whatever their profile, as released
     noise: str = "record"  # "record": a generator a record; "official": drawn a chunk at a time, as released
 
     def __post_init__(self):
@@ -88,6 +89,13 @@ def is_same_file(known: str, resolved: str | None, path: str | Path) -> bool:
     except (OSError, ValueError):  # no path at all: a NUL character, a name that is too long
         return known == str(path)
     return known == str(path) or os.path.abspath(before) == os.path.abspath(path)  # noqa: PTH100 - no link followed
+
+
+def image_size(settings: Settings, model: Path) -> tuple[int, int]:
+    """Height and width of the images that a run of these settings makes, px; reads the model's configs only."""
+    blocks = AutoencoderKL.load_config(model / "vae")["block_out_channels"]
+    native = PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * 2 ** (len(blocks) - 1)
+    return settings.height or native, settings.width or native
 
 
 def check_size(settings: Settings, model: Path) -> None:

@@ -14,7 +14,8 @@ from mige.data.synthetic.scenes import Scenes, draw
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench, bench_report
 from mige.mini.bench_report import Card
-from mige.reports.page import TASK_NAMES
+from mige.reports.cases import TASK_NAMES
+from mige.reports.page import write_page
 from mige.utils import images
 
 GUIDANCE = 2.0
@@ -64,9 +65,8 @@ def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
             f"were never shown in training. The first case is drawn from seed {args.seed}.")  # fmt: skip
     groups = [("A fresh case", cards[:1])]
     groups += [(TASK_NAMES[task], list(same)) for task, same in groupby(cards[1:], lambda card: card.one.case.task)]
-    sections = [bench_report.section(name, len(same), [("", same)], args.output, f"task-{n}")
-                for n, (name, same) in enumerate(groups, start=1)]  # fmt: skip
-    page = args.output / "index.html"
-    bench_report.page(page, "MIGE-mini", [name for name, _ in groups], sections, note=note)
+    draw = bench_report.drawing(args.output)
+    sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
+    page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)
     sheet = bench_report.sheet(cards, args.output / "contact_sheet.png", note=note)
     print(f"{len(cards)} pictures: open {page} or {sheet}")

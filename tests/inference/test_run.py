@@ -35,8 +35,10 @@ def pipe(model):
 
 @pytest.fixture(scope="module")
 def records(model):
-    report = inference.check(read_records(FILES), model)
-    assert len(report.records) == 7 and not report.findings, report.text()
+    report = inference.check(read_records(FILES), model, SETTINGS)
+    assert len(report.records) == 7 and not report.faults, report.text()
+    (note,) = report.notes
+    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.problem  # tiny knows no comma
     return report.records
 
 
@@ -292,20 +294,20 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
         {"multi_prompt": "a<imagehere>" + " wonderful" * 60, "entity_path": [cat]},
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    report = inference.check(read_records([tmp_path / "x.json"]), model)
+    report = inference.check(read_records([tmp_path / "x.json"]), model, SETTINGS)
     assert [record.id for record in report.records] == ["00004", "00005"]
     assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
     (note,) = [note for note in report.notes if "record 5" in note.where]
     assert "are cut (limit 128)" in note.problem
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
-        inference.check(report, tmp_path)
+        inference.check(report, tmp_path, SETTINGS)
 
 
 def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
     opened = []
-    monkeypatch.setattr(inference, "_load", lambda record: opened.append(record.id) or record.id)
+    monkeypatch.setattr(inference, "_load", lambda record, _: opened.append(record.id) or record.id)
     with ThreadPoolExecutor(1) as reader:
-        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader)
+        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader, False)
         for start in (0, 2, 4):
             chunk, _, samples = next(chunks)
             assert samples.result() == [record.id for record in chunk] == [r.id for r in records[start : start + 2]]
