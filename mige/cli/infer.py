@@ -108,7 +108,8 @@ def read(args: argparse.Namespace) -> "Report":
 
     if args.records:
         return parsing.read_records(args.records, root=args.root, task=args.task)
-    row = {"multi_prompt": args.prompt, "entity_path": args.reference, "source_path": [args.source] * bool(args.source)}
+    row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
+    row["source_path"] = [args.source] * bool(args.source)
     root = args.root or Path()
     record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
     return records.Report([record] if record else [], findings)

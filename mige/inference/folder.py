@@ -108,10 +108,10 @@ def _check_records(folder: Path, records: Sequence[Record], lines: Mapping[str, 
                 "would be one file where names ignore it: use another id, or another --output"
             )
         if record.id in lines and not is_of(lines[record.id], record):
-            advice = "" if record.where == "command line" else " or another id"
+            advice = "--id" if record.where.startswith("command line") else "id"
             raise RunError(
                 f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other pictures: "
-                f"use another --output{advice}"
+                f"use another --output or another {advice}"
             )
 
 

@@ -186,6 +186,21 @@ def test_a_single_case(model, tmp_path, arguments, task):
     assert (line["id"], line["task"], line["size"]) == ("image", task, [96, 64])
 
 
+def test_two_cases_in_one_folder_need_two_names(model, tmp_path):
+    arguments = ("--model", model, "--output", tmp_path, "--steps", 1, "--height", 64, "--width", 64, "--source", CAT)
+    assert infer(*arguments, "--prompt", "make it red").returncode == 0
+    before = (tmp_path / "images" / "image.png").read_bytes()
+    done = infer(*arguments, "--prompt", "make it blue")
+    assert done.returncode == 1 and "use another --output or another --id" in done.stderr
+    assert "finished 'image' with another prompt" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = infer(*arguments, "--prompt", "make it blue", "--id", "blue")
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path) == ["blue.png", "image.png"] and {line["id"] for line in lines(tmp_path)} == {"image", "blue"}
+    assert (tmp_path / "images" / "image.png").read_bytes() == before
+    done = infer(*arguments, "--prompt", "make it blue", "--id", "../blue")
+    assert done.returncode == 1 and "\"id\" is '../blue', unfit for a file name" in done.stderr
+
+
 def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
     done = infer("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, "--offload")
     assert done.returncode == 0, done.stderr
@@ -302,7 +317,7 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
         assert done.returncode == 1 and not (tmp_path / "run").exists()
         return done.stderr
 
-    assert f"error: {tmp_path}/nothing: not a checkpoint folder" in run(tmp_path / "nothing")
+    assert f"error: {tmp_path}/nothing: no such folder; correct the path" in run(tmp_path / "nothing")
     assert f"error: {EXAMPLES}: not a checkpoint folder" in run(EXAMPLES)
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
