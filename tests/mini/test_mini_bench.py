@@ -338,6 +338,21 @@ def test_a_stopped_run_goes_on_where_it_was(whole, pipeline, model, chosen, tmp_
         assert (out / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("line", ["", "[1]", "{}", '{"id": "../x", "model": {}}', "\x00"])
+def test_a_foreign_line_is_named_and_its_case_made_again(
+    whole, pipeline, model, chosen, tmp_path, answered, capsys, line
+):
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    lines = (out / "cases.jsonl").read_text().splitlines()
+    (out / "cases.jsonl").write_text("\n".join([line, *lines[1:]]) + "\n")
+    (out / "images" / f"{json.loads(lines[2])['id']}.png").write_bytes(b"")
+    rows = bench.run(pipeline, chosen, out, model=model, steps=2)
+    err = capsys.readouterr().err
+    assert f"{out / 'cases.jsonl'}, line 1: " in err and f"{out / 'cases.jsonl'}, line 3: " in err
+    assert sorted(answered) == sorted(json.loads(lines[n])["id"] for n in (0, 2))
+    assert [row["id"] for row in rows] == [one.id for one in chosen]
+
+
 def test_a_run_grows_and_a_finished_one_generates_nothing(whole, pipeline, model, chosen, tmp_path, answered):
     few = [chosen[3], chosen[0]]
     first = bench.run(pipeline, few, tmp_path, model=str(model), batch=1, **SETTINGS)
