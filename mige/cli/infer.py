@@ -129,7 +129,6 @@ def run(args: argparse.Namespace) -> int:
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
-    inference.check_size(settings, model)
     report = inference.check(read(args), model, settings)
     if report.findings and main_process:
         print(report.text(), file=sys.stderr)

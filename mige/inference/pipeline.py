@@ -110,7 +110,7 @@ class MIGEPipeline(DiffusionPipeline):
         hub = {name: options.pop(name, None) for name in loading.HUB}
         folder = cls.locate(path, variant=variant, **hub)
         folder = folder / subfolder if subfolder else folder
-        checkpoint.verify(folder)
+        checkpoint.verify(folder, variant)
         dtype = torch_dtype if dtype is None else dtype
         dtype = torch.float32 if dtype is None else dtype  # or transformers would take that of the file, diffusers not
         as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4

@@ -50,9 +50,10 @@ def check(report: Report, model: Path, settings: Settings) -> Report:
 
     Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
     inference and not opened. Returns a report whose records are all fit to run. Raises CheckpointError if the model
-    folder is not whole.
+    folder is not whole, ValueError for a size that it cannot make.
     """
     checkpoint.verify(model)
+    check_size(settings, model)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     findings = list(report.findings)

@@ -242,7 +242,7 @@ def test_the_settings_of_something_else_are_left_alone(tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"model_type": "t5"}'
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_damage_loses_nothing_and_a_rerun_completes(finished, tmp_path, data):
     folder = tmp_path / "run"

@@ -290,6 +290,12 @@ def test_a_bad_file_is_named_by_its_number_and_harms_nobody(service, tmp_path, k
     assert result(service, request()).pictures
 
 
+def test_an_upload_of_more_pixels_than_the_page_takes_is_refused(service, tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")  # a few kB; the library itself would open it
+    with pytest.raises(RefusedError, match=r"^Picture 1: 169,000,000 pixels, expected at most 65,000,000"):
+        list(service.run(request(Task.EDIT, "make it dark", (tmp_path / "large.png",))))
+
+
 def test_a_picture_too_long_to_scale_is_refused(service, tmp_path):
     Image.new("RGB", (1, 60_000)).save(tmp_path / "long.png")
     with pytest.raises(RefusedError, match=r"60000.*make it smaller or crop it"):
