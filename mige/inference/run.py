@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 import mige
 from mige.checkpoints import folder as checkpoint
-from mige.data.checks import check_lengths
+from mige.data.checks import check_images, check_lengths
 from mige.data.records import Record, Report
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, SampleNoise
@@ -96,7 +96,7 @@ def check(report: Report, model: Path) -> Report:
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     findings = list(report.findings)
-    findings += images.check_images([replace(record, target=None) for record in report.records])
+    findings += check_images([replace(record, target=None) for record in report.records])
     findings += check_lengths(report.records, tokenizer, fusion["num_queries"], fusion["max_tokens"])
     bad = {finding.where for finding in findings if finding.fatal}
     return Report([record for record in report.records if record.where not in bad], findings)
