@@ -65,6 +65,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     processes.allowed = item.get_closest_marker("processes") is not None
 
 
+def pytest_runtest_teardown() -> None:
+    processes.end_all()
+
+
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 

@@ -173,8 +173,8 @@ def test_a_sigterm_to_one_of_two_processes_saves_and_ends_both(tiny_model, tmp_p
     streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     process = start_python(*torchrun(2), *endless, cwd=ROOT, env=ON_CPU, start_new_session=True, **streams)
     wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, process)
-    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
-    workers["1"].send_signal(signal.SIGTERM)  # not to the one that writes
+    _, second = sorted(psutil.Process(process.pid).children(), key=lambda child: child.create_time())
+    second.send_signal(signal.SIGTERM)  # not to the one that writes
     assert process.wait(timeout=120) != 0
     last = metrics(tmp_path / "run")[-1]["step"]
     assert [saved.name for saved in training_state.list_checkpoints(tmp_path / "run")] == [f"step-{last:08d}"]
