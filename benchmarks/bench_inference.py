@@ -10,7 +10,7 @@ A case is task/batch/mode, or task/batch/mode@steps. Tasks: subject, edit, subje
 steps and scales, encoding and decoding included) and dit (one forward pass of that many samples, 96 context positions;
 no steps). Mode: "plain", "naive" (every step encodes again: all four picture slots, 256 positions, every branch; a few
 steps are timed, the rest reckoned), or any of these joined by "+": compiled, offload, vae16, t5-8, t5-4 (bits), and,
-approximate, reuse2 to reuse5, interval (guidance between model times 200 and 900). Modes that rebuild the pipeline
+approximate, reuse2 to reuse5. Modes that rebuild the pipeline
 (offload, t5-8, t5-4) come last.
 
 After an exact case of the same task, batch and steps, a case says how far it is off: `latent_error`, relative L2 of the
@@ -60,7 +60,7 @@ PICTURES = ROOT / "example_data" / "images"
 CONTEXT = 96  # positions in the dit cases
 SLOTS = 4  # pictures the released code encodes for every sample
 REBUILT = ("offload", "t5-8", "t5-4")  # options that change the pipeline for good
-APPROXIMATE = {f"reuse{n}": {"reuse": n} for n in (2, 3, 4, 5)} | {"interval": {"guidance_interval": (200.0, 900.0)}}
+APPROXIMATE = {f"reuse{n}": {"reuse": n} for n in (2, 3, 4, 5)}
 OPTIONS = ("plain", "naive", "compiled", "vae16", *REBUILT, *APPROXIMATE)
 TABLE = "dit/16/compiled dit/48/compiled edit/1/compiled subject/5/compiled edit/25/compiled edit/1/compiled+offload"
 

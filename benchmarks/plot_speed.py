@@ -23,8 +23,8 @@ LEGEND = {FULL: ("all blocks and branches at every step", "o"), APPROXIMATE: ("a
 OFFSETS = [(side * x, y) for x in (9, 16, 26) for y in (0, 9, -9, 16, -16, 26, -26, 38, -38, 52, -52)
            for side in (1, -1)]  # of a label from its dot, in points  # fmt: skip
 HOW_TO_READ = (
-    "reuse N: the middle blocks of the DiT only every N-th step.  interval: guidance only between model times 200 and "
-    "900.\nvae16: the VAE in bfloat16.  Where no steps are named: {usual}.  Bars: 95 % intervals of the mean.\n"
+    "reuse N: the middle blocks of the DiT only every N-th step.\n"
+    "vae16: the VAE in bfloat16.  Where no steps are named: {usual}.  Bars: 95 % intervals of the mean.\n"
     "Weights: bfloat16 for speed; for deviation float32, but in the mode bfloat16."
 )
 
@@ -55,7 +55,7 @@ def colour(line: dict) -> str:
 
 
 def label(line: dict, usual: int) -> str:
-    """Such as "30 steps", "reuse 2 + interval"; steps are named where they are not the usual ones, or all there is."""
+    """Such as "30 steps", "reuse 2"; steps are named where they are not the usual ones, or all there is."""
     words = [option.replace("reuse", "reuse ") for option in line["mode"].split("+") if option != "compiled"]
     many = [f"{line['steps']} steps"] if not words or line["steps"] != usual or "bfloat16" in words else []
     return ", ".join([*many, *([" + ".join(words)] if words else [])])

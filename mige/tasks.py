@@ -1,6 +1,9 @@
 """The three tasks, their official settings, and the marker that stands for an image in a prompt."""
 
+import re
+import unicodedata
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from enum import StrEnum
 
 PLACEHOLDER = "<imagehere>"
@@ -68,3 +71,36 @@ TASKS: dict[Task, TaskSettings] = {
 def placeholders(prompt: str) -> int:
     """How many pictures the prompt asks for: occurrences of `<imagehere>` in any case."""
     return prompt.lower().count(PLACEHOLDER)
+
+
+# Brackets of any script, and as HTML, URLs and JSON escape them.
+_ANGLE = r"(?:[<＜﹤‹«⟨〈〈《]|&(?:amp;)*(?:lt|#0*60|#x0*3c);|%3c|\\u003c)"
+_OTHER, _OTHER_CLOSING = r"[\[({［｛（【〔「]", r"[\])}］｝）】〕」]"
+_CLOSING = r"(?:[>＞﹥›»⟩〉〉》]|&(?:amp;)*(?:gt|#0*62|#x0*3e);|%3e|\\u003e)"
+_BRACKETED = re.compile(
+    rf"{_ANGLE}(?P<angle>[^<>\[\](){{}}&%\n]{{2,60}}?){_CLOSING}|{_OTHER}(?P<other>[^<>\[\](){{}}\n]{{2,30}}?){_OTHER_CLOSING}",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"\S*\bimage[_-]?here\b\S*", re.IGNORECASE)
+_NAMES = ("image", "images", "img", "picture", "pic", "photo", "source", "reference", "subject")
+
+
+def near_markers(prompt: str) -> list[str]:
+    """What in a prompt looks like the marker and is none, as it is written: `<image here>`, `[imagehere]`, `<img>`."""
+    rest = re.sub(PLACEHOLDER, " ", prompt, flags=re.IGNORECASE)
+    found = [match.group() for match in _BRACKETED.finditer(rest) if _is_near(match)]
+    for text in found:
+        rest = rest.replace(text, " ")
+    plain = "".join(c for c in unicodedata.normalize("NFKC", rest) if unicodedata.category(c) != "Cf")
+    return found + _BARE.findall(plain)
+
+
+def _is_near(match: re.Match[str]) -> bool:
+    inner = match["angle"] or match["other"]
+    # Compatibility forms (full-width letters) become plain ones; invisible characters, digits and signs go.
+    words = re.findall("[a-z]+", unicodedata.normalize("NFKC", inner).lower().replace("\u200b", ""))
+    letters = "".join(words)
+    if SequenceMatcher(None, letters, PLACEHOLDER.strip("<>")).ratio() > 0.8:
+        return True
+    named = letters in _NAMES or (bool(words) and words[0] == "img")
+    return named and (match["angle"] is not None or match.group()[0] not in "(（")

@@ -1,6 +1,7 @@
 """Imports point only downwards (docs/architecture.md, "Layers"), over the syntax trees of all files of the package."""
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,8 @@ FILES = [
 ]
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Modules below mige that a file imports, anywhere in it: "models.vae", "tasks"; "" is the package itself."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -32,7 +34,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("mige").removeprefix(".") for name in found if name.split(".")[0] == "mige"}
+    return frozenset(n.removeprefix("mige").removeprefix(".") for n in found if n.split(".")[0] == "mige")
 
 
 def unit(path: Path) -> str:

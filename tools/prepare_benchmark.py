@@ -1,52 +1,6 @@
-"""A benchmark's own files -> records that infer.py runs, and what evaluate.py compares with.
+"""The script of mige/cli/prepare_benchmark.py."""
 
-    python tools/prepare_benchmark.py dreambench --data dreambooth --output output/dreambench/benchmark
-    python tools/prepare_benchmark.py emu_edit --output output/emu_edit/benchmark      # streamed from the hub
-    python tools/prepare_benchmark.py magicbrush --data test --output output/magicbrush/benchmark
-    python tools/prepare_benchmark.py migebench --data MIGEBench --output output/migebench/benchmark
-
-docs/evaluation.md says where the files are and what each protocol compares.
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-from mige.data.prepare.sources import SourceError
-from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Options, prepare
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    parser.add_argument("--data", help="folder of its files, or its name on the hub (default: that name)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--root", help="migebench: where its placeholder paths lead (default: the data)")
-    parser.add_argument("--split", choices=["validation", "test"], default="validation", help="emu_edit")
-    parser.add_argument("--samples", type=int, default=1, help="dreambench: pictures a prompt (%(default)s)")
-    parser.add_argument("--against", choices=["input", "all"], default="input",
-                        help="dreambench: compare with the input, or with all pictures of the subject")  # fmt: skip
-    parser.add_argument(
-        "--iterative", metavar="RESULTS", help="magicbrush: turns start from the results in this folder"
-    )
-    args = parser.parse_args()
-    args.data = args.data or BENCHMARKS[args.benchmark].hub
-    if args.data is None:
-        parser.error(f"{args.benchmark} is not on the hub; fetch it and give its folder as --data")
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1, got {args.samples}")
-    return args
-
-
-def main() -> None:
-    args = parse()
-    options = Options(args.data, args.root, args.split, args.samples, args.against, args.iterative)
-    for path in prepare(args.benchmark, options, args.output):
-        print(path)
-
+from mige.cli.prepare_benchmark import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BenchmarkError, SourceError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    raise SystemExit(main())

@@ -1,57 +1,6 @@
-"""Turn one of the paper's public data sets into records and pictures for training.
+"""The script of mige/cli/prepare_data.py."""
 
-    # streamed from the hub
-    python tools/prepare_data.py magicbrush --output data/magicbrush
-    python tools/prepare_data.py subjects200k --output data/subjects200k --limit 10000
-    # from files that were fetched before
-    python tools/prepare_data.py instructpix2pix --input downloads/instructpix2pix --output data/instructpix2pix
-    python tools/prepare_data.py seed_data_edit --input downloads/SEED-Data-Edit-Part2-3 --output data/seed
-
-Writes records.jsonl, images/, skipped.jsonl (every sample left out, with its reason) and summary.json. A killed run
-goes on where it stopped; a finished folder is left alone. docs/data.md describes the sources.
-"""
-
-import argparse
-import os
-import sys
-from pathlib import Path
-
-from mige.data.prepare.run import RECORDS, SKIPPED, prepare
-from mige.data.prepare.sources import SOURCES, Settings, SourceError
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make or to go on with")
-    parser.add_argument("--input", nargs="+", help="local files or folders, or a hub name (default: the source's own)")
-    parser.add_argument("--split", default="train", help="magicbrush: train or dev (default: %(default)s)")
-    parser.add_argument("--name", default="", help="how ids begin, if not with the source (two sets of one source)")
-    parser.add_argument("--limit", type=_positive, help="rows to read at most, over all runs")
-    parser.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (%(default)s)")
-    parser.add_argument("--min-quality", type=int, default=5, help="subjects200k: least of its scores (%(default)s)")
-    return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
-    return number
-
-
-def main() -> None:
-    args = parse()
-    hub = SOURCES[args.source].hub
-    inputs = args.input or ([hub] if hub else [])
-    resolved = tuple(str(Path(given).resolve()) if Path(given).exists() else given for given in inputs)
-    settings = Settings(args.source, resolved, args.split, args.name, args.min_quality)
-    summary = prepare(settings, args.output, limit=args.limit, workers=args.workers)
-    print(summary.text())
-    print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was left out")
-
+from mige.cli.prepare_data import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SourceError, OSError) as error:
-        sys.exit(f"error: {error}")
+    raise SystemExit(main())

@@ -1,51 +1,6 @@
-"""Teaches MIGE-mini's encoder to tell all of a picture, and what stands where in the answer.
+"""The script of mige/cli/pretrain_mini_encoder.py."""
 
-Before the joint training, which else may teach it names alone.
-
-    python train_scripts/pretrain_mini_encoder.py output/mini/seeing --start output/mini/start --steps 2000
-
-From the context that the DiT will read, a small transformer that is thrown away afterwards reads every picture of the
-instruction back, patch by patch of the vision tower, and every subject that the answer brings or changes, of which it
-is told where it stands there. Vision tower, Q-Former, fusion and text encoder train; DiT and VAE stay as they are. It
-prints the share of the pictures' variance that is lost: of the stream's and of unseen subjects'.
-"""
-
-import argparse
-import math
-import sys
-from pathlib import Path
-
-import torch
-
-from mige import config
-from mige.checkpoints.folder import CheckpointError
-from mige.mini.pretraining import RATE, SEED, teach
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
-    parser.add_argument("--start", type=Path, required=True, help="checkpoint folder whose encoder is taught")
-    parser.add_argument("--config", type=Path, default=Path("configs/mini.py"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
-    parser.add_argument("--batch", type=int, default=256, help="cases a step (%(default)s)")
-    parser.add_argument("--rate", type=float, default=RATE, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="none that a training has (%(default)s)")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_intermixed_args()  # overrides may stand before and after the options
-    if min(args.steps, args.batch) < 1 or args.seconds <= 0:
-        parser.error(f"--steps is {args.steps}, --batch {args.batch}, --seconds {args.seconds}; "
-                     "expected >= 1, >= 1 and > 0")  # fmt: skip
-    settings = config.load(args.config, [f"train.pretrained={str(args.start)!r}", *args.overrides])
-    how = ("steps", "seconds", "batch", "rate", "seed", "workers", "device")
-    teach(args.start, args.folder, settings, **{name: getattr(args, name) for name in how})
-
+from mige.cli.pretrain_mini_encoder import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (config.ConfigError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    raise SystemExit(main())

@@ -1,22 +1,24 @@
-"""Checkpoint folders: written whole or not at all, and checked key by key before anything is loaded.
+"""Checkpoint folders, checked part by part and key by key before anything is loaded.
 
-The libraries only warn about a missing weight and fill it with random numbers; here that is an error.
+The libraries only warn about a missing weight and fill it with random numbers, and make a tokenizer without a
+vocabulary: here both are errors.
 """
 
-import json
-import re
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, SchedulerMixin
 from torch import nn
-from transformers import Blip2QFormerModel, Blip2VisionModel, T5EncoderModel
+from transformers import AutoTokenizer, Blip2QFormerModel, Blip2VisionModel, T5EncoderModel
 
 from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.weight_files import files_to_read, has_variant, header, mismatches, read_json
+from mige.diffusion.solver import DPMSolver2M
 from mige.models.fusion import MIGEFusion
 
-_CLASSES: dict[str, type[nn.Module]] = {
+CLASSES: dict[str, type[nn.Module]] = {
     "transformer": PixArtTransformer2DModel,
     "text_encoder": T5EncoderModel,
     "image_encoder": Blip2VisionModel,
@@ -25,80 +27,152 @@ _CLASSES: dict[str, type[nn.Module]] = {
     "vae": AutoencoderKL,
 }
 OTHERS = ("tokenizer", "scheduler")
+_OWN = {"MIGEFusion": ("mige.models.fusion", "mige.fusion"), "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler")}
+"""Our classes in model_index.json: where they live, and where version 0.1.0 had them."""
+
+_PROBE = "follow the instruction to edit the image: a cat in the jungle"
 
 
-def verify(folder: Path) -> None:
-    """Compare every part's files with what its config asks for, reading headers only.
+def verify(folder: Path, variant: str | None = None) -> None:
+    """Compare every part's files with what its config asks for, reading headers only; open tokenizer and scheduler.
 
-    Raises CheckpointError naming every missing part and every missing, unexpected or misshapen key.
+    Args:
+        variant: of the weight files, such as "fp16"; a part that has none of it is read without, as diffusers does.
+
+    Raises CheckpointError naming every missing part, every file that would be left out, every missing, unexpected or
+    misshapen key, and what is wrong with classes, dtypes, tokenizer and scheduler.
     """
     index = folder / "model_index.json"
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder, expected one with model_index.json (convert official files "
+                              "with tools/convert_checkpoint.py)")  # fmt: skip
     if not index.is_file():
         raise CheckpointError(f"{folder}: not a checkpoint folder, it has no model_index.json (convert official files "
                               "with tools/convert_checkpoint.py)")  # fmt: skip
-    listed = _read_json(index)
-    faults = [f"{name}: missing from {index.name} or from the folder" for name in (*_CLASSES, *OTHERS)
+    listed = read_json(index)
+    faults = [f"{name}: missing from {index.name} or from the folder" for name in (*CLASSES, *OTHERS)
               if name not in listed or not (folder / name).is_dir()]  # fmt: skip
-    for name, cls in _CLASSES.items():
+    faults += _index_faults(listed)
+    with_variant = [
+        name for name, cls in CLASSES.items() if variant and has_variant(folder / name, _stem(cls), variant)
+    ]
+    if variant and not with_variant:
+        faults.append(f"no part has weights of the variant {variant!r}, such as model.{variant}.safetensors")
+    for name, cls in CLASSES.items():
         if (folder / name).is_dir():
-            faults += [f"{name}: {fault}" for fault in _part_faults(cls, folder / name)]
+            own = variant if name in with_variant else None
+            faults += [f"{name}: {fault}" for fault in _part_faults(cls, folder / name, own)]
+    if (folder / "tokenizer").is_dir():
+        faults += [f"tokenizer: {fault}" for fault in _tokenizer_faults(folder)]
+    if (folder / "scheduler").is_dir():
+        faults += [f"scheduler: {fault}" for fault in _scheduler_faults(folder / "scheduler", listed.get("scheduler"))]
     if faults:
         raise CheckpointError(f"{folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
 
 
-def _part_faults(cls: type[nn.Module], folder: Path) -> list[str]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
-        return ["expected config.json and *.safetensors files"]
+def _stem(cls: type) -> str:
+    """How a class's weight files are called."""
+    return "model" if getattr(cls, "config_class", None) is not None else "diffusion_pytorch_model"
+
+
+def _index_faults(listed: dict[str, Any]) -> list[str]:
+    """What model_index.json says of classes that is not so."""
+    faults = []
+    pipeline = listed.get("_class_name")
+    if "MIGEPipeline" not in (pipeline if isinstance(pipeline, list) else [pipeline]):
+        faults.append(f"model_index.json is of {pipeline!r}, expected 'MIGEPipeline'")
+    for name, value in listed.items():
+        if name.startswith("_"):
+            continue
+        if name not in (*CLASSES, *OTHERS):
+            faults.append(f"{name}: model_index.json names it, but a MIGE model has no such part")
+        elif not (isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)):
+            faults.append(f"{name}: model_index.json says {value!r}, expected [library, class]")
+        elif name in CLASSES:
+            cls = CLASSES[name]
+            libraries = _OWN.get(cls.__name__, (cls.__module__.split(".")[0],))
+            if value[0] not in libraries or value[1] != cls.__name__:
+                faults.append(f"{name}: model_index.json says {value}, expected {[libraries[0], cls.__name__]}")
+    return faults
+
+
+def _part_faults(cls: type[nn.Module], folder: Path, variant: str | None) -> list[str]:
+    if not (folder / "config.json").is_file():
+        return ["expected config.json"]
     try:
-        found = {key: shape for file in files for key, shape in _header(file).items()}
-        listed = [file for path in folder.glob("*.index.json") for file in _read_json(path, "weight_map").values()]
-        part = _build(cls, _read_json(folder / "config.json"))
+        files, faults = files_to_read(folder, _stem(cls), variant)
+        config = read_json(folder / "config.json")
+        found = {key: stored for file in files for key, stored in header(file).items()}
+        part = _build(cls, config)
     except CheckpointError as error:
         return [f"damaged: {error}"]
+    named = config.get("_class_name", cls.__name__), *(config.get("architectures") or [])
+    faults += [f"config.json is of {other}, expected {cls.__name__}" for other in named if other != cls.__name__]
+    if not files:
+        return sorted(faults)
     tensors = dict(part.named_parameters()) | dict(part.named_buffers())  # a tied tensor by its first name
     saved = part.state_dict(keep_vars=True)
-    expected = {key: tuple(t.shape) for key, t in tensors.items() if key in saved}
-    aliases = saved.keys() - expected.keys()
-    names = {file.name for file in files}
-    faults = [f"missing file {name}" for name in set(listed) - names]
-    faults += [f"{name} is in no index" for name in names - set(listed) if re.search(r"-\d+-of-\d+", name)]
-    faults += [f"missing {key}" for key in expected.keys() - found.keys()]
-    faults += [f"unexpected {key}" for key in found.keys() - expected.keys() - aliases]
-    faults += [
-        f"{key} is {list(found[key])}, its config says {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    return sorted(faults)
+    expected = {key: tensor for key, tensor in tensors.items() if key in saved}
+    return sorted([*faults, *mismatches(found, expected, saved.keys() - expected.keys())])
 
 
 def _build(cls: type[nn.Module], config: dict) -> nn.Module:
     try:
         with torch.device("meta"):
-            if hasattr(cls, "config_class") and cls.config_class is not None:  # a class of transformers
+            if getattr(cls, "config_class", None) is not None:  # a class of transformers
                 return cls(cls.config_class.from_dict(config))
             return cls.from_config(config)
     except Exception as error:  # the libraries raise anything, from AssertionError to NotImplementedError
         raise CheckpointError(f"config.json: {cls.__name__} refuses it: {error}") from error
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
+def _tokenizer_faults(folder: Path) -> list[str]:
+    """A tokenizer that loads, knows words, and whose ids the text encoder has."""
+    path = folder / "tokenizer"
+    if not any((path / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        return ["expected tokenizer.json or spiece.model: without them every prompt becomes unknown tokens"]
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file.name}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        ids = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    except Exception as error:  # transformers and tokenizers raise anything
+        return [f"cannot be loaded: {error}"]
+    faults = []
+    unknown = sum(token == tokenizer.unk_token_id for token in ids)
+    if not ids or 2 * unknown > len(ids):
+        faults.append(f"{unknown} of {len(ids)} tokens of {_PROBE!r} are unknown: its vocabulary is not T5's")
+    for name in ("eos_token_id", "pad_token_id", "unk_token_id"):
+        if getattr(tokenizer, name) is None:
+            faults.append(f"it has no {name}")
+    try:
+        size = read_json(folder / "text_encoder" / "config.json").get("vocab_size")
+    except CheckpointError:
+        return faults  # told of the text encoder
+    if isinstance(size, int) and len(tokenizer) > size:
+        faults.append(f"{len(tokenizer)} tokens, but the text encoder has embeddings of {size}")
+    return faults
 
 
-def _read_json(path: Path, *keys: str) -> dict:
-    """The object in a JSON file, or the one below the given keys."""
+def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
+    """A scheduler of a known class, with a noise schedule that is one."""
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    for key in keys:
-        data = data.get(key) if isinstance(data, dict) else None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected an object" + "".join(f" with the key {key!r}" for key in keys))
-    return data
+        config = read_json(folder / "scheduler_config.json")
+    except CheckpointError as error:
+        return [str(error)]
+    if not (isinstance(listed, list) and len(listed) == 2):
+        return []  # told of model_index.json
+    library, name = listed
+    cls = DPMSolver2M if name == "DPMSolver2M" else getattr(diffusers, str(name), None)
+    libraries = _OWN.get(name, ("diffusers",))
+    if library not in libraries or not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        return [f"model_index.json says {listed}, expected a scheduler of diffusers or {_OWN['DPMSolver2M'][0]}"]
+    if config.get("_class_name", name) != name:
+        return [f"scheduler_config.json is of {config['_class_name']}, model_index.json says {name}"]
+    try:
+        scheduler = cls.from_config(config)
+    except Exception as error:  # diffusers raises anything
+        return [f"scheduler_config.json: {name} refuses it: {error}"]
+    kind, betas = scheduler.config.get("prediction_type", "epsilon"), getattr(scheduler, "betas", None)
+    faults = [] if kind == "epsilon" else [f"it expects {kind} predictions, the model predicts epsilon"]
+    if betas is not None and not bool(((betas > 0) & (betas < 1)).all()):
+        faults.append(f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1")
+    return faults

@@ -1,58 +1,161 @@
-"""What is wrong with records beyond their fields: images that cannot be decoded, prompts that are cut."""
+"""What is wrong with records beyond their fields: images that cannot be used, prompts that are misread or cut.
 
-from collections.abc import Sequence
+Nothing here loads torch.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from mige.data.records import Finding, Record, count
+from mige.models.instruction import MAX_WORDS, full_text, tokenize, training_text, unspelled
+from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
+from mige.utils.images import BadImageError, check_shape, image_key, open_image
 
-from mige.data.records import Finding, Record
-from mige.models.instruction import MAX_WORDS, full_text, tokenize
-from mige.tasks import PLACEHOLDER
-from mige.utils.images import BadImageError, open_image
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RATIO_TOLERANCE = 0.02  # relative difference of width / height between source and target beyond which they lie apart
+MANY = 5  # records of one target from which on it is worth a word
 
 
-def check_images(records: Sequence[Record], workers: int = 8) -> list[Finding]:
-    """Decode each distinct picture of the records once, in threads; one fatal finding a record and bad file."""
-    files_of = [
-        (record, dict.fromkeys((*record.references, *filter(None, (record.source, record.target)))))
-        for record in records
-    ]
+@dataclass(frozen=True)
+class _Seen:
+    """What the check knows of an image file: its size and pixels' digest, or why it cannot be used."""
+
+    size: tuple[int, int] = (0, 0)
+    key: bytes = b""
+    error: BadImageError | None = None
+
+
+def check_images(
+    records: Sequence[Record],
+    workers: int = 8,
+    *,
+    size: tuple[int, int] = (512, 512),
+    training: bool = False,
+    ignore_profiles: bool = False,
+) -> list[Finding]:
+    """Decode each distinct image of the records once, in threads; one fatal finding a record and bad file.
+
+    size: height and width that the images will be fitted to, px; what is too long for that is a fault.
+    training: fitted as in training (never letterboxed).
+    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
+    """
+    files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
     with ThreadPoolExecutor(workers) as pool:
-        errors = dict(zip(files, pool.map(_decoding_error, files), strict=True))
-    return [
-        Finding(record.where, f"{file}: {error.problem}", error.remedy)
-        for record, files in files_of
-        for file in files
-        if (error := errors[file])
-    ]
+        seen = dict(zip(files, pool.map(partial(_look, ignore_profiles=ignore_profiles), files), strict=True))
+    findings = []
+    for record, own in files_of:
+        for file in own:
+            if error := seen[file].error or _too_long(record, file, seen[file].size, size, training):
+                findings.append(Finding(record.where, f"{file}: {error.problem}", error.remedy))
+        findings += _compare(record, seen)
+    return findings
 
 
-def _decoding_error(path: Path) -> BadImageError | None:
+def _files(record: Record) -> list[Path]:
+    return list(dict.fromkeys((*record.references, *filter(None, (record.source, record.target)))))
+
+
+def _look(path: Path, ignore_profiles: bool) -> _Seen:
     try:
-        open_image(path)
+        image = open_image(path, ignore_profiles=ignore_profiles)
     except BadImageError as error:
-        return error
+        return _Seen(error=error)
+    return _Seen(image.size, image_key(image))
+
+
+def _too_long(
+    record: Record, file: Path, size: tuple[int, int], fitted: tuple[int, int], training: bool
+) -> BadImageError | None:
+    letterboxed = not training and TASKS[record.task].letterbox and file != record.target
+    try:
+        check_shape(size, *fitted, letterboxed=letterboxed)
+    except BadImageError as error:
+        return BadImageError(file, f"{error.args[0]}: {error.problem}", error.remedy)
     return None
 
 
-def check_lengths(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
-) -> list[Finding]:
-    """What of each record's instruction is cut: words over 88, tokens over the limit.
+def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
+    """Notes on a source and its target, where both can be used."""
+    if record.source is None or record.target is None:
+        return []
+    source, target = seen[record.source], seen[record.target]
+    if source.error or target.error:
+        return []
+    if source.key == target.key:
+        return [Finding(record.where, f"source and target are the same image ({record.target})", "check it", False)]
+    ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
+    if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
+        shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
+        problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
+        return [Finding(record.where, problem, "what does not overlap is cropped away; crop both alike", False)]
+    return []
 
-    Cut text is a note; a placeholder or a whole picture that is cut is a fault.
+
+def check_repeats(records: Iterable[Record]) -> list[Finding]:
+    """A note for each target that MANY or more records of a training set share."""
+    targets = Counter(record.target for record in records if record.target is not None)
+    return [
+        Finding(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
+        for target, times in targets.items()
+        if times >= MANY
+    ]
+
+
+def check_markers(record: Record) -> list[Finding]:
+    """A note for what in the prompt looks like the marker and is read as words."""
+    near = near_markers(record.prompt)
+    if not near:
+        return []
+    problem = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
+    return [Finding(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
+
+
+def check_training_text(record: Record) -> list[Finding]:
+    """Whether the text that the record is trained on mentions each of its references once; needs no tokenizer.
+
+    An edit without a marker gets its mentions from its words, and text is cut after MAX_WORDS words: both can leave
+    another number of markers than references, which training cannot pair, so it is a fault.
+    """
+    found, given = placeholders(training_text(record.task, record.prompt, record.edit_type)), len(record.references)
+    findings = check_markers(record)
+    if found == given:
+        return findings
+    asked = placeholders(record.prompt)
+    problem = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
+    if asked == 0 and found > given:
+        problem += f", as the prompt mentions its image {found} times"
+        remedy = f"write one {PLACEHOLDER} in place of one mention"
+    else:
+        problem += f", as the text is cut after {MAX_WORDS} words"
+        remedy = "shorten the prompt"
+    return [*findings, Finding(record.where, problem, remedy)]
+
+
+def check_lengths(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
+) -> list[Finding]:
+    """What of each record's instruction is not read as written.
+
+    Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
+    tokens over the limit) are notes; a marker or a whole image that is cut is a fault.
     """
     return [f for record in records for f in _check_length(record, tokenizer, num_queries, max_tokens)]
 
 
 def _check_length(
-    record: Record, tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
+    record: Record, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
 ) -> list[Finding]:
     text = full_text(record.task, record.prompt, record.edit_type)
     instruction = tokenize(text, tokenizer)
-    findings = []
+    findings = check_markers(record) + check_spelling(record, tokenizer)
     read, given = instruction.pictures, len(record.references)
     if read < given:
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
@@ -68,4 +171,17 @@ def _check_length(
         findings.append(
             Finding(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
         )
+    return findings
+
+
+def check_spelling(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+    """Notes on tokens of the prompt that the tokenizer does not know, and on special tokens written out in it."""
+    unknown, special = unspelled(record.prompt, tokenizer)
+    findings = []
+    if special:
+        problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
+        findings.append(Finding(record.where, problem, "leave them out", fatal=False))
+    if unknown:
+        problem = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
+        findings.append(Finding(record.where, problem, "write it in English, without emoji", fatal=False))
     return findings

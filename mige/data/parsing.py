@@ -7,10 +7,9 @@ Two row layouts are recognised by their fields; both may stand in one file:
   instruction, image (the source picture), task (the type of edit)            Emu Edit
 
 Reading never stops at the first fault: a `Report` holds the good records and every finding. Pictures are not opened
-here (`images.check_images` does that).
+here (`checks.check_images` does that).
 """
 
-import json
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mige.data.records import ID_PATTERN, ID_RULE, UNSTORABLE, Finding, Record, Report, count
-from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, placeholders
+from mige.data.json_rows import read_rows, type_name
+from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Finding, Record, Report, count
+from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, near_markers, placeholders
 
 
 def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task | None = None) -> Report:
@@ -35,7 +35,7 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
         report.findings.append(Finding("no files", "nothing to read", "give at least one .json or .jsonl file"))
     records_of: list[tuple[Path, list[Record]]] = []
     for file in files:
-        rows, findings = _read_rows(file)
+        rows, findings = read_rows(file)
         report.findings += findings
         records = []
         for number, row in rows:
@@ -62,15 +62,16 @@ def make_record(
     task: what the record must be (None: its fields decide).
     """
     if not isinstance(row, Mapping):
-        problem = f"the row is {_type_name(row)}, expected an object"
+        problem = f"the row is {type_name(row)}, expected an object"
         return None, [Finding(where, problem, "write it as {...} with the fields of the record")]
     reader = _RowReader(row, where, root)
     record_id = reader.identifier(default_id)
+    reader.storable()
     named = [task] if task else []
     if emu_edit := "instruction" in row:
         prompt = reader.prompt("instruction")
         sources, references, target = reader.required_path("image"), (), None
-        edit_type = reader.text("task")
+        edit_type = reader.text("task") or ""
         if "multi_prompt" in row:
             reader.fault('both "instruction" and "multi_prompt" are present', "keep the one that is the prompt")
     else:
@@ -96,6 +97,7 @@ def make_record(
     return record, reader.findings
 
 
+_READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction")
 _OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task")
 
 
@@ -131,6 +133,8 @@ def _check_tasks(
 def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, references: tuple[Path, ...]) -> None:
     asked, given = placeholders(prompt), len(references)
     found = f"{asked} {PLACEHOLDER} in the prompt, {count(given, 'reference')}"
+    if near := near_markers(prompt):
+        found += f" ({', '.join(map(repr, near))} is read as words)"
     rewritten_later = task is Task.EDIT and asked == 0
     if asked == 0 and given == 0:
         reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
@@ -160,15 +164,23 @@ class _RowReader:
         name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
         value = default if name is None else self.row[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            self.fault(
-                f'"{name}" is {_type_name(value)}, expected a string or an integer', "correct it or leave it out"
-            )
+            self.fault(f'"{name}" is {type_name(value)}, expected a string or an integer', "correct it or leave it out")
             return None
-        if not ID_PATTERN.fullmatch(str(value)):
+        if not ID_PATTERN.fullmatch(str(value)) or RESERVED.fullmatch(str(value)):
             self.fault(f'"{name}" is {reprlib.repr(value)}, unfit for a file name', f"use {ID_RULE}")
             return None
         self.where = f"{self.where} (id {value})"
         return str(value)
+
+    def storable(self) -> None:
+        """Refuse half a surrogate pair in names and in fields that nobody reads, which could not be written again."""
+        for name, value in self.row.items():
+            if name in _READ_FIELDS:
+                continue
+            if character := SURROGATE.search(f"{name} {value}" if isinstance(value, str) else f"{name} {value!r}"):
+                self.fault(
+                    f"{reprlib.repr(name)} holds {character.group()!r}, which is no character of a text", "remove it"
+                )
 
     def text(self, name: str) -> str | None:
         """An optional string; null counts as absent."""
@@ -202,7 +214,7 @@ class _RowReader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.fault(f'"{name}" is {_type_name(value)}, expected a list of paths', "put it in [ ]")
+            self.fault(f'"{name}" is {type_name(value)}, expected a list of paths', "put it in [ ]")
             return None
         texts = [self._string(f'"{name}"[{position}]', item) for position, item in enumerate(value)]
         return None if None in texts else tuple(self.root / text for text in texts)
@@ -224,7 +236,7 @@ class _RowReader:
     def _string(self, label: str, value: Any) -> str | None:
         """`value` if it is a string with something in it, else a fault and None."""
         if not isinstance(value, str):
-            self.fault(f"{label} is {_type_name(value)}, expected a string", "correct the field")
+            self.fault(f"{label} is {type_name(value)}, expected a string", "correct the field")
         elif not value.strip():
             self.fault(f"{label} is empty", "fill it in")
         elif character := UNSTORABLE.search(value):
@@ -234,73 +246,26 @@ class _RowReader:
         return None
 
 
-def _read_rows(file: Path) -> tuple[list[tuple[int, Any]], list[Finding]]:
-    """The rows of a file with their numbers from 1, and the faults of the file itself."""
-    where = str(file)
-    if file.suffix.lower() not in (".json", ".jsonl"):
-        return [], [Finding(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is legal and skipped
-    except UnicodeDecodeError as error:
-        return [], [Finding(where, f"not UTF-8: {error.reason} at byte {error.start}", "save the file as UTF-8")]
-    except OSError as error:
-        return [], [Finding(where, f"cannot be read: {error.strerror}", "check the path and its permissions")]
-    if not text.strip():
-        return [], [Finding(where, "the file is empty", "write at least one record")]
-    return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
-
-
-def _parse_list(where: str, text: str) -> tuple[list[tuple[int, Any]], list[Finding]]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        return [], [_malformed(where, error.lineno, error)]
-    if not isinstance(rows, list):
-        return [], [Finding(where, f"the top level is {_type_name(rows)}, expected a list", "put the records in [ ]")]
-    if not rows:
-        return [], [Finding(where, "the list is empty", "write at least one record")]
-    return list(enumerate(rows, 1)), []
-
-
-def _parse_lines(where: str, text: str) -> tuple[list[tuple[int, Any]], list[Finding]]:
-    rows, findings = [], []
-    # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for position, (number, line) in enumerate(lines, 1):
-        try:
-            rows.append((position, json.loads(line)))
-        except json.JSONDecodeError as error:
-            findings.append(_malformed(where, number, error))
-    return rows, findings
-
-
-def _malformed(where: str, line: int, error: json.JSONDecodeError) -> Finding:
-    return Finding(f"{where}, line {line}, column {error.colno}", f"malformed JSON: {error.msg}", "correct it there")
-
-
 def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None:
     """Put the records of all files into the report under ids that are unique in the run."""
-    files_with = Counter(record_id for _, records in records_of for record_id in {record.id for record in records})
-    shared = [record_id for record_id, files in files_with.items() if files > 1]
+    # Case-folded: some file systems know "a" and "A" as one name. Ids are ASCII, so accents cannot differ.
+    files_with = Counter(folded for _, records in records_of for folded in {r.id.casefold() for r in records})
+    shared = [folded for folded, files in files_with.items() if files > 1]
     if shared:
         problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
         report.findings.append(Finding("all files", problem, "every id now starts with its file's name", fatal=False))
-    first: dict[str, str] = {}
+    first: dict[str, Record] = {}
     for file, records in records_of:
         for record in records:
             record_id = f"{file.stem}_{record.id}" if shared else record.id
-            if not ID_PATTERN.fullmatch(record_id):
+            if not ID_PATTERN.fullmatch(record_id) or RESERVED.fullmatch(record_id):
                 problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
                 report.findings.append(Finding(record.where, problem, f"rename the file; ids are {ID_RULE}"))
-            elif record_id in first:
-                problem = f"the id {record_id!r} is already taken by {first[record_id]}"
+            elif taken := first.get(record_id.casefold()):
+                problem = f"the id {record_id!r} is already taken by {taken.where}"
+                if taken.id != record.id:
+                    problem += ", as file names may not tell upper from lower case"
                 report.findings.append(Finding(record.where, problem, "give each record its own id"))
             else:
-                first[record_id] = record.where
+                first[record_id.casefold()] = record
                 report.records.append(replace(record, id=record_id))
-
-
-def _type_name(value: Any) -> str:
-    """The JSON name of a value's type, with the value: for messages."""
-    names = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({reprlib.repr(value)})"

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mige.tasks import Task
+from mige.utils.errors import UserError
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-ID_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, the first not a dot"
+RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?|.*\.", re.IGNORECASE)  # not storable on Windows
+ID_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, first and last not a dot, none of Windows' device names (CON, NUL, ...)"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: JSON can spell it, UTF-8 cannot
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # JSON can spell these, no path or tokenizer takes them
 
 
@@ -23,7 +26,7 @@ class Record:
     references: tuple[Path, ...]  # in the order of the placeholders; an edit's only reference is its source
     source: Path | None  # the picture to edit; None for the subject task
     target: Path | None  # the true picture, where the data has one
-    edit_type: str | None  # Emu Edit's "task" column: global, local, add, ...
+    edit_type: str | None  # of an Emu Edit row: its "task" column (global, local, add, ...), "" without; else None
     where: str  # "train.json, record 12 (id 7)", counted from 1: for messages
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # every other field of the row, untouched
 
@@ -41,7 +44,7 @@ class Finding:
         return f"{'' if self.fatal else 'note: '}{self.where}: {self.problem}; {self.remedy}"
 
 
-class BadRecordsError(ValueError):
+class BadRecordsError(UserError, ValueError):
     """The data has faults; the message is the whole report."""
 
 

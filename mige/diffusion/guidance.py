@@ -7,7 +7,6 @@ and "full". Rearranged so that each branch stands once, and the weights add up t
 * subject-driven: `none + s (full - none)` (Ho & Salimans, arXiv 2207.12598, eq. 6); there is no source to drop.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,34 +46,3 @@ def combine(eps_BCHW: Tensor, chosen: list[Branch]) -> Tensor:
     """Weighted sum of the branches' noise estimates, in float32: [len(chosen) * B, C, h, w] -> [B, C, h, w]."""
     parts = eps_BCHW.float().chunk(len(chosen))
     return sum(branch.weight * part for branch, part in zip(chosen, parts, strict=True))
-
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-
-
-def within(
-    interval: tuple[float, float],
-    times: Sequence[float],
-    guided: Callable[[], Denoise],
-    alone: Callable[[], Denoise],
-) -> Denoise:
-    """Guidance only while the model time is in the interval; outside, the full branch alone (arXiv 2404.07724).
-
-    An approximation of the guided sampler: fewer branches are computed.
-
-    Args:
-        times: of all calls, in their order.
-        guided, alone: make the noise estimate of either kind, anew whenever the interval is entered or left.
-    """
-    low, high = interval
-    turns = iter([low <= time <= high for time in times])
-    is_guided, estimate = None, None
-
-    def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        nonlocal is_guided, estimate
-        before, is_guided = is_guided, next(turns)
-        if is_guided is not before:
-            estimate = guided() if is_guided else alone()
-        return estimate(x_BCHW, t)
-
-    return denoise

@@ -8,7 +8,7 @@ MagicBrush edited turn by turn has a file of records for each turn, since a turn
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from mige.data.prepare import sources
-from mige.utils.files import write_text
+from mige.utils.errors import UserError
+from mige.utils.files import json_lines, read_json_lines, write_text
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError, RuntimeError):
     """Files of a benchmark, or results, that cannot be used: what was found, what was expected, what to do."""
 
 
@@ -42,12 +43,15 @@ class Metric:
 
     name: str
     of: str  # "clip", "dino", "l1", "l2", "direction"
-    against: str  # "references", "source", "target", "caption", "entity"
+    against: str  # "references", "source", "target", "caption", "local_caption", "entity"
     crop: bool = False  # of the entity cut out of the output instead of the output
 
     @property
     def lower_is_better(self) -> bool:
         return self.of in ("l1", "l2")
+
+
+CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no picture
 
 
 @dataclass(frozen=True)
@@ -161,15 +165,28 @@ def _write_picture(cell: Any, stem: Path, where: str) -> Path:
 # ---- MagicBrush ------------------------------------------------------------------------------------------------------
 
 
+_MAGICBRUSH_CAPTIONS = {
+    "caption": ("global_descriptions.json", "global_description.json", "global_captions.json"),
+    "local_caption": ("local_descriptions.json", "local_description.json", "local_captions.json"),
+}
+
+
 def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
-    """The test archive: edit_sessions.json, global_description(s).json, images/<img_id>/<file>.
+    """The test archive: edit_sessions.json, images/<img_id>/<file>, and captions of two kinds or one of them.
+
+    The paper's CLIP-T is of the local captions (what its author says in the issues of OSU-NLP-Group/MagicBrush); global
+    ones give higher figures. Each has a measure of its own.
 
     Every turn on its own by default. Iterative: a turn starts from the result of the turn before, and only the last
     turn of a session is scored.
     """
     root = Path(options.data)
-    sessions = json.loads(_read(root / "edit_sessions.json", "MagicBrush"))
-    captions = json.loads(_read(_either(root, "global_descriptions.json", "global_description.json"), "MagicBrush"))
+    sessions = _json(root / "edit_sessions.json", "MagicBrush", dict)
+    captions = {
+        name: _json(_either(root, *files), "MagicBrush", dict)
+        for name, files in _MAGICBRUSH_CAPTIONS.items()
+        if any((root / file).exists() for file in files) or name == "caption"
+    }
     for image_id, turns in sessions.items():
         before = None
         for n, turn in enumerate(turns, start=1):
@@ -180,14 +197,15 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
             row = {"id": record_id, "multi_prompt": _text(turn["instruction"], where, "instruction")}
             row |= {"entity_path": [given], "source_path": [given], "image": str(target), "task": "edit", "turn": n}
             if options.iterative is None or n == len(turns):
-                caption = captions.get(image_id, {}).get(turn["output"])
                 first = _existing(root / "images" / image_id / turns[0]["input"], where)
                 row["score"] = {
                     "group": f"turn {n}",
                     "source": str(source if options.iterative is None else first),
                     "target": str(target),
-                    "caption": _text(caption, where, f"caption of {turn['output']}"),
                 }
+                for name, of in captions.items():
+                    caption = of.get(image_id, {}).get(turn["output"])
+                    row["score"][name] = _text(caption, where, f"{name.replace('_', ' ')} of {turn['output']}")
             if options.iterative is not None:
                 before = str(Path(options.iterative).resolve() / "images" / f"{record_id}.png")
             yield row
@@ -205,8 +223,10 @@ def migebench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     root = Path(options.root or data)
     for kind in ("add", "replace"):
         file = data / f"{kind}_bench.json"
-        for n, row in enumerate(json.loads(_read(file, "MIGEBench")), start=1):
+        for n, row in enumerate(_json(file, "MIGEBench", list), start=1):
             where = f"{file.name}, record {n}"
+            if not isinstance(row, dict):
+                raise BenchmarkError(f"{where}: {type(row).__name__}, expected an object; fetch the file again")
             if missing := [name for name in _FIELDS if not row.get(name)]:
                 raise BenchmarkError(f"{where}: no {', '.join(missing)}; fetch the file again")
             references = [_below(root, path, where) for path in row["entity_path"]]
@@ -278,7 +298,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             Metric("L2", "l2", "target"),
             Metric("CLIP-I", "clip", "target"),
             Metric("DINO", "dino", "target"),
-            Metric("CLIP-T", "clip", "caption"),
+            Metric("CLIP-T (local captions)", "clip", "local_caption"),
+            Metric("CLIP-T (global captions)", "clip", "caption"),
         ),
     ),
     "migebench": Benchmark(
@@ -314,16 +335,28 @@ class Prepared:
     def scored(self) -> list[Mapping[str, Any]]:
         return [row for row in self.rows if "score" in row]
 
+    @property
+    def metrics(self) -> list[Metric]:
+        """The measures that the rows have something to compare with for (a caption may be missing)."""
+        return [m for m in BENCHMARKS[self.name].metrics if all(self._has(m, row["score"]) for row in self.scored)]
+
+    def _has(self, metric: Metric, score: Mapping[str, Any]) -> bool:
+        return metric.against not in CAPTIONS or metric.against in score
+
 
 def prepare(name: str, options: Options, folder: Path) -> list[Path]:
     """Write the prepared folder of a benchmark and return its files of records, in the order in which they run.
 
-    Raises BenchmarkError for files that are missing or of another layout and for duplicate ids.
+    Raises BenchmarkError for files that are missing or of another layout, for duplicate ids, and for a folder that
+    holds another benchmark, or this one with other options.
     """
     benchmark = BENCHMARKS[name]
+    _check_ours(name, options, folder)
     if name == "migebench" and not Path(options.data).is_dir():
         options = Options(**(asdict(options) | {"data": snapshot_download(options.data, repo_type="dataset")}))
     folder.mkdir(parents=True, exist_ok=True)
+    config = {"benchmark": name, "options": asdict(options), "records": [], "rows": None}  # None: not there yet
+    write_text(folder / "benchmark.json", json.dumps(config, indent=2) + "\n")
     rows = list(benchmark.rows(options, folder))
     ids = [row["id"] for row in rows]
     if twice := sorted({one for one in ids if ids.count(one) > 1} if len(set(ids)) < len(ids) else ()):
@@ -334,19 +367,71 @@ def prepare(name: str, options: Options, folder: Path) -> list[Path]:
         turns = sorted({row["turn"] for row in rows})
         parts = {f"turn_{n}.jsonl": [row for row in rows if row["turn"] == n] for n in turns}
     for file, some in parts.items():
-        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
-    config = {"benchmark": name, "options": asdict(options), "records": list(parts), "rows": len(rows)}
+        write_text(folder / file, json_lines(some))
+    config |= {"records": list(parts), "rows": len(rows)}
     write_text(folder / "benchmark.json", json.dumps(config, indent=2) + "\n")
     return [folder / file for file in parts]
 
 
+def _check_ours(name: str, options: Options, folder: Path) -> None:
+    """Raise BenchmarkError unless the folder is new, or was prepared for the same benchmark and options."""
+    advice = "give another --output, or delete the folder if nothing needs it"
+    if folder.exists() and not folder.is_dir():
+        raise BenchmarkError(f"{folder} is a file, expected a folder or nothing; give another --output")
+    if not (folder / "benchmark.json").exists():
+        if others := sorted(path.name for path in folder.glob("*.jsonl")):
+            raise BenchmarkError(f"{folder} holds {others[0]}, but no benchmark.json: it is not ours; {advice}")
+        return
+    there = _config(folder)
+    if there.name != name:
+        raise BenchmarkError(f"{folder} holds {there.name}, expected {name} or nothing; {advice}")
+    ours, theirs = asdict(options), asdict(there.options)
+    differing = [f"{key}: {theirs[key]} there, {ours[key]} now" for key in ("split", "samples", "against", "iterative")
+                 if ours[key] != theirs[key]]  # fmt: skip
+    if differing:
+        raise BenchmarkError(f"{folder} holds {name} with other options ({'; '.join(differing)}); {advice}")
+
+
+def _config(folder: Path) -> "Prepared":
+    """What benchmark.json says, without rows; raises BenchmarkError where it is cut or another file."""
+    path = folder / "benchmark.json"
+    config = _json(path, "a prepared benchmark", dict)
+    try:
+        if config["benchmark"] not in BENCHMARKS:
+            raise ValueError(f"benchmark {config['benchmark']!r}")
+        return Prepared(config["benchmark"], Options(**config["options"]), (), folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchmarkError(f"{path}: not what prepare_benchmark.py writes ({error!r}); prepare it again") from error
+
+
 def read(folder: Path) -> Prepared:
-    """A prepared folder; raises BenchmarkError if it is none."""
-    config = json.loads(_read(folder / "benchmark.json", "a prepared benchmark"))
-    lines = [line for file in config["records"] for line in _read(folder / file, "records").split("\n") if line.strip()]
-    if len(lines) != config["rows"]:
-        raise BenchmarkError(f"{folder}: {len(lines)} records, expected {config['rows']}; prepare it again")
-    return Prepared(config["benchmark"], Options(**config["options"]), list(map(json.loads, lines)), folder)
+    """A prepared folder; raises BenchmarkError if it is none, or not whole."""
+    prepared, config = _config(folder), _json(folder / "benchmark.json", "a prepared benchmark", dict)
+    rows = []
+    for file in config.get("records", []):
+        _read(folder / file, "records")
+        found, faults = read_json_lines(folder / file)
+        bad = [
+            f"{folder / file}, line {n}: no record with an id" for n, row in found if not isinstance(row.get("id"), str)
+        ]
+        if faults := faults + bad:
+            raise BenchmarkError(f"{faults[0]} ({len(faults)} such lines); prepare it again")
+        rows += [row for _, row in found]
+    if len(rows) != config.get("rows"):
+        raise BenchmarkError(f"{folder}: {len(rows)} records, expected {config.get('rows')}; prepare it again")
+    return replace(prepared, rows=rows)
+
+
+def _json(path: Path, what: str, kind: type) -> Any:
+    """The object or list in a JSON file."""
+    try:
+        found = json.loads(_read(path, what))
+    except (ValueError, RecursionError) as error:
+        raise BenchmarkError(f"{path}: no JSON ({error}); fetch or make the file again") from error
+    if not isinstance(found, kind):
+        problem = f"JSON of type {type(found).__name__}, expected a {kind.__name__}"
+        raise BenchmarkError(f"{path}: {problem}; fetch or make the file again")
+    return found
 
 
 def _read(path: Path, what: str) -> str:

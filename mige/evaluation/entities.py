@@ -5,8 +5,7 @@ mask, crop to the box. Where nothing is found there is no crop; the original kep
 the background.
 """
 
-import json
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
 
-from mige.reports.page import Case, html_page
-from mige.utils.files import write_text
-from mige.utils.images import open_image, save_image
+from mige.reports.cases import Case
+from mige.reports.page import html_page
+from mige.utils.files import append_json_lines, json_lines, read_json_lines, write_text
+from mige.utils.images import BadImageError, open_image, save_image
 
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"  # Swin-B and ViT-H, as published
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25
@@ -115,26 +115,48 @@ def extract(
     (out / "crops").mkdir(parents=True, exist_ok=True)
     (out / "marked").mkdir(exist_ok=True)
     path = out / "entities.jsonl"
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a line that was cut by a kill runs again
-    done = {line["id"]: line for line in map(json.loads, whole)}
-    write_text(path, "".join(json.dumps(line) + "\n" for line in done.values()))
+    done, faults = finished(out)
+    for fault in faults:
+        print(f"warning: {fault}; its object is cut out again", file=sys.stderr)
+    write_text(path, json_lines(done.values()))
     todo = [row for row in rows if row["id"] not in done]
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="image", desc="entities") as bar:
+    with tqdm(total=len(todo), unit="image", desc="entities") as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
             opened = [open_image(pictures[row["id"]]) for row in part]
             for row, picture, entity in zip(
                 part, opened, finder.find(opened, [row["score"]["object"] for row in part]), strict=True
             ):
-                line = _save(row, picture, entity, out)
-                file.write(json.dumps(line) + "\n")
-                done[row["id"]] = line
-            file.flush()
-            os.fsync(file.fileno())
+                done[row["id"]] = _save(row, picture, entity, out)
+            append_json_lines(path, [done[row["id"]] for row in part])
             bar.update(len(part))
     lines = [done[row["id"]] for row in rows]
     _write_page(lines, pictures, out)
     return sum(line["crop"] is not None for line in lines), len(lines)
+
+
+def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The lines of out/entities.jsonl by id whose crop opens; and what stands there besides, a sentence each."""
+    found, faults = read_json_lines(out / "entities.jsonl")
+    lines = {}
+    for number, line in found:
+        where, name = f"{out / 'entities.jsonl'}, line {number}", line.get("id")
+        crop = f"crops/{name}.png"
+        if (
+            not isinstance(name, str)
+            or line.get("crop", "") not in (None, crop)
+            or not {"score", "object"} <= line.keys()
+        ):
+            faults.append(f"{where}: no line of an entity")
+            continue
+        try:
+            if line["crop"] is not None:
+                open_image(out / crop)
+                open_image(out / "marked" / f"{name}.jpg")
+            lines[name] = line
+        except BadImageError as error:
+            faults.append(f"{where}: {error}")
+    return lines, faults
 
 
 def _save(row: Mapping[str, Any], picture: Image.Image, entity: Entity | None, out: Path) -> dict[str, Any]:

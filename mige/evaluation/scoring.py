@@ -5,9 +5,10 @@ DreamBench "real", the subject's other photographs. Letters: D features.
 """
 
 import hashlib
-import json
 import math
 import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from mige.evaluation import metrics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Metric, Prepared
-from mige.utils.files import write_text
+from mige.evaluation.benchmarks import CAPTIONS, BenchmarkError, Metric, Prepared
+from mige.utils.files import json_lines, read_json_lines, write_bytes, write_text
 from mige.utils.images import open_image
 
 VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true picture", "real": "real pictures"}
@@ -42,7 +44,7 @@ class Features:
         name = backbone.name.lower().replace(" ", "-").replace("/", "")
         self.backbone, self.batch = backbone, batch
         self.path = folder / f"{name}-{backbone.fingerprint}.safetensors"
-        self.known: dict[str, Tensor] = load_file(self.path) if self.path.exists() else {}
+        self.known = _read_cache(self.path)
         self.key_of: dict[Path | str, str] = {}
         self.pool = ThreadPoolExecutor(os.cpu_count())  # decoding and resizing take longer than the networks
 
@@ -79,9 +81,26 @@ class Features:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        save_file(self.known, part)
-        part.replace(self.path)
+        write_bytes(self.path, save(self.known))
+
+
+def _read_cache(path: Path) -> dict[str, Tensor]:
+    """The kept features; none, with a word on stderr, of a file that is cut or another one: they are computed anew."""
+    if not path.exists():
+        return {}
+    try:
+        known = load(path.read_bytes())
+        shapes = {tuple(features.shape) for features in known.values()}
+        if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            raise ValueError(f"tensors of shapes {sorted(shapes)}, expected one vector a picture or text")
+        if strangers := [key for key in known if not re.fullmatch("(picture|text) [0-9a-f]{64}", key)]:
+            raise ValueError(f"the key {strangers[0]!r}, expected those of pictures and texts")
+        if not all(features.dtype == torch.float32 and features.isfinite().all() for features in known.values()):
+            raise ValueError("features that are no finite float32")
+    except (ValueError, SafetensorError) as error:
+        print(f"warning: {path}: {error}; its features are computed anew", file=sys.stderr)
+        return {}
+    return known
 
 
 def _file_key(path: Path) -> str:
@@ -127,8 +146,11 @@ def crops(prepared: Prepared, folder: Path) -> dict[str, Path]:
     path = folder / "entities.jsonl"
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; run tools/extract_entities.py first")
-    lines = {line["id"]: line for line in map(json.loads, path.read_text("utf-8").splitlines())}
+    rows, faults = read_json_lines(path)
     ids = {row["id"] for row in prepared.scored}
+    lines = {line.get("id"): line for _, line in rows if isinstance(line.get("id"), str) and "crop" in line}
+    for fault in faults:
+        print(f"warning: {fault}", file=sys.stderr)
     if missing := sorted(ids - lines.keys()):
         raise BenchmarkError(f"{path}: {len(missing)} ids missing ({_some(missing)}); run extract_entities.py again")
     return {one: folder / lines[one]["crop"] for one in ids if lines[one]["crop"]}
@@ -156,8 +178,8 @@ def score(
 
     Raises BenchmarkError for NaN features, BadImageError for a picture that cannot be read.
     """
-    wanted = [m for m in BENCHMARKS[prepared.name].metrics if entities is not None or not m.crop]
-    versions = {row["id"]: _versions(row["score"], found[row["id"]]) for row in prepared.scored}
+    wanted = [metric for metric in prepared.metrics if entities is not None or not metric.crop]
+    versions = {row["id"]: _versions(row, found[row["id"]]) for row in prepared.scored}
     crop_of = entities or {}
     networks = {"clip": Features(clip, cache, batch), "dino": Features(dino, cache, batch)}
     for of, features in networks.items():
@@ -174,7 +196,7 @@ def score(
             for metric in wanted:
                 answers = answered["entity" if metric.crop else "output"] if _applies(metric, version) else []
                 noted = scores.notes if version == "model" else Counter()
-                values = [_value(metric, one, row["score"], networks, noted) for one in answers]
+                values = [_value(metric, one, row["score"], networks, noted, version == "real") for one in answers]
                 line[version] |= {metric.name: sum(values) / len(values)} if values else {}
         if entities is not None:
             line["entity_found"] = row["id"] in crop_of
@@ -183,9 +205,10 @@ def score(
     return scores
 
 
-def _versions(score: Mapping[str, Any], output: Path) -> dict[str, list[Path]]:
-    """The pictures that stand for the output in each version."""
-    copied = score.get("source") or score["references"][0]
+def _versions(row: Mapping[str, Any], output: Path) -> dict[str, list[Path]]:
+    """The pictures that stand for the output in each version; "copy": the picture that the model was given."""
+    score = row["score"]
+    copied = score.get("source") or row["entity_path"][0]
     versions = {"model": [output], "copy": [Path(copied)]}
     versions |= {"target": [Path(score["target"])]} if "target" in score else {}
     return versions | ({"real": [Path(path) for path in score["others"]]} if score.get("others") else {})
@@ -201,7 +224,7 @@ def _against(score: Mapping[str, Any], metric: Metric) -> list[Path]:
     """The pictures that a measure compares with."""
     if metric.of == "direction":
         return [Path(score["source"])]
-    if metric.against == "caption":
+    if metric.against in CAPTIONS:
         return []
     given = score[metric.against]
     return [Path(path) for path in (given if isinstance(given, list) else [given])]
@@ -219,15 +242,20 @@ def _pictures(
 
 
 def _texts(row: Mapping[str, Any], used: Sequence[Metric]) -> Iterable[str]:
-    if any(metric.against == "caption" for metric in used):
-        yield row["score"]["caption"]
+    yield from (row["score"][metric.against] for metric in used if metric.against in CAPTIONS)
     if any(metric.of == "direction" for metric in used):
         yield row["score"]["source_caption"]
 
 
 def _value(
-    metric: Metric, answer: Path, score: Mapping[str, Any], networks: Mapping[str, Features], notes: Counter
+    metric: Metric,
+    answer: Path,
+    score: Mapping[str, Any],
+    networks: Mapping[str, Features],
+    notes: Counter,
+    apart: bool,
 ) -> float:
+    """A measure of one answer; `apart`: not compared with itself, should it be among the references (cosine 1)."""
     if metric.of in ("l1", "l2"):
         return _pixel_value(metric, answer, Path(score[metric.against]), notes)
     clip = networks["clip"]
@@ -235,10 +263,11 @@ def _value(
         captions = clip[score["caption"]], clip[score["source_caption"]]
         value = metrics.direction(clip[answer], clip[Path(score["source"])], *captions)
         return 0.0 if math.isnan(value) else value  # no change asked or made: 0, as with the usual epsilon
-    if metric.against == "caption":
-        return metrics.cosine(clip[answer], clip[score["caption"]])
+    if metric.against in CAPTIONS:
+        return metrics.cosine(clip[answer], clip[score[metric.against]])
     features = networks[metric.of]
-    values = [metrics.cosine(features[answer], features[other]) for other in _against(score, metric)]
+    others = [other for other in _against(score, metric) if not (apart and other == answer)]
+    values = [metrics.cosine(features[answer], features[other]) for other in others]
     return sum(values) / len(values)
 
 
@@ -257,4 +286,4 @@ def _mode(path: Path) -> str:
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """samples.jsonl: a line a sample, replaced at once."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, json_lines(rows))

@@ -1,21 +1,146 @@
-"""Means over samples with 95 % bootstrap intervals."""
+"""95 % intervals: of means (bootstrap, Student's t), of shares (Wilson), of means over seeds and cases.
 
+Letters: S seeds (runs), C cases.
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES, SEED = 2000, 0
+FEW = 30  # values below which a bootstrap is too narrow, and Student's t is taken
+_TWO_SIDED = 0.975  # the quantile of a two-sided 95 % interval
+
+Interval = tuple[float | None, float | None]
+"""Low and high; None where there is no interval: one value says nothing of another."""
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the 2.5 and 97.5 percentiles of the means of 2,000 resamples (Efron 1979), the same at every call.
+def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean with its interval: by bootstrap, of fewer than 30 values by Student's t, of one value none.
 
     Raises ValueError without values or for one that is not finite.
     """
+    if len(values) >= FEW:
+        return bootstrap(values)
+    return _mean(values), *t_interval(values)
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean, and the 2.5 and 97.5 percentiles of the means of 2,000 resamples (Efron 1979), the same at every call.
+
+    Resamples are drawn as counts: scipy.stats.bootstrap would hold all their indices (some 60 MB of 3,589 values).
+    Raises ValueError without values or for one that is not finite.
+    """
+    mean, n = _mean(values), len(values)
+    if n == 1:
+        return mean, None, None
+    counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    low, high = np.percentile(counts @ np.asarray(values, dtype=np.float64) / n, [2.5, 97.5])
+    return mean, float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Student's t interval of a mean; none of one value. Raises ValueError as `bootstrap` does."""
+    mean, n = _mean(values), len(values)
+    if n == 1:
+        return None, None
+    half = t_quantile(n - 1) * float(stats.sem(values))
+    return mean - half, mean + half
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share; half successes count as such. Raises ValueError for n < 1."""
+    if n < 1:
+        raise ValueError(f"an interval needs at least one trial, got {n}")
+    z, p = round(float(stats.norm.ppf(_TWO_SIDED)), 6), successes / n  # 1.959964, as reports have always had it
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t; `freedom` at least 1, not necessarily whole."""
+    return float(stats.t.ppf(_TWO_SIDED, freedom))
+
+
+def _mean(values: Sequence[float]) -> float:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError(f"a mean needs at least one value and finite ones, got {sample.size} values")
-    n = sample.size
-    counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    low, high = np.percentile(counts @ sample / n, [2.5, 97.5])
-    return float(sample.mean()), float(low), float(high)
+    return float(sample.mean())
+
+
+# ---- seeds and cases -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval.
+
+    Attributes:
+        over_seeds: False if nothing was known about the spread between seeds: the interval is over cases alone.
+    """
+
+    mean: float
+    low: float
+    high: float
+    cases: int
+    over_seeds: bool
+
+    def verdict(self, higher_is_better: bool = True) -> str:
+        """What the interval says of the claim that the mean is on the better side of 0."""
+        if self.low <= 0 <= self.high:
+            return "not resolved"
+        return "supported" if (self.mean > 0) == higher_is_better else "contradicted"
+
+
+def estimate(
+    runs_SC: np.ndarray, against_SC: np.ndarray | None, *, alike: Sequence[np.ndarray], share: bool
+) -> Estimate:
+    """Mean of runs, less that of other runs on the same cases, with its t interval.
+
+    Its variance is a sum: s²/S of each side, s² the variance between the means of runs that differ in their seed
+    alone, pooled over all of `alike`; and v/C, v the variance over cases of the difference (of each side's mean over
+    seeds). Degrees of freedom by Welch and Satterthwaite (Biometrics Bulletin 2, 1946). What one run makes of one case
+    counts in both, so the interval errs on the wide side. Without two seeds of any variant the first part is left out.
+
+    Args:
+        runs_SC: float [S, C], NaN where a case has no such score. against_SC: the same of what is subtracted, or
+            float [C] for something fixed, such as a baseline; None for nothing.
+        alike: [S, C] of every variant whose seeds tell how far runs lie apart.
+        share: the scores are 0 or 1 (or halves). Two cases are then added to v, one for and one against, or a share of
+            none of 20 would seem certain; and the interval ends at -1 and 1.
+
+    Raises ValueError for fewer than two cases that all runs have.
+    """
+    fixed = against_SC is None or against_SC.ndim == 1
+    other_SC = np.zeros(runs_SC.shape[1]) if against_SC is None else against_SC
+    other_SC = np.atleast_2d(other_SC)
+    there = ~np.isnan(runs_SC).any(axis=0) & ~np.isnan(other_SC).any(axis=0)
+    cases = int(there.sum())
+    if cases < 2:
+        raise ValueError(f"an interval needs at least two cases, got {cases}: raise the number of cases of a kind")
+    by_case = runs_SC[:, there].mean(axis=0) - other_SC[:, there].mean(axis=0)  # [C]
+    mean = float(by_case.mean())
+    squares = np.square(by_case - mean).sum() + (2 if share else 0)
+    parts = [(squares / (cases - 1) / cases, cases - 1)]
+    between, freedom = spread(alike)
+    if freedom:
+        parts.append((between * (1 / len(runs_SC) + (0 if fixed else 1 / len(other_SC))), freedom))
+    variance = sum(part for part, _ in parts)
+    half = float(np.sqrt(variance)) * t_quantile(variance**2 / sum(p**2 / n for p, n in parts)) if variance else 0.0
+    most = 1.0 if share else np.inf
+    return Estimate(mean, max(-most, mean - half), min(most, mean + half), cases, freedom > 0)
+
+
+def spread(alike: Sequence[np.ndarray]) -> tuple[float, int]:
+    """Variance between the means of runs of one variant, pooled over variants [S, C], and its degrees of freedom."""
+    squares, freedom = 0.0, 0
+    for runs_SC in alike:
+        means = runs_SC[:, ~np.isnan(runs_SC).any(axis=0)].mean(axis=1)
+        squares += float(np.square(means - means.mean()).sum())
+        freedom += len(means) - 1
+    return (squares / freedom if freedom else 0.0), freedom

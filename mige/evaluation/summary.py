@@ -1,7 +1,8 @@
-"""Scores a sample -> the table: means with 95 % bootstrap intervals, by version and subset."""
+"""Scores a sample -> the table: means with 95 % intervals, by version and subset."""
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,8 +14,9 @@ import transformers
 import mige
 from mige.evaluation import statistics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Prepared
+from mige.evaluation.benchmarks import BENCHMARKS, CAPTIONS, BenchmarkError, Prepared
 from mige.evaluation.scoring import VERSIONS
+from mige.utils.files import read_json_object
 
 
 def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
@@ -26,7 +28,8 @@ def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
         "CLIP's preprocessing": "shorter side to the input size (bicubic), centre crop",
         "DINO": f"{dino.name}, weights {dino.fingerprint}",
         "DINO's preprocessing": "shorter side to 256 (bicubic), centre crop 224",
-        "intervals": f"percentiles of {statistics.RESAMPLES} bootstrap resamples, seed {statistics.SEED}",
+        "intervals": f"percentiles of {statistics.RESAMPLES} bootstrap resamples, seed {statistics.SEED}; "
+        f"below {statistics.FEW} values Student's t",
     }
     if prepared.name == "dreambench":
         facts["pictures a prompt"] = str(options.samples)
@@ -37,6 +40,8 @@ def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
         facts["CLIPdir of equal captions"] = "0, counted in all rows, left out of the clean ones"
     if prepared.name == "magicbrush":
         facts["turns"] = "each on its own" if options.iterative is None else "final turn of iterative editing"
+        kinds = [metric.name for metric in prepared.metrics if metric.of == "clip" and metric.against in CAPTIONS]
+        facts["captions"] = ", ".join(kinds)
     if prepared.name in ("magicbrush", "migebench"):
         facts["another size"] = "the output is resized (bicubic) to the target's"
     return facts
@@ -52,7 +57,8 @@ def versions() -> dict[str, str]:
 def table(prepared: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each version, subset (all, clean, and the groups) and measure that there is.
 
-    An entry holds mean, low and high, n, and `of`: how many the whole benchmark has, None for a group.
+    An entry holds mean, low and high (None of one value, which has no interval), n, and `of`: how many the whole
+    benchmark has, None for a group.
     """
     size = BENCHMARKS[prepared.name].size(prepared.options)
     subsets = {"all": list(rows)}
@@ -63,14 +69,38 @@ def table(prepared: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
     entries = []
     for version in VERSIONS:
         for subset, some in subsets.items():
-            for metric in BENCHMARKS[prepared.name].metrics:
+            for metric in prepared.metrics:
                 values = [row[version][metric.name] for row in some if metric.name in row.get(version, {})]
                 if values:
-                    mean, low, high = statistics.bootstrap(values)
+                    mean, low, high = statistics.interval(values)
                     entry = {"version": version, "subset": subset, "measure": metric.name, "mean": mean, "low": low}
                     of = size if subset == "all" else None
                     entries.append(entry | {"high": high, "n": len(values), "of": of})
     return entries
+
+
+_ENTRY = {"version": str, "subset": str, "measure": str, "mean": float | int, "n": int, "of": int | None}
+_ENTRY |= {"low": float | int | None, "high": float | int | None}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report.json of another run; raises BenchmarkError, naming file and field, for any other file."""
+    try:
+        report = read_json_object(path)
+        for name, kind in (("label", str), ("protocol", dict), ("table", list)):
+            if not isinstance(report.get(name), kind):
+                raise ValueError(f"{path}: {name} is {report.get(name)!r:.80}, expected a {kind.__name__}")
+        for n, entry in enumerate(report["table"], start=1):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: entry {n} of its table is {entry!r:.80}, expected an object")
+            for name, kind in _ENTRY.items():
+                if not isinstance(entry.get(name), kind):
+                    raise ValueError(f"{path}: entry {n} of its table has the {name} {entry.get(name)!r:.80}")
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read ({error.strerror}); give a report.json of evaluate.py") from error
+    except ValueError as error:
+        raise BenchmarkError(f"{error}; give a report.json of evaluate.py") from error
+    return report
 
 
 def beside(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

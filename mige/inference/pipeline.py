@@ -8,11 +8,10 @@
 Letters: B prompts, R pictures of all prompts; latents are [B, 4, h, w], pictures a side of 8 h.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -32,9 +31,10 @@ from mige.checkpoints import folder as checkpoint
 from mige.diffusion import guidance
 from mige.diffusion import solver as sampler
 from mige.diffusion.conditioning import Condition
+from mige.inference import arguments, loading
 from mige.inference.offload import stream_blocks
 from mige.inference.quantise import quantise
-from mige.inference.samples import Picture, Sample, SampleNoise, make_sample
+from mige.inference.samples import Picture, Sample, SampleNoise
 from mige.models import vae as latents
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
 from mige.models.fast_dit import FastDenoiser
@@ -80,7 +80,15 @@ class MIGEPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype | dict | None = None, compile: bool = False, **kwargs
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | dict | None = None,
+        torch_dtype: torch.dtype | dict | None = None,
+        compile: bool = False,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        **options,
     ) -> "MIGEPipeline":
         """Load a checkpoint folder, or a model of the hub by name.
 
@@ -88,17 +96,29 @@ class MIGEPipeline(DiffusionPipeline):
             compile: as `MIGEPipeline.compile` does.
             dtype: float32 if None. A half-precision dtype is taken as the weights were trained: VAE float32, vision
                 tower in the dtype its products ran in, the rest as given. A dict names the dtype of each part, as in
-                diffusers.
+                diffusers ("default" for those it leaves out).
+            torch_dtype: another name of `dtype`.
+            variant: such as "fp16", of the weight files' names. subfolder: of the folder or model.
+            options: the hub's (`loading.HUB`), diffusers' (`loading.LOADING`), or a part to take instead.
 
-        Raises CheckpointError if a part, a key or a shape is not as its config says.
+        Raises CheckpointError if a part, a key or a shape is not as its config says, or nothing lies there;
+        TypeError for an unknown option and for two dtypes.
         """
-        folder = cls.locate(path)
-        checkpoint.verify(folder)
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise TypeError(f"dtype is {dtype} and torch_dtype {torch_dtype}: they are one option, give one of them")
+        loading.check_options(options, cls._get_signature_keys(cls)[0])
+        hub = {name: options.pop(name, None) for name in loading.HUB}
+        folder = cls.locate(path, variant=variant, **hub)
+        folder = folder / subfolder if subfolder else folder
+        checkpoint.verify(folder, variant)
+        dtype = torch_dtype if dtype is None else dtype
         dtype = torch.float32 if dtype is None else dtype  # or transformers would take that of the file, diffusers not
         as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4
         if as_trained:
             dtype = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
-        pipeline = super().from_pretrained(str(folder), dtype=dtype, **kwargs)
+        if variant is not None:
+            options["variant"] = variant
+        pipeline = super().from_pretrained(str(folder), dtype=dtype, **options)
         pipeline.transformer.pos_embed.to(pipeline.transformer.dtype)  # its table is computed in float32
         if as_trained:
             set_product_dtype(pipeline.image_encoder, getattr(torch, pipeline.fusion.config.vision_dtype))
@@ -132,10 +152,9 @@ class MIGEPipeline(DiffusionPipeline):
             part.to(device)
 
     @classmethod
-    def locate(cls, path: str | Path) -> Path:
-        """The folder of a checkpoint: `path` itself if it is one, else the hub's model of that name, downloaded."""
-        is_hub_name = not Path(path).parent.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-        return Path(cls.download(str(path))) if is_hub_name else Path(path)
+    def locate(cls, path: str | Path, **hub) -> Path:
+        """`loading.locate` with diffusers' own download."""
+        return loading.locate(path, cls.download, **hub)
 
     @property
     def model(self) -> MIGEModel:
@@ -168,8 +187,8 @@ class MIGEPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str],
-        references: Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
-        source: Picture | Sequence[Picture] | None = None,
+        references: Any = None,
+        source: Any = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -179,7 +198,6 @@ class MIGEPipeline(DiffusionPipeline):
         seed: int | Sequence[int] = 0,
         output_type: str = "pil",
         on_step: sampler.OnStep | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         reuse: int = 1,
     ) -> ImagePipelineOutput:
         """Generate or edit. The task follows from the pictures: no source, subject-driven generation; a source that is
@@ -187,29 +205,29 @@ class MIGEPipeline(DiffusionPipeline):
 
         Args:
             prompt: one, or a list; `<imagehere>` stands for the references, in order.
-            references: pictures of the prompt; a list of lists for several prompts.
-            source: the picture to edit; a list for several prompts.
+            references: the images of the prompt, or the only one; a list with that for each of several prompts.
+            source: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or tensors
+                (`as_image`); a source that equals a reference is that reference.
             height, width: of the output in pixels, multiples of 16; the native size by default.
             num_inference_steps, guidance_scale, source_guidance_scale: the official ones of the task by default.
             seed: of the noise; for several prompts one each, or one that all samples share.
             output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
             on_step: called after every step with (step, latent, estimate of the final latent).
-            guidance_interval: model times (0..999) to guide at, elsewhere the full branch alone: an approximation.
             reuse: compute the DiT's middle blocks every so many steps, an approximation; needs `compile`.
 
-        Raises ValueError for placeholders that don't match the references and for sizes off the grid.
+        Raises ValueError, before anything runs, for an argument that is not what it should be, and for markers that
+        don't match the references.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        many = len(prompts)
-        references = [references or []] if isinstance(prompt, str) else references or [[]] * many
-        sources = [source] * many if source is None or isinstance(source, Picture) else list(source)
-        seeds = [seed] * many if isinstance(seed, int) else list(seed)
-        if not many or not many == len(references) == len(sources) == len(seeds):
-            counts = f"{len(references)} lists of references, {len(sources)} sources, {len(seeds)} seeds"
-            raise ValueError(f"{many} prompts need as many of each, and at least one, got {counts}")
-        samples = [make_sample(p, r, s) for p, r, s in zip(prompts, references, sources, strict=True)]
+        num_inference_steps = arguments.optional("num_inference_steps", num_inference_steps, whole=True, least=1)
+        guidance_scale = arguments.optional("guidance_scale", guidance_scale, least=0)
+        source_guidance_scale = arguments.optional("source_guidance_scale", source_guidance_scale, least=0)
+        reuse = arguments.number("reuse", reuse, whole=True, least=1)
+        height = arguments.optional("height", height, whole=True)
+        width = arguments.optional("width", width, whole=True)
+        samples = arguments.samples_of(prompt, references, source)
+        seeds = arguments.seeds_of(seed, len(samples))
         size = self.output_size(height, width)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = [
@@ -223,7 +241,6 @@ class MIGEPipeline(DiffusionPipeline):
             text_guidance=guidance_scale,
             source_guidance=source_guidance_scale,
             on_step=on_step,
-            guidance_interval=guidance_interval,
             reuse=reuse,
         )
         if output_type != "latent":
@@ -274,7 +291,6 @@ class MIGEPipeline(DiffusionPipeline):
         text_guidance: float | None = None,
         source_guidance: float | None = None,
         on_step: sampler.OnStep | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         reuse: int = 1,
     ) -> Tensor:
         """Samples of one task -> final latents, float32 [B, 4, h, w]. The settings default to the official ones."""
@@ -287,7 +303,7 @@ class MIGEPipeline(DiffusionPipeline):
         chosen = guidance.branches(task, text_guidance, source_guidance)
         condition = self.encode(samples, noise)  # once: it does not depend on the timestep
         steps = official.steps if steps is None else steps
-        return self.denoise(condition, chosen, noise, steps, on_step, guidance_interval, reuse)
+        return self.denoise(condition, chosen, noise, steps, on_step, reuse)
 
     @torch.no_grad()
     def denoise(
@@ -297,17 +313,11 @@ class MIGEPipeline(DiffusionPipeline):
         noise: Sequence[SampleNoise],
         steps: int,
         on_step: sampler.OnStep | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         reuse: int = 1,
     ) -> Tensor:
         """Conditions and noise of B samples -> final latents, float32 [B, 4, h, w]. Arguments as in the call."""
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        guided = partial(self._estimate, condition, chosen, steps, reuse)
-        if guidance_interval is None:
-            estimate = guided()
-        else:
-            alone = partial(self._estimate, condition, [guidance.Branch(1.0, False, False)], steps, reuse)
-            estimate = guidance.within(guidance_interval, self._times(steps).tolist(), guided, alone)
+        estimate = self._estimate(condition, chosen, steps, reuse)
         with self.progress_bar(total=steps) as progress:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:

@@ -39,7 +39,8 @@ from mige.mini.start import start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state
 from mige.training.trainer import PREEMPTED
-from mige.utils.files import write_text
+from mige.utils.errors import UserError
+from mige.utils.files import parse_json_object, read_json_object, write_text
 
 QUARTERS = 4  # checkpoints of a run that are scored
 NO_MATTER = {"data": ("workers",), "train": ("pretrained", "seed", "log_every", "trackers")}  # to any score
@@ -67,7 +68,7 @@ VARIANTS: Mapping[str, Variant] = {
 """Text-only is compared with `edit_only`: without pictures in the instruction the other tasks have no meaning."""
 
 
-class AblationError(RuntimeError):
+class AblationError(UserError, RuntimeError):
     """Runs that cannot start or go on; the message says why and what to do."""
 
 
@@ -192,7 +193,7 @@ def _settle(plan: Plan) -> str:
     """Write the settings of a new folder, or see that an old one has the same; returns their digest."""
     path, now = plan.out / "settings.json", plan.settings()
     if path.exists():
-        there = json.loads(path.read_text("utf-8"))
+        there = read_settings(plan.out)
         if differing := list(_differing(there, now)):
             raise AblationError(f"{plan.out} holds runs with other settings ({'; '.join(differing)}): use another "
                                 "folder, or the old settings")  # fmt: skip
@@ -323,10 +324,10 @@ def read_scores(out: Path) -> list[dict]:
         return []
     if not (out / "settings.json").exists():
         raise AblationError(f"{out} has scores.jsonl, but no settings.json: copy that of the runs beside it")
-    setting, found = digest(json.loads((out / "settings.json").read_text("utf-8"))), {}
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    setting, found = digest(read_settings(out)), {}
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = parse_json_object(text)
             key = tuple(line[name] for name in _KEY)
         except (ValueError, KeyError, TypeError) as error:
             raise AblationError(f"{path}, line {number} is not a line of scores: {error!r}; remove it") from error
@@ -337,6 +338,16 @@ def read_scores(out: Path) -> list[dict]:
             raise AblationError(f"{path}, line {number}: {key[0]}, seed {key[1]} is there twice with other scores; "
                                 "remove the lines of one of them")  # fmt: skip
     return list(found.values())
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """out/settings.json; raises AblationError where it is cut or another file."""
+    try:
+        return read_json_object(out / "settings.json")
+    except ValueError as error:
+        raise AblationError(
+            f"{error}; restore it (runs of the same options have the same), or use another folder"
+        ) from error
 
 
 def finished(lines: Sequence[Mapping], steps: Sequence[int]) -> set[tuple[str, int]]:

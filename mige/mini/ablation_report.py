@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mige.evaluation.statistics import Estimate, estimate
 from mige.mini import bench
-from mige.mini.ablation import QUARTERS, VARIANTS, AblationError, finished, kinds_of, read_scores, share
-from mige.mini.intervals import Estimate, estimate
+from mige.mini.ablation import QUARTERS, VARIANTS, AblationError, finished, kinds_of, read_scores, read_settings, share
 from mige.tasks import Task
 from mige.utils.files import write_text
 
@@ -103,7 +103,7 @@ class Scores:
         lines = read_scores(out)
         if not lines:
             raise AblationError(f"{out} holds no scores: run tools/ablate.py first, or copy scores.jsonl there")
-        self.settings = json.loads((out / "settings.json").read_text("utf-8"))
+        self.settings = read_settings(out)
         self.mixture, steps = self.settings["data"]["world"], self.settings["train"]["steps"]
         self.steps = [steps * quarter // QUARTERS for quarter in range(1, QUARTERS + 1)]
         whole = finished(lines, self.steps)

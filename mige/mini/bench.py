@@ -10,6 +10,8 @@ import functools
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +25,13 @@ from tqdm import tqdm
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.cases import SEED, BenchCase, make_cases
 from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
+from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
 from mige.tasks import Task
 from mige.utils import images
-from mige.utils.files import write_text
+from mige.utils.errors import UserError
+from mige.utils.files import append_json_lines, folder_lock, json_lines, read_json_lines, read_json_object, write_text
 
 CANDIDATES = 64
 BY_REFERENCE = ("one_reference", "two_references", "reference_and_name", "add_by_reference",
@@ -186,30 +190,14 @@ def _features(pictures: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     return cells, histogram.flatten(1)
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson for a share; raises ValueError for n < 1."""
-    if n < 1:
-        raise ValueError(f"an interval needs at least one trial, got {n}")
-    z, p = 1.959964, successes / n
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
-
-
-def normal(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean by its standard error; of one value, that value."""
-    mean = float(np.mean(values))
-    half = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean - half, mean + half
+# ---- table -----------------------------------------------------------------------------------------------------------
 
 
 def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
     """Rows of cases.jsonl -> one of the table for each kind, split (seen, unseen, all) and measure that there is.
 
-    A case with two references has a mean identity of 0, 1/2 or 1; its interval counts cases, which is the wider one.
+    Low and high are None where there is no interval, of one L1 error. A case with two references has a mean identity of
+    0, 1/2 or 1; its interval counts cases, which is the wider one.
     """
     table = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -217,17 +205,20 @@ def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
             chosen = [row.get(version, {}) for row in rows if row["kind"] == kind and split in (row["split"], "all")]
             for name in MEASURES:
                 if values := [scores[name] for scores in chosen if name in scores]:
-                    low, high = wilson(sum(values), len(values)) if name in SHARES else normal(values)
+                    low, high = wilson(sum(values), len(values)) if name in SHARES else t_interval(values)
                     mean = sum(values) / len(values)
                     entry = {"kind": kind, "split": split, "measure": name, "n": len(values)}
                     table.append(entry | {"mean": mean, "low": low, "high": high})
     return table
 
 
+_ID = re.compile(r"[a-z0-9_]+-\w+-\d+")
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-class BenchError(RuntimeError):
+class BenchError(UserError, RuntimeError):
     """A run that cannot start; the message says why and what to do."""
 
 
@@ -250,27 +241,35 @@ def run(
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": steps, "guidance": guidance}
-    _settle(out / "settings.json", settings | {"source_guidance": source_guidance})
-    done = finished(out)
-    write_text(out / "cases.jsonl", "".join(json.dumps(row) + "\n" for row in done.values()))
-    todo = [one for one in chosen if one.id not in done]
-    pipeline.set_progress_bar_config(disable=True)
-    with (out / "cases.jsonl").open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="case") as bar:
-        for part in _batches(todo, batch):
-            rows = _answer(pipeline, part, out, steps, guidance, source_guidance)
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-            done |= {row["id"]: row for row in rows}
-            bar.update(len(part))
-    return [done[one.id] for one in chosen]
+    with folder_lock(out):
+        settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": steps, "guidance": guidance}
+        _settle(out / "settings.json", settings | {"source_guidance": source_guidance})
+        done, faults = _finished(out)
+        for fault in faults:
+            print(f"warning: {fault}; its case is made again", file=sys.stderr)
+        write_text(out / "cases.jsonl", json_lines(done.values()))
+        todo = [one for one in chosen if one.id not in done]
+        pipeline.set_progress_bar_config(disable=True)
+        with tqdm(total=len(todo), unit="case") as bar:
+            for part in _batches(todo, batch):
+                rows = _answer(pipeline, part, out, steps, guidance, source_guidance)
+                append_json_lines(out / "cases.jsonl", rows)
+                done |= {row["id"]: row for row in rows}
+                bar.update(len(part))
+        return [done[one.id] for one in chosen]
 
 
 def _settle(path: Path, settings: Mapping) -> None:
     """Write the settings of a new run, or see that an old one has the same."""
-    if path.exists():
-        there = json.loads(path.read_text("utf-8"))
+    try:
+        there = read_json_object(path)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        if finished(path.parent):
+            problem = "without it nobody knows what made the finished cases"
+            raise BenchError(f"{error}; {problem}: restore it, or use another folder") from error
+    else:
         if differing := [f"{k}: {there.get(k)} there, {v} now" for k, v in settings.items() if there.get(k) != v]:
             raise BenchError(f"{path.parent} holds a run with other settings ({'; '.join(differing)}): use another one")
     write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -278,10 +277,25 @@ def _settle(path: Path, settings: Mapping) -> None:
 
 def finished(out: Path) -> dict[str, dict]:
     """The rows of out/cases.jsonl by id, without a last line that was cut and without those that lost their picture."""
-    path = out / "cases.jsonl"
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = map(json.loads, whole)
-    return {row["id"]: row for row in rows if (out / "images" / f"{row['id']}.png").is_file()}
+    return _finished(out)[0]
+
+
+def _finished(out: Path) -> tuple[dict[str, dict], list[str]]:
+    """Also what stands there that counts as nothing, a sentence each."""
+    found, faults = read_json_lines(out / "cases.jsonl")
+    rows = {}
+    for number, row in found:
+        where, name = f"{out / 'cases.jsonl'}, line {number}", row.get("id")
+        whole = all(isinstance(row.get(key), str) for key in ("kind", "split")) and isinstance(row.get("model"), dict)
+        if not isinstance(name, str) or not _ID.fullmatch(name) or not whole:
+            faults.append(f"{where}: no row of a case")
+            continue
+        try:
+            images.open_image(out / "images" / f"{name}.png")
+            rows[name] = row
+        except images.BadImageError as error:
+            faults.append(f"{where}: {error}")
+    return rows, faults
 
 
 def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:

@@ -4,13 +4,12 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import mige
 from mige.data.synthetic import tasks
@@ -18,15 +17,19 @@ from mige.data.synthetic.cases import PER_KIND
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.mini import bench
 from mige.mini.bench import BenchCase
-from mige.reports import page as report
+from mige.reports.cases import MARKER, Case
+from mige.reports.page import Article, Drawing, Section, Table, write_page
+from mige.reports.sheet import MUTED, PAPER, draw_lines, paste, wrap
+from mige.reports.thumbnails import Thumbnails
 from mige.utils import images
+from mige.utils.files import write_text
 
 EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
 HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
 LEGEND = (
-    "Intervals are Wilson's for shares and those of the standard error for L1 errors. Copy: the picture to edit, given "
-    "back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. Of VAE: the "
-    "mean as a share of that bound."
+    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the picture "
+    "to edit, given back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. "
+    "Of VAE: the mean as a share of that bound."
 )
 EACH = 3  # cases shown as best, median and worst of a kind
 _OVERVIEW = ("success", "identity", "background", "l1_outside")
@@ -79,7 +82,8 @@ def _cells(entry: Mapping) -> tuple[str, ...]:
         for name in ("mean", "low", "high", "copy", "vae", "of_vae")
     )
     n = str(entry["n"]) if entry["n"] >= entry["of"] else f"{entry['n']} of {entry['of']} *"
-    return entry["split"], _words(entry["measure"]), mean, f"{low} to {high}", n, copy, vae, of_vae
+    interval = "-" if entry["low"] is None else f"{low} to {high}"
+    return entry["split"], _words(entry["measure"]), mean, interval, n, copy, vae, of_vae
 
 
 def _words(measure: str) -> str:
@@ -138,17 +142,17 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
     scores = {"benchmark": "mini", "complete": not note, "cases": len(rows), "of": PER_KIND * len(tasks.KINDS)}
     scores |= {"settings": settings, "versions": versions, "table": entries}
-    report.write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     kinds = [EVERY, *dict.fromkeys(row["kind"] for row in rows)]
-    sections = [_overview(entries)]
-    for n, kind in enumerate(kinds[1:], start=2):
+    sections, draw = [_overview(entries)], drawing(out)
+    for kind in kinds[1:]:
         own = ranked([row for row in rows if row["kind"] == kind])
-        cards = [(rank, [Card(of_id[row["id"]], out / "images" / f"{row['id']}.png", row["model"]) for row in some])
-                 for rank, some in _extremes(own)]  # fmt: skip
-        html = _html_table(HEADINGS, [_cells(entry) for entry in entries if entry["kind"] == kind])
-        sections.append(section(kind, len(own), cards, out, f"task-{n}", html))
+        groups = [(rank, [Card(of_id[row["id"]], out / "images" / f"{row['id']}.png", row["model"]) for row in some])
+                  for rank, some in _extremes(own)]  # fmt: skip
+        table_of_kind = Table(HEADINGS, [_cells(entry) for entry in entries if entry["kind"] == kind])
+        sections.append(section(kind, len(own), groups, draw, [table_of_kind]))
     summary = {name.replace("_", " "): str(value) for name, value in {**settings, **versions}.items()}
-    return page(out / "report.html", "mini-bench", kinds, sections, note=note, summary=summary)
+    return write_page(out / "report.html", "mini-bench", sections, note=note, summary=summary)
 
 
 def _extremes(rows: Sequence[Mapping]) -> list[tuple[str, Sequence[Mapping]]]:
@@ -161,7 +165,7 @@ def _extremes(rows: Sequence[Mapping]) -> list[tuple[str, Sequence[Mapping]]]:
     return [(name, [rows[i] for i in group]) for name, group in groups.items() if group]
 
 
-def _overview(entries: Sequence[Mapping]) -> str:
+def _overview(entries: Sequence[Mapping]) -> Section:
     of = {_key(entry): entry for entry in entries}
     chosen = dict.fromkeys((entry["kind"], entry["measure"]) for entry in entries if entry["measure"] in _OVERVIEW)
     lines = []
@@ -170,16 +174,7 @@ def _overview(entries: Sequence[Mapping]) -> str:
                         for split in ("seen", "unseen"))  # fmt: skip
         lines.append((kind.replace("_", " "), *unseen[1:], seen[2]))
     headings = ("kind", "measure", "unseen", *HEADINGS[3:], "seen")
-    legend = f'<p class="detail">{escape(LEGEND)}</p>'
-    return f'<section id="task-1">\n<h2>Unseen subjects</h2>\n{_html_table(headings, lines)}\n{legend}\n</section>'
-
-
-def _html_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    cell = ("<td>{}</td>", '<td class="few">{}</td>')
-    body = ("".join(cell[value.endswith("*")].format(escape(value)) for value in line) for line in lines)
-    rows = "".join(f"<tr>{line}</tr>\n" for line in body)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>'
+    return Section("Unseen subjects", tables=[Table(headings, lines)], detail=LEGEND)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -206,86 +201,50 @@ class Card:
         return list(zip(labels, inputs, strict=True)), truth
 
 
-STYLE = """
-.wide { overflow-x: auto; margin-bottom: 1rem; }
-.wide td, .wide th { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.few { color: var(--note-ink); background: var(--note); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-.cards > div > h3 { margin: .5rem 0; color: var(--muted); }
-article.card { grid-template-columns: minmax(0, 1fr); gap: .5rem; padding: 1rem; margin: 0 0 1rem;
-  align-content: start; }
-.card .instruction { margin: 0; font-size: .95rem; }
-.strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 8rem); gap: .5rem; }
-@media (max-width: 30rem) {
-  .strip { grid-auto-flow: row; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .strip figure:nth-last-child(2) { grid-column: 1; }
-}
-""".strip()
-
-
-def page(
-    path: Path, title: str, names: Sequence[str], sections: Sequence[str], *, note: str = "",
-    summary: Mapping[str, str] = {},
-) -> Path:  # fmt: skip
-    """Write an HTML page of sections "task-1", "task-2", ..., which have these names, and return its path."""
-    header = report._header(title, note, summary, [(name.replace("_", " "), []) for name in names])
-    html = report._document(title, header, sections)
-    report.write_text(path, html.replace("</style>", f"{STYLE}\n</style>", 1))
-    return path
+def drawing(folder: Path) -> Drawing:
+    """Draws cards for a page in a folder; the world's small images are kept without loss."""
+    return Drawing(folder, Thumbnails(folder / "thumbnails", ".png"))
 
 
 def section(
-    name: str, many: int, groups: Sequence[tuple[str, Sequence[Card]]], folder: Path, anchor: str, before: str = ""
-) -> str:
-    """HTML of groups of cards, each under its heading or (an empty one) side by side; pictures go into `folder`."""
-    html = []
-    for heading, cards in groups:
-        articles = "\n".join(_article(card, folder) for card in cards)
-        html.append(f"<div><h3>{escape(heading)}</h3>\n{articles}</div>" if heading else articles)
-    title = f"<h2>{escape(name.replace('_', ' '))} <span>{many}</span></h2>"
-    body = "\n".join(html)
-    return f'<section id="{anchor}">\n{title}\n{before}\n<div class="cards">\n{body}\n</div>\n</section>'
+    name: str, many: int, groups: Sequence[tuple[str, Sequence[Card]]], draw: Drawing, tables: Sequence[Table] = ()
+) -> Section:
+    """Groups of cards, each under its heading or (an empty one) side by side."""
+    drawn = [(heading, [_article(card, draw) for card in cards]) for heading, cards in groups]
+    return Section(name.replace("_", " "), many, tables=tables, groups=drawn)
 
 
-def _article(card: Card, folder: Path) -> str:
+def _article(card: Card, draw: Drawing) -> Article:
     inputs, truth = card.drawn()
-    shown = [(label, *report._store(picture, folder / "thumbnails", ".png")) for label, picture in inputs]
-    answers = [("output", *report._output(card.output, folder)),
-               ("truth", *report._store(truth, folder / "thumbnails", ".png"))]  # fmt: skip
-    figures = (report._figure(link, size, f"{label} of {card.one.id}", label)
-               for label, link, size in shown + answers)  # fmt: skip
-    instruction = report._instruction(card.one.case.prompt, [(label, link) for label, link, _ in shown])
-    return (
-        f'<article class="card"><h3>{escape(card.one.id)}</h3>\n<p class="instruction">{instruction}</p>\n'
-        f'<div class="strip">{"".join(figures)}</div>\n<p class="detail">{escape(card.detail)}</p></article>'
-    )
+    case = Case(card.one.id, "", card.one.case.prompt, tuple(inputs), card.output, card.detail)
+    return draw.article(case, beside=[("truth", truth)])
 
 
 def sheet(cards: Sequence[Card], path: Path, *, note: str = "", tile: int = 160) -> Path:
     """Draw all cards into one PNG, two in a row: inputs, output, truth, and the words below. Returns its path."""
     if not cards:
         raise ValueError("got no cards, expected at least one")
-    gap, margin, (small, body) = 8, 24, map(report.ImageFont.load_default, (13, 15))
+    gap, margin, (small, body) = 8, 24, map(ImageFont.load_default, (13, 15))
     width, height = 4 * (tile + gap) - gap, 20 + tile + 96
-    lines = report._wrap(note, body, 2 * width + margin, lines=3)
+    lines = wrap(note, body, 2 * width + margin, lines=3)
     top = margin + 22 * len(lines) + (margin // 2 if lines else 0)
     size = (3 * margin + 2 * width, top + -(-len(cards) // 2) * (height + margin))
-    canvas = Image.new("RGB", size, report.PAPER)
+    canvas = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(canvas)
-    report._draw_lines(pen, (margin, margin), lines, body, 22, report.MUTED)
+    draw_lines(pen, (margin, margin), lines, body, 22, MUTED)
     for n, card in enumerate(cards):
         x, y = margin + n % 2 * (width + margin), top + n // 2 * (height + margin)
         inputs, truth = card.drawn()
         places = [*enumerate(inputs), (2, ("output", card.output)), (3, ("truth", truth))]
         for column, (label, picture) in places:
-            pen.text((x + column * (tile + gap), y), label, fill=report.MUTED, font=small)
-            report._paste(canvas, picture, (x + column * (tile + gap), y + 20), tile)
+            pen.text((x + column * (tile + gap), y), label, fill=MUTED, font=small)
+            paste(canvas, picture, (x + column * (tile + gap), y + 20), tile)
         below = y + 20 + tile + 6
         numbers = iter(range(1, len(inputs) + 1))
-        prompt = report.MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)
-        words, detail = report._wrap(prompt, body, width, lines=2), report._wrap(card.detail, small, width, lines=2)
-        report._draw_lines(pen, (x, below), [card.one.id], small, 18, report.MUTED)
-        report._draw_lines(pen, (x, below + 18), words, body, 20)
-        report._draw_lines(pen, (x, below + 22 + 20 * len(words)), detail, small, 16, report.MUTED)
+        prompt = MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)
+        words, detail = wrap(prompt, body, width, lines=2), wrap(card.detail, small, width, lines=2)
+        draw_lines(pen, (x, below), [card.one.id], small, 18, MUTED)
+        draw_lines(pen, (x, below + 18), words, body, 20)
+        draw_lines(pen, (x, below + 22 + 20 * len(words)), detail, small, 16, MUTED)
     images.save_image(canvas, path)
     return path

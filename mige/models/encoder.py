@@ -76,6 +76,7 @@ class MultimodalEncoder(nn.Module):
         """
         pictures_RQC = self.see(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, pictures_RQC)
+        embeds_BLC = _in_dtype_of(self.text_encoder, embeds_BLC)
         context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=_additive(mask_BL, embeds_BLC.dtype))
         return context_BLC.last_hidden_state, mask_BL
 
@@ -87,7 +88,7 @@ class MultimodalEncoder(nn.Module):
         vision_RLC = self.look(vision_RCHW).to(self.qformer.dtype)
         query_RQC = self.fusion.query_tokens.to(vision_RLC).expand(len(vision_RLC), -1, -1)
         tokens_RQC = self.qformer(query_embeds=query_RQC, encoder_hidden_states=vision_RLC).last_hidden_state
-        return self.fusion(tokens_RQC, patches_RNC)
+        return self.fusion(_in_dtype_of(self.fusion, tokens_RQC), _in_dtype_of(self.fusion, patches_RNC))
 
     def look(self, vision_RCHW: Tensor) -> Tensor:
         """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408].
@@ -142,6 +143,11 @@ class MultimodalEncoder(nn.Module):
         """Word embeddings [B, L, 4096], looked up where the table lies: it may be off the device just now."""
         table = self.text_encoder.get_input_embeddings().weight
         return F.embedding(ids_BL.to(table.device), table).to(like.device, like.dtype)
+
+
+def _in_dtype_of(part: nn.Module, x: Tensor) -> Tensor:
+    """What enters a part of another dtype than the one before; autocast decides by itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(part.dtype)
 
 
 def _additive(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:

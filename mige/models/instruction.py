@@ -2,16 +2,21 @@
 
 import re
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mige.tasks import PLACEHOLDER, TASKS, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_WORDS = 88
 """Blank-separated words the training captions were cut to."""
 
 _BLANKED = re.compile(r'[.!"()*#:;~]')
-_THE_PICTURE = re.compile(r"(the|this) (image|photo|picture)", re.IGNORECASE)
+_THE_IMAGE = re.compile(r"\b(the|this) (image|photo|picture)\b", re.IGNORECASE)
+_RELEASED_THE_IMAGE = re.compile(
+    r"(the|this) (image|photo|picture)", re.IGNORECASE
+)  # finds "the photo" in "the photograph"
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,14 @@ def point_at_source(text: str, edit_type: str | None = None) -> str:
 
     "the photo" and the like become the placeholder; where none occurs, "of" (edit type "global") or "in" and the
     placeholder are appended. Text that has a placeholder is returned as it is.
+
+    edit_type: of an Emu Edit row ("" where it names none): "the photo" is found inside words too, as released. None for
+      any other text: whole words only, so that "the photographer" stays.
     """
     if PLACEHOLDER in text.lower():
         return text
-    pointed, found = _THE_PICTURE.subn(f" {PLACEHOLDER} ", text)
+    mention = _THE_IMAGE if edit_type is None else _RELEASED_THE_IMAGE
+    pointed, found = mention.subn(f" {PLACEHOLDER} ", text)
     if found:
         return pointed
     preposition = "of" if edit_type == "global" else "in"
@@ -70,11 +79,31 @@ def training_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
     return TASKS[task].training_prefix + clean(prompt)
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Instruction:
-    """Token ids of every segment, each tokenised alone as in training."""
+def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
+    """Token ids of every segment, each tokenised alone as in training.
+
+    Special tokens that a user writes (`</s>`, `<pad>`) are text, not control tokens.
+    """
     segments = [
-        list(tokenizer(segment, add_special_tokens=False).input_ids) if segment.strip() else []
+        list(tokenizer(_as_text(segment, tokenizer), add_special_tokens=False).input_ids) if segment.strip() else []
         for segment in text.split(PLACEHOLDER)
     ]
     segments[-1].append(tokenizer.eos_token_id)
     return Instruction(tuple(map(tuple, segments)))
+
+
+def _as_text(segment: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Special tokens taken apart by blanks: they are pieces of T5's vocabulary too, so no option of its would do."""
+    if "<" in segment:
+        for token in tokenizer.all_special_tokens:
+            segment = segment.replace(token, f"{token[:1]} {token[1:-1]} {token[-1:]}")
+    return segment
+
+
+def unspelled(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, list[str]]:
+    """How many tokens of a prompt are unknown to the tokenizer, and the special tokens (`</s>`) written out in it."""
+    text = clean(prompt)
+    special = [token for token in tokenizer.all_special_tokens if token in text]
+    for token in special:  # told by name: their brackets, unknown as well, are not counted
+        text = text.replace(token, " ")
+    return sum(segment.count(tokenizer.unk_token_id) for segment in tokenize(text, tokenizer).segments), special

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mige.config import Config, DataConfig
-from mige.data.checks import check_images
+from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.dataset import Dropout, JointDataset, Mixture
 from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
@@ -82,10 +82,11 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
 
     Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
     """
-    findings = list(report.findings)
+    findings = list(report.findings) + check_repeats(report.records)
     if data.check_pictures:
-        findings += check_images(report.records)
+        findings += check_images(report.records, size=(data.size, data.size), training=True)
     for record in report.records:
+        findings += check_training_text(record)
         if record.target is None:
             findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
     bad = {finding.where for finding in findings if finding.fatal}

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from mige.training.signals import OUTCOME, PREEMPTED
+from mige.utils.errors import UserError
 
 SCRIPT = "train_scripts/train_mige.py"
 INTERRUPTED = 130
@@ -28,7 +29,7 @@ INTERRUPTED = 130
 _SHUTDOWN_SECONDS = 3600  # torchrun's patience, 30 s by itself: a checkpoint of the whole model takes minutes
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError, ValueError):
     """What is asked for cannot be launched; the message names the variable."""
 
 

@@ -23,7 +23,7 @@ def load_sample_records(settings: TrainConfig, pipeline: MIGEPipeline) -> Sequen
         return []
     report = read_records([Path(file) for file in settings.sample_records])
     fusion = pipeline.fusion.config
-    findings = list(report.findings) + check_images(report.records)
+    findings = list(report.findings) + check_images(report.records, size=pipeline.output_size(None, None))
     findings += check_lengths(report.records, pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
     return Report(report.records, findings).require()
 

@@ -18,10 +18,15 @@ class FolderInUseError(OSError):
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old one or the new one, never half of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file at once: a reader sees the old one or the new one, never half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

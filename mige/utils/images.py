@@ -1,131 +1,194 @@
-"""Pictures: opening them safely, fitting them, and the way between PIL images and tensors.
+"""The one door for images: whatever holds an image, an upright 8-bit sRGB image comes out, or a BadImageError.
 
-`open_image` is the one door for files: whatever a file holds, an 8-bit RGB picture comes out, or a BadImageError that
-names the file. Colour profiles are ignored, as in the official code. Resampling is torchvision's and PIL's.
+Fitting and tensors (`pixels.py`) are handed on from here; `colour.py` knows modes, depths and profiles.
 """
 
+import hashlib
 import io
 import os
 import secrets
 import stat
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageFile, ImageOps
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from mige.utils.arrays import from_array, from_tensor, is_tensor
+from mige.utils.bad_image import MAX_PIXELS, BadImageError, check_size
+from mige.utils.colour import to_rgb
 from mige.utils.files import sync_folder
+from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
+from mige.utils.path_hints import hint
+from mige.utils.pixels import CLIP_MEAN, CLIP_STD, center_crop, check_shape, letterbox, to_pil, to_pixels, vision_pixels
 
-MAX_PIXELS = 178_956_970  # 512 MiB as RGB, where Pillow's own limit refuses; a 108-megapixel photograph still passes
-# Only what Pillow decodes itself: EPS, for one, would start Ghostscript on a stranger's file. MPO comes as JPEG.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "FORMATS",
+    "MAX_PIXELS",
+    "BadImageError",
+    "as_image",
+    "center_crop",
+    "check_shape",
+    "image_key",
+    "letterbox",
+    "open_image",
+    "save_image",
+    "to_pil",
+    "to_pixels",
+    "vision_pixels",
+]
+
 # What Pillow's decoders let through for damaged data, besides OSError; RuntimeError is AVIF's.
 DAMAGED = (
     *(ValueError, RuntimeError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
     *(struct.error, zlib.error),
 )
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+def as_image(
+    value: "str | Path | Image.Image | np.ndarray | Tensor",
+    *,
+    ignore_profiles: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """`value` as an 8-bit RGB image: upright by its EXIF orientation, in sRGB, transparency on black.
+
+    value: the path of a file; a PIL image of any mode, which stays as it is; an array [H, W] or [H, W, C], uint8,
+      uint16 or float in [0, 1]; a tensor [C, H, W] or [1, C, H, W], uint8 or float in [0, 1]
+      as in diffusers, not [-1, 1].
+    ignore_profiles: take the numbers of a file or PIL image as sRGB whatever its colour profile, as the official code.
+    max_pixels: more are refused, before they are decoded.
+    Raises BadImageError (a ValueError) for what cannot be used and TypeError for anything else. Equal images give equal
+    results: compare them with `==` or by `image_key`.
+    """
+    if isinstance(value, str | Path):
+        return open_image(Path(value), ignore_profiles=ignore_profiles, max_pixels=max_pixels)
+    if isinstance(value, Image.Image):
+        return _from_pil(value, ignore_profiles, max_pixels)
+    if isinstance(value, np.ndarray):
+        return to_rgb("array", from_array(value, max_pixels))
+    if is_tensor(value):
+        return to_rgb("tensor", from_tensor(value, max_pixels))
+    expected = "expected a path, a PIL image, a NumPy array or a torch tensor"
+    raise TypeError(f"{type(value).__name__} is no image: {expected}")
 
 
-class BadImageError(ValueError):
-    """A picture that cannot be used: which one, what is wrong and what to do."""
+def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in `path` as a fully decoded RGB 8-bit image in sRGB, turned upright by its EXIF orientation.
 
-    def __init__(self, picture: Path | str, problem: str, remedy: str):
-        super().__init__(picture, problem, remedy)
-        self.problem, self.remedy = problem, remedy
-
-    def __str__(self) -> str:
-        return "{}: {}; {}".format(*self.args)
-
-
-def open_image(path: Path) -> Image.Image:
-    """The picture in `path` as a fully decoded RGB 8-bit image, turned upright by its EXIF orientation.
-
-    Transparency is put on black, as the official entity crops are; 16-bit grey is scaled to 8 bits, not clipped; of an
-    animation the first frame counts. Raises BadImageError for a missing, unreadable, empty, damaged, truncated or
-    oversized (more than MAX_PIXELS) file, for a file that is no picture, and for pixels without a fixed range.
+    Transparency is put on black, as the official entity crops are; grey of 12 and 16 bits is scaled to 8 bits, not
+    clipped; of an animation the first frame counts. Raises BadImageError for a missing, unreadable, empty, damaged,
+    truncated or oversized (more than `max_pixels`) file, for a file that is no image (saying what it is), and for
+    pixels without a fixed range. Warns (UserWarning) of a colour profile that cannot be used.
     """
     _check_file(path)
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global that other libraries switch on; it would turn loss into grey
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_size(path, image.size)
-            return _to_rgb(path, ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_formats(path)) as image:
+            check_size(path, image.size, max_pixels)
+            with _decoding(image.width * image.height):
+                return _upright_rgb(path, image, ignore_profiles)
     except BadImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(path, str(error), "make it smaller") from error
     except Image.UnidentifiedImageError as error:
-        raise BadImageError(path, "not a picture of a known format", f"use one of {', '.join(FORMATS)}") from error
+        raise unknown_file(path) from error
     except PermissionError as error:
         raise BadImageError(path, "permission denied", "make the file readable") from error
     except (OSError, *DAMAGED) as error:
         raise BadImageError(path, f"cannot be decoded ({error})", "the file is damaged: replace it") from error
 
 
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bilinear, antialiased) to cover height x width, then cut out the centre; the mode is kept.
-
-    For a square this is torchvision's Resize(size) + CenterCrop(size), bit for bit. Raises BadImageError where the
-    picture is so long that its scaled form would exceed MAX_PIXELS.
-    """
-    if image.width * height >= image.height * width:
-        covering = (height, int(height * image.width / image.height))
-    else:
-        covering = (int(width * image.height / image.width), width)
-    _check_size(f"picture of {image.width} x {image.height} scaled to cover {width} x {height}", covering)
-    return F.center_crop(F.resize(image, covering, InterpolationMode.BILINEAR), (height, width))
+def image_key(image: Image.Image) -> bytes:
+    """A digest of size and pixels of a result of `as_image`: two of the same key are the same image."""
+    return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest()
 
 
-def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bicubic) the whole picture to fit height x width, centred on black; RGB in and out."""
-    if image.width * height >= image.height * width:
-        fitting = (max(1, int(width * image.height / image.width)), width)
-    else:
-        fitting = (height, max(1, int(height * image.width / image.height)))
-    canvas = Image.new("RGB", (width, height))
-    canvas.paste(
-        F.resize(_require_rgb(image), fitting, InterpolationMode.BICUBIC),
-        ((width - fitting[1]) // 2, (height - fitting[0]) // 2),
-    )
-    return canvas
+def _from_pil(image: Image.Image, ignore_profiles: bool, max_pixels: int) -> Image.Image:
+    filename = getattr(image, "filename", "")
+    name = f"PIL image of mode {image.mode}" + (f" ({filename})" if filename else "")
+    check_size(name, image.size, max_pixels)
+    try:
+        image.load()
+        return _upright_rgb(name, image, ignore_profiles)
+    except BadImageError:
+        raise
+    except (OSError, *DAMAGED) as error:
+        raise BadImageError(name, f"cannot be decoded ({error})", "open it again, or replace the file") from error
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """RGB image -> float32 [3, H, W] in [-1, 1]. Raises ValueError for any other mode."""
-    return F.to_tensor(_require_rgb(image)) * 2 - 1
+def _upright_rgb(name: Path | str, image: Image.Image, ignore_profiles: bool) -> Image.Image:
+    """A new image; `image` stays as it is. Turned last, when it takes least memory, and in one step."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    image.load()
+    # Only now are the tags complete: some formats keep them behind the pixels.
+    orientation = image.getexif().get(ExifTags.Base.Orientation, orientation)
+    rgb = to_rgb(name, image, ignore_profiles)
+    if orientation in range(2, 9):
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)
+        rgb.info.clear()
+    return rgb
 
 
-def vision_pixels(image: Image.Image, size: int) -> Tensor:
-    """RGB image -> float32 [3, size, size], normalised for the vision tower; squeezed to a square (bicubic).
+def _formats(path: Path) -> tuple[str, ...]:
+    """FORMATS, and HEIC for a file that is one where pillow-heif is installed."""
+    if not is_heif(path):
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS  # the file stays unknown, and the message names what to install
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return (*FORMATS, "HEIF")
 
-    Raises ValueError for any other mode.
-    """
-    squeezed = F.resize(_require_rgb(image), (size, size), InterpolationMode.BICUBIC)
-    return F.normalize(F.to_tensor(squeezed), CLIP_MEAN, CLIP_STD)
+
+_room = threading.Condition()
+_held = 0  # pixels being decoded by all threads
 
 
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Float [B, 3, H, W], clamped to [-1, 1] -> B RGB images, rounded to the nearest of 256 levels.
+@contextmanager
+def _decoding(pixels: int) -> Iterator[None]:
+    """Wait until the images decoded at once have MAX_PIXELS together: many small ones, or a single large one."""
+    global _held
+    with _room:
+        _room.wait_for(lambda: _held == 0 or _held + pixels <= MAX_PIXELS)
+        _held += pixels
+    try:
+        yield
+    finally:
+        with _room:
+            _held -= pixels
+            _room.notify_all()
 
-    Raises ValueError for another shape and for pixels that are NaN or infinite.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")
-    finite = pixels.isfinite().flatten(1).all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"pictures {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
-    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file with something in it; a pipe, for one, would block for ever."""
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        remedy = hint(path) or "correct the path or fetch the image"
+        raise BadImageError(path, "no such file", remedy) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
+        remedy = hint(path) if isinstance(error, UnicodeError) else None
+        problem = f"cannot be opened ({error})"
+        raise BadImageError(path, problem, remedy or "correct the path or its permissions") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise BadImageError(path, f"is {kind}", "give the path of an image")
+    if status.st_size == 0:
+        raise BadImageError(path, "the file is empty (0 bytes)", "fetch the image again")
 
 
 def save_image(image: Image.Image, path: Path, **params: Any) -> None:
@@ -152,56 +215,3 @@ def save_image(image: Image.Image, path: Path, **params: Any) -> None:
         raise OSError(error.errno, f"cannot save the picture: {error.strerror}", str(path)) from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is no file with something in it; a pipe, for one, would block for ever."""
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise BadImageError(path, "no such file", "correct the path or fetch the picture") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise BadImageError(path, f"cannot be opened ({error})", "correct the path or its permissions") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise BadImageError(path, f"is {kind}", "give the path of a picture")
-    if status.st_size == 0:
-        raise BadImageError(path, "the file is empty (0 bytes)", "fetch the picture again")
-
-
-def _check_size(picture: Path | str, size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        problem = f"{size[0] * size[1]:,} pixels, expected at most {MAX_PIXELS:,}"
-        raise BadImageError(picture, problem, "make it smaller or crop it")
-
-
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB, free of metadata that a later save would carry on."""
-    if image.mode == "F":
-        raise BadImageError(path, "32-bit float pixels have no fixed range", "save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # I;16, I;16B, I: integers of more than 8 bits
-        image = _eight_bits(path, image)
-    elif image.has_transparency_data:
-        opaque = Image.new("RGB", image.size)
-        rgba = image.convert("RGBA")
-        opaque.paste(rgba, mask=rgba.getchannel("A"))
-        return opaque
-    rgb = image.convert("RGB")
-    rgb.info.clear()
-    return rgb
-
-
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Grey of 0..65535 -> 0..255, rounded: the inverse of v * 257. PIL's own conversion would clip at 255."""
-    values = np.array(image, dtype=np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        problem = f"pixels from {values.min()} to {values.max()}, expected 0 to 65535"
-        raise BadImageError(path, problem, "save it with 8 or 16 bits a channel")
-    values[values == image.info.get("transparency", -1)] = 0  # a PNG may name one grey as transparent: black
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def _require_rgb(image: Image.Image) -> Image.Image:
-    if image.mode != "RGB":
-        raise ValueError(f"picture of mode {image.mode}, expected RGB; open it with open_image")
-    return image

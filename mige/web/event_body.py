@@ -44,6 +44,8 @@ def of_event(page: gr.Blocks, store: FileStore, route: str, name: str | None, se
     lengths = {len(event.inputs), visible} if route.startswith("call") else {len(event.inputs)}
     if event.fn is None:
         raise BadRequestError("This event runs in the browser: there is nothing to send.")
+    if route in ("run", "api") and event.queue:
+        raise BadRequestError(f"This event waits its turn: send it to /gradio_api/call/{event.api_name}.", 404)
     if len(values) not in lengths and not event.cancels:
         expected = " or ".join(str(length) for length in sorted(lengths))
         raise BadRequestError(f"“data” has {len(values)} values: this event takes {expected}.")

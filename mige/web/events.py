@@ -53,7 +53,7 @@ def connect(tab: Tab, service: GenerationService, store: FileStore, examples: li
     made.success(lambda token: events.show(token), tab.token, [*buttons, tab.gallery, *tab.compared], **quiet)
     made.failure(lambda token: events.ended(token), tab.token, [*buttons, tab.stage], **quiet)
     tab.stop.click(lambda token: events.ended(token), tab.token, [*buttons, tab.stage], cancels=[made], **quiet)
-    tab.gallery.select(events.pick, tab.token, tab.compared, **quiet)
+    tab.gallery.select(events.pick, tab.token, [tab.gallery, *tab.compared], **quiet)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Events:
         with as_messages():
             results = self._results(token)
             index = event._data.get("index") if isinstance(event._data, dict) else None
-            return self._chosen(results, _index("result", index, len(results.images)))
+            return [gr.skip(), *self._chosen(results, _index("result", index, len(results.images)))]
 
     def make(self, values: Sequence[Any]) -> Iterator[tuple[Any, Any, str]]:
         """Run a request; yields gallery, token and stage after every step and at the end."""

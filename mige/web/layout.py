@@ -70,13 +70,12 @@ def _slot(number: int, words: str, visible: bool) -> gr.Image:
 def _slider() -> gr.ImageSlider:
     """Open near the input's edge: what is seen first is the result, with a rim of the input that says "drag me"."""
     return gr.ImageSlider(
-        label="Before and after",
+        label="Before and after (left: before, right: after)",
         visible=False,
         interactive=False,
         max_height=640,
         slider_position=8,
         buttons=["fullscreen"],
-        elem_classes="mige-slider",
     )
 
 
@@ -101,8 +100,9 @@ def _settings(service: GenerationService, task: Task) -> list[gr.Component]:
 
 
 def _examples(examples: list[Example], inputs: list[gr.Component]) -> gr.Dataset:
-    rows = [values_of(example, len(inputs)) for example in examples]
-    return Dataset(components=inputs, samples=rows, label="Examples: click one, then Run", type="index")
+    columns = 1 + max(len(example.pictures) for example in examples)  # no column for a slot that none of them fills
+    rows = [values_of(example, columns) for example in examples]
+    return Dataset(components=inputs[:columns], samples=rows, label="Examples: click one, then Run", type="index")
 
 
 def values_of(example: Example, num_inputs: int) -> list[str | None]:

@@ -35,6 +35,7 @@ GUIDANCE = (0.0, 20.0)
 SOURCE_GUIDANCE = (0.0, 10.0)
 SEEDS = (0, 2**32 - 1)
 MAX_AT_ONCE = 8  # pictures of one request, made together
+MAX_IMAGE_PIXELS = 65_000_000  # of an upload: a photograph of 64 megapixels passes
 PREVIEWS = 6  # of a run; each decodes the estimates of all its pictures
 
 
@@ -231,12 +232,13 @@ def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
     """Refuse a number out of its range; NaN is out of every range."""
     low, high = limits
     if not low <= value <= high:
-        shown = "too large" if abs(value) > 2**63 else f"{value:.10g}"
+        is_short = isinstance(value, float) or abs(value) < 1e300
+        shown = f"{value:.10g}" if is_short else "a number of more than 300 digits"
         raise RefusedError(f"The {name} is {shown}: choose one from {low:.10g} to {high:.10g}.")
 
 
 def _open(path: Path, number: int) -> Image.Image:
     try:
-        return images.open_image(path)
+        return images.open_image(path, max_pixels=MAX_IMAGE_PIXELS)
     except images.BadImageError as error:
         raise RefusedError(f"Picture {number}: {error.problem}; {error.remedy}.") from error

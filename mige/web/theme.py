@@ -26,9 +26,9 @@ THEME = gr.themes.Default(
     font_mono=("ui-monospace", "Consolas", "monospace"),
 ).set(
     button_primary_background_fill="*primary_700",
-    button_primary_background_fill_hover="*primary_600",
+    button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
-    button_primary_background_fill_hover_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_800",
     button_primary_text_color="white",
 )
 
@@ -53,6 +53,13 @@ CSS = """
   background: var(--background-fill-secondary); font-size: .8rem; font-weight: 650; line-height: 1; }
 .mige-chip img { width: 1.6rem; height: 1.6rem; margin: 0 .4rem 0 0 !important; object-fit: cover; }
 .mige-chip.empty { padding-left: .4rem; border-style: dashed; font-weight: 400; }
+.gradio-container { --body-text-color-subdued: var(--neutral-600); --block-info-text-color: var(--neutral-600); }
+.dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: var(--neutral-400);
+  --block-info-text-color: var(--neutral-400); }
+.gradio-container [role=tab][aria-selected=true] { color: var(--primary-700); }
+.dark [role=tab][aria-selected=true] { color: var(--primary-300); }
+.gradio-container footer, .gradio-container footer * { color: var(--body-text-color-subdued); }
+.mige-gallery .grid-wrap { max-height: none !important; overflow: visible !important; }
 .mige-result .generating { border: none !important; }
 .mige-stage { display: flex; flex-direction: column; gap: .6rem; min-height: 5rem; }
 .mige-stage p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }

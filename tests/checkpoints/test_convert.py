@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from transformers import T5EncoderModel
 from mige import config
 from mige.checkpoints import convert
 from mige.checkpoints.errors import CheckpointError
+from mige.cli import convert_checkpoint
 from mige.models.build import PARTS, build_parts
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -459,8 +459,7 @@ def test_the_tool_on_training_files(training, official_dir, tmp_path, monkeypatc
     files = [x for name in ("pixart", "eva", "blip2") for x in (f"--{name}", folder / f"{name}.pth")]
     places = ["--vae", official_dir / "vae", "--t5", official_dir / "t5", "--output", tmp_path / "start"]
     options = ["--config", CONFIG, "--seed", 5, *(["--dtype", dtype] if dtype else [])]
-    monkeypatch.setattr(sys, "argv", [str(TOOL), "training", *map(str, [*files, *places, *options])])
-    runpy.run_path(str(TOOL), run_name="__main__")
+    assert convert_checkpoint.main(["training", *map(str, [*files, *places, *options])]) == 0
     lines = capsys.readouterr().out.splitlines()
     for surplus in (
         "pixart.pth: pos_embed",
@@ -491,14 +490,14 @@ def test_the_tool_on_training_files(training, official_dir, tmp_path, monkeypatc
 # ---- memory
 
 MEASURE = """
-import pathlib, runpy, sys
+import pathlib, sys
+import mige.checkpoints.convert, mige.inference.pipeline  # not to be measured
+from mige.cli import convert_checkpoint
 def kib(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
-sys.argv = sys.argv[1:]
-tool = runpy.run_path(sys.argv[0])
 before = kib("VmRSS")
-tool["main"]()
+convert_checkpoint.main(sys.argv[2:])
 print((kib("VmHWM") - before) * 1024)  # VmHWM: ru_maxrss would count what the parent had at the fork
 """
 

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from transformers import T5EncoderModel
 
 from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.folder import verify
+from mige.cli import convert_checkpoint
 from mige.inference.pipeline import MIGEPipeline
 from mige.utils.files import whole_folder
 
@@ -256,9 +255,8 @@ def test_killed_in_the_middle(tmp_path):
 
 def convert(monkeypatch, *arguments: object) -> object:
     """Run the tool in this process as `python tools/convert_checkpoint.py ...` would; its exit value."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOL), run_name="__main__")
+        convert_checkpoint.main([*map(str, arguments)])
     return stop.value.code
 
 

@@ -2,12 +2,12 @@
 
 import json
 import re
-import runpy
-import sys
 
 import pytest
 from conftest import ROOT, run_tool
 from PIL import Image
+
+from mige.cli import check_data
 
 SCRIPT = ROOT / "tools" / "check_data.py"
 
@@ -42,8 +42,8 @@ SUBJECT_EDIT = {
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("s.png", "t.png"):
-        Image.new("RGB", (8, 6), "red").save(tmp_path / name)
+    for name, colour in (("s.png", "red"), ("t.png", "blue")):
+        Image.new("RGB", (8, 6), colour).save(tmp_path / name)
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     return tmp_path
@@ -51,10 +51,7 @@ def folder(tmp_path):
 
 def in_process(monkeypatch, capsys, *arguments):
     """The script in this process, which spares its imports: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return stopped.value.code, *capsys.readouterr()
+    return check_data.main([*map(str, arguments)]), *capsys.readouterr()
 
 
 def table(stdout):
@@ -98,6 +95,7 @@ def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypat
         (f"{first}, record 4 (id e3): {folder / 'broken.png'}: cannot be decoded", "replace it"),
         (f"{first}, record 151 (id e150): {folder / 'gone.png'}: no such file", "correct the path"),
         (f"{second}, record 2 (id 00002): {folder / 'broken.png'}: cannot be decoded", "replace it"),
+        (f"note: {folder / 't.png'}: 198 records have this one image as their target", "check it"),
         ("7 faults in 7 places, 197 good records", ""),
     ]
     assert len(lines) == len(wanted)

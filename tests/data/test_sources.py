@@ -5,10 +5,8 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 from processes import start_python
 
+from mige.cli import prepare_data
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
 from mige.data.prepare import run as preparing
@@ -96,8 +95,7 @@ def ip2p_row(number, **changes):
 
 def script(monkeypatch, *arguments):
     """Run tools/prepare_data.py in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert prepare_data.main([*map(str, arguments)]) == 0
 
 
 def lines(path):

@@ -19,7 +19,7 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench
 from mige.utils import images
 
-SETTINGS = ["compiled/6", "compiled/3", "compiled+reuse2+interval/6", "compiled+vae16/6",
+SETTINGS = ["compiled/6", "compiled/3", "compiled+reuse2/6", "compiled+vae16/6",
             "compiled+bfloat16/6"]  # fmt: skip
 KINDS = ("two_references", "add", "add_by_reference")  # one of each task
 
@@ -100,7 +100,7 @@ def test_the_figure_shows_what_was_both_timed_and_compared(run, tmp_path):
     timed = [
         ("edit/25/compiled", 6),
         ("edit/25/compiled", 3),
-        ("edit/25/compiled+interval+reuse2", 6),
+        ("edit/25/compiled+reuse2", 6),
         ("edit/1/compiled", 3),
     ]
     lines = [{"device": "card"}] + [
@@ -110,7 +110,7 @@ def test_the_figure_shows_what_was_both_timed_and_compared(run, tmp_path):
     speeds.write_text("".join(json.dumps(line) + "\n" for line in lines) + "| case | steps |\n")
     plot = runpy.run_path(str(ROOT / "benchmarks" / "plot_speed.py"))
     joined = {(line["mode"], line["steps"]): line for line in plot["joined"](read(run), lines)}
-    assert joined.keys() == {("compiled", 3), ("compiled+reuse2+interval", 6), ("compiled+bfloat16", 6)}  # no reference
+    assert joined.keys() == {("compiled", 3), ("compiled+reuse2", 6), ("compiled+bfloat16", 6)}  # no reference
     assert [line["images_a_second"] for line in joined.values()] == [3.0, 4.0, 2.0]
     assert {line["timed_on"] for line in joined.values()} == {"card"}
     done = start("plot_speed.py", run, speeds, figure)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, environment, run_here
 from PIL import Image
+from safetensors.torch import save
 from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
 from mige.evaluation import backbones, benchmarks, metrics, page, scoring, statistics, summary
 from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
@@ -77,7 +78,7 @@ def test_bootstrap():
     assert mean == pytest.approx(values.mean())
     assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
     assert statistics.bootstrap(values) == (mean, low, high)
-    assert statistics.bootstrap([2.0]) == (2, 2, 2)
+    assert statistics.bootstrap([2.0]) == (2, None, None)
     for bad in ([], [1.0, math.nan]):
         with pytest.raises(ValueError, match="finite"):
             statistics.bootstrap(bad)
@@ -220,6 +221,54 @@ def test_magicbrush_turn_by_turn(tmp_path):
     assert second["entity_path"] == second["source_path"] == [str(out / "images" / "139-1.png")]
     assert second["score"]["source"].endswith("139-input.png")  # what a copy of the session's input scores
     assert {row["id"] for row in prepared.scored} == {"139-2", "30-1"}
+
+
+def test_magicbrush_has_a_measure_for_each_kind_of_caption(tmp_path, networks):
+    data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"
+    captions = json.loads((data / "global_descriptions.json").read_text())
+    local = {image: {name: f"only {text}" for name, text in of.items()} for image, of in captions.items()}
+    (data / "local_descriptions.json").write_text(json.dumps(local))
+    prepare("magicbrush", Options(str(data)), out / "benchmark")
+    prepared = read(out / "benchmark")
+    found = scoring.outputs(prepared, results(prepared, out))
+    row = scoring.score(prepared, found, *networks, tmp_path / "cache").rows[0]["model"]
+    clip = networks[0]
+    output = features(clip, Image.open(found["139-1"]))[0]
+    for kind, text in (("local", "only a scene 1"), ("global", "a scene 1")):
+        expected = metrics.cosine(output, clip.texts([text])[0])
+        assert row[f"CLIP-T ({kind} captions)"] == pytest.approx(expected, abs=1e-6)
+    assert "CLIP-T" not in row
+    of = {one.method: one.scores.keys() for one in PUBLISHED if one.benchmark == "magicbrush"}
+    assert "CLIP-T (local captions)" in of["InstructPix2Pix"] and "CLIP-T (global captions)" in of["UIP2P"]
+
+
+def test_the_folder_of_another_benchmark_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "magicbrush"))), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = Options(str(files.migebench(tmp_path / "migebench")))
+    with pytest.raises(BenchmarkError, match="out holds magicbrush, expected migebench or nothing; give another"):
+        prepare("migebench", other, out)
+    with pytest.raises(BenchmarkError, match=r"with other options \(iterative: None there, r now\)"):
+        prepare("magicbrush", Options(str(tmp_path / "magicbrush"), iterative="r"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    prepare("magicbrush", Options(str(tmp_path / "magicbrush")), out)  # its own may be prepared again
+    for name, text in (("train.jsonl", "{}\n"), ("benchmark.json", '{"bench')):
+        foreign = tmp_path / name
+        foreign.mkdir()
+        (foreign / name).write_text(text)
+        with pytest.raises(BenchmarkError, match=f"{name}.*(not ours|no JSON)"):
+            prepare("migebench", other, foreign)
+        assert [path.name for path in foreign.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("line", ["", "[]", '{"multi_prompt": "x"}', '{"id": "a"'])
+def test_a_damaged_prepared_folder_names_the_line(tmp_path, line):
+    prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "data"))), tmp_path / "out")
+    path = tmp_path / "out" / "records.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + f"\n{line}\n")
+    with pytest.raises(BenchmarkError, match=r"records\.jsonl, line 2: .*prepare it again"):
+        read(tmp_path / "out")
 
 
 def test_magicbrush_without_a_caption(tmp_path):
@@ -367,6 +416,28 @@ def test_nan_features_name_the_picture(migebench, networks, tmp_path, monkeypatc
         scoring.score(prepared, scoring.outputs(prepared, folder), *networks, tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut", "foreign", "other tensors", "NaN"])
+def test_a_damaged_cache_is_named_and_made_anew(tmp_path, networks, capsys, damage):
+    features = scoring.Features(networks[0], tmp_path, 4)
+    image = files.save(tmp_path / "a.png", 1, (64, 64)) or tmp_path / "a.png"
+    features.compute([image], ["a dog"])
+    want, path = features[image], features.path
+    key = next(iter(features.known))
+    path.write_bytes(
+        {
+            "cut": path.read_bytes()[:-40],
+            "foreign": b"no safetensors",
+            "other tensors": save({"transformer.weight": torch.zeros(3)}),
+            "NaN": save({key: torch.full((8,), math.nan)}),
+        }[damage]
+    )
+    again = scoring.Features(networks[0], tmp_path, 4)
+    assert str(path) in capsys.readouterr().err and again.known == {}
+    again.compute([image], ["a dog"])
+    assert torch.equal(again[image], want)
+    assert torch.equal(scoring.Features(networks[0], tmp_path, 4).known[key], features.known[key])
+
+
 def test_emu_edit_all_and_clean(tmp_path, networks):
     prepare("emu_edit", Options(str(files.emu_edit(tmp_path / "data"))), tmp_path / "r" / "benchmark")
     prepared = read(tmp_path / "r" / "benchmark")
@@ -399,6 +470,11 @@ def test_dreambench_against_all_is_the_mean_over_pictures(tmp_path, networks):
     assert lines["input"]["model"]["DINO"] == pytest.approx(cosines[2], abs=1e-6)  # 02.jpg
     assert lines["input"]["copy"]["DINO"] == pytest.approx(1)
     assert lines["input"]["real"].keys() == {"DINO", "CLIP-I"}
+    # 02.jpg was given: of 00 and 01 each is compared with the others alone, and the copy is of 02, not of the first.
+    apart = [metrics.cosine(others[a], others[b]) for a, b in ((0, 1), (0, 2), (1, 0), (1, 2))]
+    assert lines["all"]["real"]["DINO"] == pytest.approx(sum(apart) / 4, abs=1e-6)
+    copied = [metrics.cosine(others[2], other) for other in others]
+    assert lines["all"]["copy"]["DINO"] == pytest.approx(sum(copied) / 3, abs=1e-6)
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -422,6 +498,27 @@ def test_two_protocols_are_refused(migebench, networks):
     other["protocol"]["CLIP"] = "CLIP ViT-L/14, weights 0"
     with pytest.raises(BenchmarkError, match=r"report of theirs follows another protocol \(CLIP: CLIP ViT-L/14"):
         summary.beside(facts, [other])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "blank"),
+        ('{"label": ', "no JSON"),
+        ("[]", "JSON of type list"),
+        ('{"model_type": "t5"}', "label is None"),
+        ('{"label": "x", "protocol": {}, "table": [{"version": "model"}]}', "entry 1 of its table has the subset None"),
+        (None, "No such file"),
+    ],
+)
+def test_a_report_to_compare_with_is_read_before_anything_is_computed(tmp_path, evaluate, monkeypatch, text, said):
+    out = tmp_path / "results"
+    prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "data"))), out / "benchmark")
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("scored before the report was read"))
+    if text is not None:
+        (tmp_path / "other.json").write_text(text)
+    code, _ = evaluate("--benchmark", "magicbrush", "--results", out, "--compare", tmp_path / "other.json")
+    assert f"error: {tmp_path / 'other.json'}" in code and said in code and "give a report.json" in code
 
 
 def test_published_rows_stand_only_beside_their_own_protocol():
@@ -453,10 +550,8 @@ def evaluate(weights, monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[object, str]:
         backbone = ("--clip-weights", weights["clip"], "--dino-weights", weights["dino"], "--device", "cpu")
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*backbone, *arguments])])
         try:
-            runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-            code = 0
+            code = cli_evaluate.main([*map(str, [*backbone, *arguments])])
         except SystemExit as exit:
             code = exit.code
         return code, capsys.readouterr().out

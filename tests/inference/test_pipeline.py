@@ -380,16 +380,14 @@ def test_what_else_is_refused(pipe, photos):
         pipe("add<imagehere>to<imagehere>", [cat, cup], photos[2], num_inference_steps=1)
     with pytest.raises(ValueError, match="must be of one task"):
         pipe(["a<imagehere>", "make it red"], [[cat], []], [None, cup], num_inference_steps=1)
-    with pytest.raises(ValueError, match=r"2 prompts need as many of each.*1 lists of references"):
+    with pytest.raises(ValueError, match="2 prompts, but references has 1 entries"):
         pipe(["a<imagehere>"] * 2, [[cat]])
-    with pytest.raises(ValueError, match=r"2 prompts need as many of each.*3 seeds"):
+    with pytest.raises(ValueError, match="2 prompts, 3 seeds"):
         pipe(["a cat"] * 2, seed=[1, 2, 3])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one text"):
         pipe([])
-    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
         pipe("a cat", num_inference_steps=0)
-    with pytest.raises(ValueError, match="mode RGBA, expected RGB"):
-        pipe("a<imagehere>", [cat.convert("RGBA")], num_inference_steps=1)
 
 
 def test_a_task_follows_from_the_pictures(photos):

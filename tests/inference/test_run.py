@@ -13,6 +13,7 @@ from PIL import Image
 from mige.checkpoints.errors import CheckpointError
 from mige.data.parsing import read_records
 from mige.inference import run as inference
+from mige.inference.folder import write_config
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.run import RunError, Settings, record_generator
 from mige.tasks import Task
@@ -34,8 +35,10 @@ def pipe(model):
 
 @pytest.fixture(scope="module")
 def records(model):
-    report = inference.check(read_records(FILES), model)
-    assert len(report.records) == 7 and not report.findings, report.text()
+    report = inference.check(read_records(FILES), model, SETTINGS)
+    assert len(report.records) == 7 and not report.faults, report.text()
+    (note,) = report.notes
+    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.problem  # tiny knows no comma
     return report.records
 
 
@@ -84,7 +87,7 @@ class Spy:
 
 def test_the_run_folder(finished, records):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "results.jsonl", "images", "contact_sheet.png", "index.html", "inputs"}
+    assert names == {".lock", "config.json", "results.jsonl", "images", "contact_sheet.png", "index.html", "inputs"}
     made = pictures(finished)
     assert made.keys() == {record.id for record in records}
     assert all(picture.shape == (128, 128, 3) and picture.std() > 5 for picture in made.values())
@@ -220,7 +223,7 @@ def test_other_settings_in_the_same_folder(pipe, records, finished, change):
 @pytest.mark.parametrize("name", ["model", "lora"])
 def test_one_folder_however_it_is_written(tmp_path, name):
     """`--model x/` goes on with a run of `--model x`; another folder does not."""
-    inference._write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
+    write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
     for spelling in ("models/x", "models/x/", "./models/x", "models//x/."):
         inference.check_folder(tmp_path, replace(SETTINGS, **{name: spelling}), [])
     for other in ("models/y", "/models/x", "x", "models/x/x"):
@@ -291,20 +294,20 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
         {"multi_prompt": "a<imagehere>" + " wonderful" * 60, "entity_path": [cat]},
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    report = inference.check(read_records([tmp_path / "x.json"]), model)
+    report = inference.check(read_records([tmp_path / "x.json"]), model, SETTINGS)
     assert [record.id for record in report.records] == ["00004", "00005"]
     assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
     (note,) = [note for note in report.notes if "record 5" in note.where]
     assert "are cut (limit 128)" in note.problem
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
-        inference.check(report, tmp_path)
+        inference.check(report, tmp_path, SETTINGS)
 
 
 def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
     opened = []
-    monkeypatch.setattr(inference, "_load", lambda record: opened.append(record.id) or record.id)
+    monkeypatch.setattr(inference, "_load", lambda record, _: opened.append(record.id) or record.id)
     with ThreadPoolExecutor(1) as reader:
-        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader)
+        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader, False)
         for start in (0, 2, 4):
             chunk, _, samples = next(chunks)
             assert samples.result() == [record.id for record in chunk] == [r.id for r in records[start : start + 2]]

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +18,8 @@ from conftest import ROOT, environment
 from PIL import Image
 from processes import run_python, start_python
 
+from mige.checkpoints.errors import CheckpointError
+from mige.cli import infer as cli_infer
 from mige.inference.pipeline import MIGEPipeline
 
 SCRIPT = ROOT / "infer_scripts" / "infer.py"
@@ -40,15 +40,11 @@ def infer(*arguments):
     An exception that would print a traceback fails the test.
     """
     out, err = io.StringIO(), io.StringIO()
-    argv = [str(SCRIPT), *map(str, arguments)]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    code = stop.value.code
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli_infer.main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
     if isinstance(code, str):  # what the interpreter does with sys.exit("...")
         err.write(code)
         code = 1
@@ -87,7 +83,7 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     done = infer("--model", model, "--records", *FILES, "--output", folder, "--steps", 12, "--batch-size", 1)
     assert done.returncode == 0, done.stderr
-    assert f"7 pictures: open {folder}/index.html" in done.stdout
+    assert f"7 images: open {folder}/index.html" in done.stdout
     return folder
 
 
@@ -190,6 +186,21 @@ def test_a_single_case(model, tmp_path, arguments, task):
     assert (line["id"], line["task"], line["size"]) == ("image", task, [96, 64])
 
 
+def test_two_cases_in_one_folder_need_two_names(model, tmp_path):
+    arguments = ("--model", model, "--output", tmp_path, "--steps", 1, "--height", 64, "--width", 64, "--source", CAT)
+    assert infer(*arguments, "--prompt", "make it red").returncode == 0
+    before = (tmp_path / "images" / "image.png").read_bytes()
+    done = infer(*arguments, "--prompt", "make it blue")
+    assert done.returncode == 1 and "use another --output or another --id" in done.stderr
+    assert "finished 'image' with another prompt" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = infer(*arguments, "--prompt", "make it blue", "--id", "blue")
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path) == ["blue.png", "image.png"] and {line["id"] for line in lines(tmp_path)} == {"image", "blue"}
+    assert (tmp_path / "images" / "image.png").read_bytes() == before
+    done = infer(*arguments, "--prompt", "make it blue", "--id", "../blue")
+    assert done.returncode == 1 and "\"id\" is '../blue', unfit for a file name" in done.stderr
+
+
 def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
     done = infer("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, "--offload")
     assert done.returncode == 0, done.stderr
@@ -204,7 +215,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         (["--compile"], 1),
         (["--vae-dtype", "bfloat16"], 8),
         (["--t5-bits", 8], 8),
-        (["--compile", "--offload", "--reuse", 2, "--guidance-low", 100, "--guidance-high", 900, "--t5-bits", 4], 255),
+        (["--compile", "--offload", "--reuse", 2, "--t5-bits", 4], 255),
     ],
 )
 def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
@@ -306,7 +317,7 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
         assert done.returncode == 1 and not (tmp_path / "run").exists()
         return done.stderr
 
-    assert f"error: {tmp_path}/nothing: not a checkpoint folder" in run(tmp_path / "nothing")
+    assert f"error: {tmp_path}/nothing: no such folder; correct the path" in run(tmp_path / "nothing")
     assert f"error: {EXAMPLES}: not a checkpoint folder" in run(EXAMPLES)
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
@@ -320,10 +331,17 @@ def test_model_folders_that_are_none(model, tmp_path, no_weights):
 )
 def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MIGEPipeline, "download", lambda name: f"/cache/{name}")
-    assert MIGEPipeline.locate(name) == (Path("/cache") / name if is_hub else Path(name))
+    monkeypatch.setattr(MIGEPipeline, "download", lambda name, **_: f"/cache/{name}")
+    if is_hub:
+        assert MIGEPipeline.locate(name) == Path("/cache") / name
+    else:
+        with pytest.raises(CheckpointError, match="no such folder"):
+            MIGEPipeline.locate(name)
     (tmp_path / "someone").mkdir()  # now it is a mistyped path
-    assert MIGEPipeline.locate("someone/mige") == Path("someone/mige")
+    with pytest.raises(CheckpointError, match="someone/mige: no such folder; correct the path"):
+        MIGEPipeline.locate("someone/mige")
+    with pytest.raises(CheckpointError, match="did you mean someone/mige"):
+        MIGEPipeline.locate("somoene/mige")
 
 
 @pytest.mark.parametrize(
@@ -358,4 +376,4 @@ def test_arguments_that_make_no_command(arguments, told):
 def test_an_output_that_is_a_file(model, tmp_path):
     (tmp_path / "file").write_text("")
     done = infer("--model", model, "--records", FILES[0], "--output", tmp_path / "file", "--steps", 2)
-    assert done.returncode == 1 and f"'{tmp_path}/file" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path}/file is a file; name a folder" in done.stderr

@@ -87,7 +87,7 @@ def check_whole(out: Path, alone: dict[str, np.ndarray]) -> None:
 
 def test_three_processes_share_a_run(model, records, alone, tmp_path):
     printed = finish(launch(3, *arguments(model, records, tmp_path / "out", 3)))
-    assert printed.count("7 pictures: open") == 1
+    assert printed.count("7 images: open") == 1
     check_whole(tmp_path / "out", alone)
 
 

@@ -21,11 +21,11 @@ from processes import start_python
 
 from mige import config
 from mige.checkpoints.folder import CheckpointError
+from mige.evaluation.statistics import Estimate, estimate, spread, t_quantile
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import ablation, ablation_report, bench, pretraining
 from mige.mini.ablation import VARIANTS, AblationError, Plan
 from mige.mini.ablation_report import COMPARISONS, Comparison, Scores, compare
-from mige.mini.intervals import Estimate, estimate, spread, t_quantile
 from mige.mini.start import start_from, start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state

@@ -1,23 +1,21 @@
 """The mini-bench: the truth scores full marks and a copy none, a stopped run goes on, the report shows every kind."""
 
 import json
-import math
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from test_report import Page
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.cases import PER_KIND, BenchCase, make_cases
 from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
+from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench, bench_report
 from mige.utils import images
@@ -219,30 +217,7 @@ def test_the_nearest_background_does_not_look_at_subjects():
     assert bench.nearest_background(pictures, torch.ones(SIDE, SIDE)).tolist() == [-1, -1]
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_of_a_share_is_wilsons():
-    """It holds the shares p whose score |p - s / n| / sqrt(p (1 - p) / n) is at most 1.96."""
-    assert bench.wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
-    assert bench.wilson(5, 10) == pytest.approx((0.2365931, 0.7634069), abs=1e-6)
-    assert bench.wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
-    for successes, n in ((1, 1), (3, 7), (12.5, 52), (99, 104)):
-        for p in bench.wilson(successes, n):
-            if 0 < p < 1:
-                assert abs(p - successes / n) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-9)
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_an_interval_of_nothing_is_refused(n):
-    with pytest.raises(ValueError, match=f"at least one trial, got {n}"):
-        bench.wilson(0, n)
-
-
-def test_the_interval_of_a_mean_is_by_the_standard_error():
-    half = 1.959964 * math.sqrt(5 / 3) / 2
-    assert bench.normal([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5 - half, 2.5 + half), rel=1e-12)
-    assert bench.normal([0.25]) == (0.25, 0.25)
+# ---- table -----------------------------------------------------------------------------------------------------------
 
 
 def row(kind: str, split: str, model: dict, **others: dict) -> dict:
@@ -267,8 +242,8 @@ def test_rows_become_a_table_of_means():
     for key, (n, mean) in measured.items():
         assert table[key]["n"] == n and table[key]["mean"] == pytest.approx(mean, abs=1e-12), key
     share, error = table["add", "all", "success"], table["add", "all", "l1_outside"]
-    assert (share["low"], share["high"]) == bench.wilson(2, 3)
-    assert (error["low"], error["high"]) == bench.normal([0.1, 0.3])
+    assert (share["low"], share["high"]) == wilson(2, 3)
+    assert (error["low"], error["high"]) == t_interval([0.1, 0.3])
     assert {e["measure"] for e in bench.summarise(ROWS, "copy")} == {"success"}
 
 
@@ -361,6 +336,21 @@ def test_a_stopped_run_goes_on_where_it_was(whole, pipeline, model, chosen, tmp_
     for one in chosen:
         name = Path("images") / f"{one.id}.png"
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("line", ["", "[1]", "{}", '{"id": "../x", "model": {}}', "\x00"])
+def test_a_foreign_line_is_named_and_its_case_made_again(
+    whole, pipeline, model, chosen, tmp_path, answered, capsys, line
+):
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    lines = (out / "cases.jsonl").read_text().splitlines()
+    (out / "cases.jsonl").write_text("\n".join([line, *lines[1:]]) + "\n")
+    (out / "images" / f"{json.loads(lines[2])['id']}.png").write_bytes(b"")
+    rows = bench.run(pipeline, chosen, out, model=model, steps=2)
+    err = capsys.readouterr().err
+    assert f"{out / 'cases.jsonl'}, line 1: " in err and f"{out / 'cases.jsonl'}, line 3: " in err
+    assert sorted(answered) == sorted(json.loads(lines[n])["id"] for n in (0, 2))
+    assert [row["id"] for row in rows] == [one.id for one in chosen]
 
 
 def test_a_run_grows_and_a_finished_one_generates_nothing(whole, pipeline, model, chosen, tmp_path, answered):
@@ -498,12 +488,10 @@ def test_a_sheet_shows_every_card(whole, chosen, tmp_path):
 
 def evaluate(monkeypatch, *arguments: object) -> str | int | None:
     """Run tools/evaluate.py on the mini-bench as a script, in this process; give back what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--benchmark", "mini", *map(str, arguments)])
     try:
-        runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+        return cli_evaluate.main(["--benchmark", "mini", *map(str, arguments)]) or None
     except SystemExit as done:
         return done.code
-    return None
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Where MIGE-mini starts: the VAE's loss, and going on with the VAE of a model that keeps the rest."""
 
 import math
-import runpy
-import sys
 from functools import partial
 
 import pytest
@@ -10,11 +8,11 @@ import torch
 from conftest import ROOT, run_script
 from diffusers import AutoencoderKL
 
-from mige.data.synthetic import scenes
+from mige.cli import start_mini
 from mige.inference.pipeline import MIGEPipeline
+from mige.mini import vae_training
 
 SCRIPT = ROOT / "train_scripts" / "start_mini.py"
-script = runpy.run_path(str(SCRIPT))
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -36,7 +34,7 @@ def test_the_pull_weighs_as_if_error_and_kl_were_summed_over_a_picture():
     pictures = torch.rand(3, 3, 16, 16) * 2 - 1
     vae = with_posterior(tiny_vae(), 0.5, 0.1)
     torch.manual_seed(1)
-    loss = script["reconstruction_loss"](vae, pictures).double()
+    loss = vae_training.reconstruction_loss(vae, pictures).double()
     torch.manual_seed(1)
     decoded = vae.decode(vae.encode(pictures).latent_dist.sample()).sample.double()
     latents = 4 * 8 * 8
@@ -47,17 +45,17 @@ def test_the_pull_weighs_as_if_error_and_kl_were_summed_over_a_picture():
 
 
 def test_the_share_of_noise():
-    assert math.isclose(script["noise_share"](with_posterior(tiny_vae(), 0.5, 0.1), torch.zeros(2, 3, 16, 16)), 1)
+    assert math.isclose(vae_training.noise_share(with_posterior(tiny_vae(), 0.5, 0.1), torch.zeros(2, 3, 16, 16)), 1)
     vae, pictures = tiny_vae(), torch.rand(2, 3, 16, 16)
     moments = vae.encode(pictures).latent_dist
     expected = (moments.var.mean() / (moments.var.mean() + moments.mean.var())).sqrt().item()
-    assert 0.1 < expected < 0.99 and math.isclose(script["noise_share"](vae, pictures), expected, rel_tol=1e-6)
+    assert 0.1 < expected < 0.99 and math.isclose(vae_training.noise_share(vae, pictures), expected, rel_tol=1e-6)
 
 
 @pytest.fixture
 def small_pictures(monkeypatch):
     """A quarter of the world's: what is asserted does not depend on it."""
-    monkeypatch.setattr(scenes, "draw", partial(scenes.draw, side=64))
+    monkeypatch.setattr(vae_training, "draw", partial(vae_training.draw, side=64))
 
 
 def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, small_pictures, tmp_path):
@@ -71,11 +69,10 @@ def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, small_pictu
     assert after.vae.config.scaling_factor != before.vae.config.scaling_factor
 
 
-def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp_path, capsys, monkeypatch):
-    given = ["start_mini.py", tmp_path / "on", "--from-model", tiny_model, "--vae", tmp_path / "vae"]
-    monkeypatch.setattr(sys, "argv", list(map(str, given)))
+def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp_path, capsys):
+    given = [tmp_path / "on", "--from-model", tiny_model, "--vae", tmp_path / "vae"]
     with pytest.raises(SystemExit, match="2"):
-        script["main"]()
+        start_mini.main(list(map(str, given)))
     assert "--from-model takes the model's VAE as it is" in capsys.readouterr().err
     assert not (tmp_path / "on").exists()
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -277,19 +278,31 @@ def test_a_reused_change_goes_on_as_between_the_last_two(model, uncompiled):
     assert distance(got, fast.forward(inputs, EVERY, light=True)) < 1e-6
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_guidance_only_in_an_interval(folder, photos, uncompiled, compile):
-    pipe = load(folder, compile=compile)
+SCHEDULERS = ("DDIMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+              "HeunDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler")  # fmt: skip
 
-    def made(interval, scale):
-        settings = dict(num_inference_steps=4, output_type="latent", guidance_scale=scale)
-        return pipe("a<imagehere>", photos[:1], guidance_interval=interval, **settings).images
 
-    whole, alone = made(None, 4.0), made(None, 1.0)
-    assert torch.equal(made((0, 1000), 4.0), whole)
-    assert distance(made((-2, -1), 4.0), alone) < 1e-5
-    partly = made((400, 800), 4.0)
-    assert distance(partly, whole) > 1e-3 and distance(partly, alone) > 1e-3
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_with_any_scheduler_compiled_is_plain_and_times_are_set_once(folder, photos, uncompiled, name, monkeypatch):
+    """Schedulers with a memory are destroyed by `set_timesteps` while they sample."""
+    made, events = [], []
+    for compile in (False, True):
+        pipe = load(folder, compile=compile)
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        for method in ("set_timesteps", "step"):
+            plain = getattr(pipe.scheduler, method)
+            monkeypatch.setattr(pipe.scheduler, method, partial(_noted, events, method, plain))
+        how = dict(num_inference_steps=4, output_type="latent", guidance_scale=4.0)
+        made.append(pipe("a<imagehere>", photos[:1], **how).images)
+        first = events.index("step")
+        assert "set_timesteps" not in events[first:] and len(events) - first >= 4
+        events.clear()
+    assert distance(made[1], made[0]) < 1e-4
+
+
+def _noted(events, name, method, *args, **kwargs):
+    events.append(name)
+    return method(*args, **kwargs)
 
 
 def test_reuse_needs_the_fast_denoiser(folder):

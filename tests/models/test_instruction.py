@@ -65,8 +65,11 @@ def test_a_mention_becomes_the_placeholder(article, noun):
 def test_mentions():
     two = point_at_source("crop the image so that this photo is square")
     assert two == "crop  <imagehere>  so that  <imagehere>  is square"
-    assert point_at_source("use the photograph") == "use  <imagehere> graph"  # no word boundaries: as released
-    assert point_at_source("bathe images") == "ba <imagehere> s"
+    for edit_type in ("local", ""):  # rows of Emu Edit: no word boundaries, as released
+        assert point_at_source("use the photograph", edit_type) == "use  <imagehere> graph"
+        assert point_at_source("bathe images", edit_type) == "ba <imagehere> s"
+    for words in ("remove the photographer", "make the pictures on the wall red", "bathe images"):
+        assert point_at_source(words) == f"{words} in<imagehere>"
     for other in ("a photo", "the  image", "the imag", "the drawing", "that picture"):
         assert point_at_source(f"change {other}") == f"change {other} in<imagehere>"
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from mige.reports import page as report
-from mige.reports.page import Case, contact_sheet, html_page
+from mige.reports import sheet as report
+from mige.reports import thumbnails
+from mige.reports.cases import Case
+from mige.reports.page import html_page
+from mige.reports.sheet import contact_sheet
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 180, 30), (30, 30, 220)
 
@@ -97,8 +100,8 @@ def test_sheets_of_large_tiles_stay_within_what_viewers_open(tmp_path, monkeypat
 
 def test_sheet_numbers_the_markers(tmp_path, monkeypatch):
     texts = []
-    wrap = report._wrap
-    monkeypatch.setattr(report, "_wrap", lambda text, *args, **kw: texts.append(text) or wrap(text, *args, **kw))
+    wrap = report.wrap
+    monkeypatch.setattr(report, "wrap", lambda text, *args, **kw: texts.append(text) or wrap(text, *args, **kw))
     contact_sheet([case("Put <imagehere> next to <ImageHere>.")], tmp_path / "sheet.png")
     assert "Put [1] next to [2]." in texts
 
@@ -112,7 +115,7 @@ def test_a_note_adds_a_banner(tmp_path):
 @pytest.mark.parametrize("text", ["word " * 500, "x" * 3000, "a " + "x" * 300 + " end", "猫" * 400])
 def test_wrapped_lines_fit_and_end_in_an_ellipsis(text):
     font = ImageFont.load_default(size=16)
-    lines = report._wrap(text, font, 200, lines=2)
+    lines = report.wrap(text, font, 200, lines=2)
     assert len(lines) == 2
     assert all(0 < font.getlength(line) <= 200 for line in lines)
     assert lines[-1].endswith("…")
@@ -121,10 +124,10 @@ def test_wrapped_lines_fit_and_end_in_an_ellipsis(text):
 def test_wrapping_loses_no_word_when_there_is_room():
     font = ImageFont.load_default(size=16)
     text = "seat the cat at a small round table " + "y" * 60 + " at dusk"
-    lines = report._wrap(text, font, 150, lines=50)
+    lines = report.wrap(text, font, 150, lines=50)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert not any("…" in line for line in lines)
-    assert report._wrap(" \n ", font, 150, lines=3) == []
+    assert report.wrap(" \n ", font, 150, lines=3) == []
 
 
 def test_text_that_the_font_lacks_is_folded():
@@ -229,3 +232,52 @@ def test_reports_leave_the_callers_pictures_alone(tmp_path):
 def test_a_missing_picture_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.png"):
         html_page([case(output=tmp_path / "gone.png")], tmp_path, title="t")
+
+
+# ---- large runs ------------------------------------------------------------------------------------------------------
+
+
+def many(folder, number):
+    """Cases that share an input file, their outputs in the folder."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    picture(RED).save(folder / "given.png")
+    cases = []
+    for n in range(number):
+        output = folder / "images" / f"r{n:03}.png"
+        picture((n % 256, n // 256, 9), (8, 8)).save(output)
+        task = "subject" if n < 150 else "edit"
+        cases.append(case(inputs=(("picture 1", folder / "given.png"),), output=output, title=f"r{n:03}", task=task))
+    return cases
+
+
+def test_many_cases_go_to_pages_of_200_with_an_index(tmp_path):
+    html_page(many(tmp_path, 401), tmp_path, title="A run", note="mine", summary={"seed": "0"})
+    index = Page(tmp_path / "index.html")
+    pages = [link for link in index.links() if link.startswith("page_")]
+    assert pages == ["page_1.html", "page_2.html", "page_3.html"] and not index.all("img")
+    assert "200 cases: r000 to r199" in index.text and "1 cases: r400 to r400" in index.text
+    assert "Instruction-based editing251" in index.text and "seed0" in index.text
+    shown = []
+    for n, name in enumerate(pages, start=1):
+        page = Page(tmp_path / name)
+        assert f"page {n} of 3" in page.text and "mine" in page.text and "index.html" in page.links()
+        shown += [image["alt"] for image in page.all("img") if image["alt"].startswith("output")]
+        for link in page.links():
+            assert link.startswith("#") or (tmp_path / link).is_file(), link
+    assert shown == [f"output of r{n:03}" for n in range(401)]
+    html_page(many(tmp_path, 3), tmp_path, title="A run")
+    assert not list(tmp_path.glob("page_*.html")) and len(Page(tmp_path / "index.html").all("article")) == 3
+
+
+def test_pages_written_again_open_no_image(tmp_path, monkeypatch):
+    cases = many(tmp_path, 5)
+    html_page(cases, tmp_path, title="t")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "inputs").iterdir()}
+    monkeypatch.setattr(thumbnails, "load", lambda path: pytest.fail(f"{path} was decoded again"))
+    html_page(cases, tmp_path, title="t", note="another")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "inputs").iterdir()} == before
+    monkeypatch.undo()
+    picture(GREEN, (40, 20)).save(tmp_path / "given.png")  # another image under the same name
+    html_page(cases, tmp_path, title="t")
+    (shown,) = {image["src"] for image in Page(tmp_path / "index.html").all("img", alt="picture 1 of r000")}
+    assert Image.open(tmp_path / shown).size == (40, 20)

@@ -70,3 +70,25 @@ def test_pictures_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
     with pytest.raises(BadRecordsError, match=r"cat\.jpg"):
         check_set(report, settings())
     assert check_set(report, settings(check_pictures=False)) == report.records
+
+
+def test_texts_that_cancel_in_a_batch_end_the_start_by_file_and_record(tmp_path):
+    """One mentions its image twice, the other loses a marker behind word 88: together they would fit."""
+    import json
+    from types import SimpleNamespace
+
+    from mige.data.parsing import read_records
+    from mige.data.records import BadRecordsError
+
+    twice = {"multi_prompt": "make the photo brighter, then put a frame around the picture", "entity_path": ["s.png"]}
+    late = {"multi_prompt": "add<imagehere>to it" + " word" * 88 + "<imagehere>", "entity_path": ["e.png", "s.png"]}
+    rows = [row | {"source_path": ["s.png"], "image": "t.png"} for row in (twice, late)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    data = SimpleNamespace(check_pictures=False, skip_bad=False, size=512)
+    with pytest.raises(BadRecordsError) as raised:
+        check_set(read_records([tmp_path / "x.json"]), data)
+    for number, found in ((1, "2 <imagehere> for 1 reference"), (2, "1 <imagehere> for 2 references")):
+        assert (
+            f"{tmp_path / 'x.json'}, record {number} (id 0000{number}): the text it is trained on has {found}"
+            in str(raised.value)
+        )

@@ -202,8 +202,8 @@ def test_files_that_are_no_pictures(tmp_path):
         ("none.png", "no such file"),
         ("", "is a folder"),
         ("empty.png", r"the file is empty \(0 bytes\)"),
-        ("text.png", "not a picture of a known format; use one of AVIF, BMP"),
-        ("page.eps", "not a picture of a known format"),
+        ("text.png", "a text, not an image of a known format; use one of AVIF, BMP"),
+        ("page.eps", "a PostScript drawing, not an image of a known format; render it to PNG"),
         ("pipe.png", "is no regular file"),
         ("a\0.png", "cannot be opened"),
         ("text.png/a.png", "cannot be opened"),
@@ -260,9 +260,9 @@ def test_check_images_decodes_each_file_once(tmp_path, monkeypatch):
     findings = check_images(records)
     assert sorted(opened) == [bad, good]
     assert [(finding.where[-1], finding.problem) for finding in findings] == [
-        ("1", f"{bad}: not a picture of a known format"),
+        ("1", f"{bad}: a text, not an image of a known format"),
         ("1", f"{gone}: no such file"),
-        ("3", f"{bad}: not a picture of a known format"),
+        ("3", f"{bad}: a text, not an image of a known format"),
     ]
     assert all(finding.fatal and finding.remedy for finding in findings)
     assert check_images([]) == []
@@ -285,7 +285,7 @@ def test_center_crop_to_a_rectangle():
 
 
 def test_center_crop_refuses_to_blow_up_a_thread():
-    with pytest.raises(BadImageError, match="picture of 1 x 10000 scaled to cover 512 x 512: 2,621,440,000 pixels"):
+    with pytest.raises(BadImageError, match="image of 1 x 10000 scaled to cover 512 x 512: 2,621,440,000 pixels"):
         center_crop(Image.new("RGB", (1, 10000)), 512, 512)
 
 
@@ -340,7 +340,7 @@ def test_vision_pixels():
 
 @pytest.mark.parametrize("convert", [to_pixels, lambda i: vision_pixels(i, 8), lambda i: letterbox(i, 8, 8)])
 def test_other_modes_are_refused(convert):
-    with pytest.raises(ValueError, match="picture of mode RGBA, expected RGB"):
+    with pytest.raises(ValueError, match="image of mode RGBA, expected RGB"):
         convert(Image.new("RGBA", (8, 8)))
 
 

@@ -4,7 +4,6 @@ import gc
 import http.server
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from test_web_service import BAD_FILES, CAT, CUP
 
+from mige.cli import web_demo
 from mige.inference.pipeline import MIGEPipeline
 from mige.utils import images
 from mige.web import guard, page
@@ -303,11 +303,9 @@ def test_the_script_serves_and_leaves_nothing_behind_when_it_is_ended(lively, tm
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["--port", "0"], "--port is 0"), (["--device", "q"], "--device q")])
-def test_the_script_explains_what_it_cannot_do(arguments, words, monkeypatch, capsys):
-    script = runpy.run_path(str(ROOT / "infer_scripts" / "web_demo.py"))
-    monkeypatch.setattr(sys, "argv", ["web_demo.py", *arguments])
+def test_the_script_explains_what_it_cannot_do(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
-        script["parse"]()
+        web_demo.main(arguments)
     assert ended.value.code == 2 and words in capsys.readouterr().err
 
 

@@ -272,7 +272,7 @@ def truncated() -> bytes:
 
 BAD_FILES = {
     "bomb": (bomb, "pixels"),
-    "text": (lambda: b"no picture at all", "not a picture of a known format"),
+    "text": (lambda: b"no picture at all", "a text, not an image of a known format"),
     "truncated": (truncated, "cannot be decoded"),
     "empty": (lambda: b"", "empty"),
 }
@@ -288,6 +288,12 @@ def test_a_bad_file_is_named_by_its_number_and_harms_nobody(service, tmp_path, k
         list(waiting)
     assert str(tmp_path) not in str(refusal.value)
     assert result(service, request()).pictures
+
+
+def test_an_upload_of_more_pixels_than_the_page_takes_is_refused(service, tmp_path):
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")  # a few kB; the library itself would open it
+    with pytest.raises(RefusedError, match=r"^Picture 1: 169,000,000 pixels, expected at most 65,000,000"):
+        list(service.run(request(Task.EDIT, "make it dark", (tmp_path / "large.png",))))
 
 
 def test_a_picture_too_long_to_scale_is_refused(service, tmp_path):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mige.models import vae as latents
 from mige.models.vae import Moments
+from mige.utils.errors import UserError
 
 VERSION = 1
 FIT = "center_crop"  # training crops every picture so: targets, sources and references
@@ -49,7 +50,7 @@ ENTRY = np.dtype(
 _PLACED = np.dtype([*ENTRY.descr, ("part", "<u4"), ("row", "<u8")])
 
 
-class StoreError(ValueError):
+class StoreError(UserError, ValueError):
     """A store that cannot be used; the message names it, what was got and expected, and what to do."""
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mige.data.parsing import make_record
 from mige.data.prepare.sources import Box, LeftOut, Picture, Settings, Source, SourceError, source_of
 from mige.utils import images
+from mige.utils.files import read_json_object
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
@@ -187,7 +188,13 @@ def _open(folder: Path, settings: Settings) -> Summary:
     ours = json.loads(json.dumps(asdict(settings)))
     summary = Summary(ours, sizes={RECORDS: 0, SKIPPED: 0})
     if (folder / SUMMARY).exists():
-        last = Summary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+        try:
+            last = Summary(**read_json_object(folder / SUMMARY))
+            if not isinstance(last.settings, dict) or not isinstance(last.sizes, dict) or type(last.rows) is not int:
+                raise ValueError(f"{folder / SUMMARY}: not the summary of a run")
+        except (ValueError, TypeError) as error:
+            advice = "it says how far the run came: restore it, or use another --output"
+            raise SourceError(f"{folder / SUMMARY} is damaged or another file ({error}); {advice}") from error
         summary = last if last.rows else summary  # a run without a commit binds nobody
     elif any((folder / name).exists() for name in summary.sizes):
         raise SourceError(f"{folder} holds records but no {SUMMARY}, so they are not ours; use another --output")

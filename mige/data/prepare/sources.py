@@ -15,12 +15,13 @@ import datasets
 
 from mige.models.instruction import MAX_WORDS, clean, point_at_source
 from mige.tasks import PLACEHOLDER, Task
+from mige.utils.errors import UserError
 
 VIEW_SIDES = (1024, 512)  # of a Subjects200K view in pixels
 QUALITY = ("compositeStructure", "objectConsistency", "imageQuality")
 
 
-class SourceError(RuntimeError):
+class SourceError(UserError, RuntimeError):
     """The run cannot start or go on: what was found, what was expected, what to do."""
 
 

@@ -1,0 +1,1 @@
+"""The mains of all scripts: parse, then import, then call."""

@@ -1,0 +1,110 @@
+"""Check a whole training set: records, their targets and every picture; list every bad record with its reason.
+
+    python tools/check_data.py data/magicbrush/records.jsonl data/subjects200k/records.jsonl
+    python tools/check_data.py train.json --root pictures --no-pictures
+
+The exit code is 1 if there is any fault. Reports are in the order of the files, whatever the number of workers.
+"""
+
+import argparse
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mige.cli import command
+from mige.data.checks import check_images, check_repeats, check_training_text
+from mige.data.parsing import read_records
+from mige.data.records import Finding, Record
+from mige.tasks import Task
+from mige.utils.errors import UserError
+
+CHUNK = 64  # records a process decodes at a time; a picture shared within a chunk is decoded once
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help=".json and .jsonl files")
+    parser.add_argument("--root", type=Path, help="what relative paths start from (default: the folder of each file)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help="decode every picture")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}, expected at least 1")
+    return args
+
+
+def check_targets(records: Sequence[Record]) -> list[Finding]:
+    remedy = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
+    return [Finding(record.where, "no target picture", remedy) for record in records if record.target is None]
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    """A terminal sends it to every process of the group: each worker would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]:
+    """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
+    chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mige.data.checks"])
+    with (
+        tqdm(total=len(records), unit="record") as bar,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
+    ):
+        try:
+            for chunk, findings in zip(
+                chunks, pool.map(partial(check_images, workers=1, training=True), chunks), strict=True
+            ):
+                bar.update(len(chunk))
+                yield from findings
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # or the chunks that wait would all be decoded first
+            raise
+
+
+def file_of(where: str) -> str:
+    return re.sub(r", (record|line) \d+.*$", "", where, flags=re.DOTALL)
+
+
+def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[str]) -> None:
+    """A line a file: its good records by task, its bad ones."""
+    tasks = Counter((file_of(record.where), record.task) for record in good)
+    faulty = Counter(map(file_of, bad))
+    lines = [(str(file), [tasks[str(file), task] for task in Task] + [faulty[str(file)]]) for file in files]
+    lines.append(("total", [sum(column) for column in zip(*(counts for _, counts in lines), strict=True)]))
+    for names, counts in [("file", [*Task, "bad"]), *lines]:
+        print("".join(f"{count!s:>13}" for count in counts), names, sep="  ")
+
+
+def run(args: argparse.Namespace) -> int:
+    files = list(dict.fromkeys(args.files))
+    report = read_records(files, root=args.root)
+    findings = report.findings + check_targets(report.records) + check_repeats(report.records)
+    findings += [finding for record in report.records for finding in check_training_text(record)]
+    if args.pictures and report.records:
+        findings += check_pictures(report.records, args.workers)
+    faults = [finding for finding in findings if finding.fatal]
+    bad = dict.fromkeys(fault.where for fault in faults)
+    good = [record for record in report.records if record.where not in bad]
+    print_counts(files, good, list(bad))
+    for finding in [*faults, *(finding for finding in findings if not finding.fatal)]:
+        print(finding)
+    print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
+    return 1 if faults else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), interrupted="the check is not finished, the same command starts anew")

@@ -1,0 +1,13 @@
+"""Names that options choose from, before anything heavy is imported; a test compares them with the facts."""
+
+BENCHMARKS = ("dreambench", "emu_edit", "magicbrush", "migebench")
+CLIP = ("ViT-B/32", "ViT-L/14")
+DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
+SOURCES = ("instructpix2pix", "magicbrush", "seed_data_edit", "subjects200k")
+STORE_DTYPES = ("float32", "float16")
+WORLD_KINDS = (
+    *("text_to_image", "one_reference", "two_references", "reference_and_name"),
+    *("add", "add_relative", "remove", "replace", "background", "recolour", "move", "scale", "flip"),
+    *("add_by_reference", "add_by_reference_relative", "replace_by_reference"),
+)
+VARIANTS = ("joint", "subject_only", "edit_only", "without_subject_edit", "without_vae_features", "text_only")

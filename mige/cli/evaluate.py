@@ -1,0 +1,111 @@
+"""Score results on a benchmark.
+
+    python tools/evaluate.py --benchmark dreambench --results output/dreambench
+    python tools/evaluate.py --benchmark migebench --results output/migebench --entities output/migebench/entities
+    python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
+
+The first two score the pictures that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
+samples.jsonl. The mini-bench makes its pictures itself and goes on where it was stopped; its report covers all that
+RESULTS holds.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mige.cli import command
+from mige.cli.choices import BENCHMARKS, CLIP, WORLD_KINDS
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--benchmark", choices=["mini", *BENCHMARKS], required=True)
+    parser.add_argument(
+        "--results",
+        type=command.folder_to_write,
+        required=True,
+        help="run folder of infer.py; mini: to make or go on with",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    group = parser.add_argument_group("dreambench, emu_edit, magicbrush, migebench")
+    group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
+    group.add_argument("--clip", choices=CLIP, default="ViT-B/32", help="(%(default)s)")
+    group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
+    group.add_argument("--dino-weights", help="file of DINO ViT-S/16 (default: the release, from the hub)")
+    group.add_argument("--entities", type=Path, help="folder of extract_entities.py, for migebench's entity scores")
+    group.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
+    )
+    group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
+    group = parser.add_argument_group("mini")
+    group.add_argument("--model", help="checkpoint folder")
+    group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
+    group.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
+    group.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
+    group.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
+    group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
+                       help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.batch < 1 or args.steps < 1 or args.per_kind < 2 or args.per_kind % 2:
+        parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
+                     "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
+    if (args.benchmark == "mini") != (args.model is not None):
+        parser.error("--model belongs to --benchmark mini, which needs it: the others score pictures that are there")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    args.device = command.check_device(command.parser(None), args.device)
+    mini(args) if args.benchmark == "mini" else published(args)
+
+
+def mini(args: argparse.Namespace) -> None:
+    import torch
+
+    from mige.data.synthetic.cases import make_cases
+    from mige.inference.pipeline import MIGEPipeline
+    from mige.mini import bench, bench_report
+
+    chosen = make_cases(args.per_kind, kinds=args.kinds)
+    pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
+    bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)
+    chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
+    written = bench_report.write(chosen, rows, args.results)
+    print(bench_report.text_table(rows))
+    print(f"{written}: the tables and pictures")
+
+
+def published(args: argparse.Namespace) -> None:
+    from mige.evaluation import backbones, benchmarks, page, scoring, summary
+
+    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    if prepared.name != args.benchmark:
+        raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+    reports = [summary.read_report(path) for path in args.compare]
+    found = scoring.outputs(prepared, args.results)
+    crops = scoring.crops(prepared, args.entities) if args.entities else None
+    backbones.require_file(args.clip_weights, "--clip-weights")
+    backbones.require_file(args.dino_weights, "--dino-weights")
+    clip = backbones.Clip(args.clip, args.clip_weights, args.device)
+    dino = backbones.Dino("ViT-S/16", args.dino_weights, args.device)
+    protocol = summary.protocol(prepared, clip, dino)
+    others = summary.beside({"protocol": protocol}, reports)  # refused before the work, not after it
+    cache = prepared.folder / "features"
+    scores = scoring.score(prepared, found, clip, dino, cache, entities=crops, batch=args.batch)
+    table = summary.table(prepared, scores.rows)
+    facts = {"label": args.label or args.results.name, "clip": args.clip, "samples": len(scores.rows)}
+    facts |= {"protocol": protocol, "versions": summary.versions()}
+    facts |= {"note": page.note(table, scores.notes, scores.rows), "table": table}
+    facts["table"] = table + others
+    out = args.results / "evaluation"
+    written = page.write(prepared, facts, scores.rows, found, out)
+    scoring.write_rows(scores.rows, out / "samples.jsonl")
+    print(page.text_table(prepared, facts))
+    print(f"{written}: the tables and pictures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

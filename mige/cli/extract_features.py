@@ -1,0 +1,111 @@
+"""Encode every picture of the given records once, into a store of VAE moments that training reads.
+
+    python tools/extract_features.py --model output/pretrained_models/mige --records train.json --output output/features
+    accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, of one machine or more
+
+A second run encodes what is missing and what has changed. Pictures that cannot be used are listed in the store's
+failures.jsonl; the others are done and the exit code is 3 (launchers make it 1). See docs/features.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mige.cli import command
+from mige.cli.choices import STORE_DTYPES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from mige.data.latent_store.store import FeatureStore
+    from mige.data.records import Report
+
+SOME_FAILED = 3
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--records", nargs="+", type=Path, required=True, help=".json or .jsonl files")
+    parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub; its VAE is used")
+    parser.add_argument("--output", type=command.folder_to_write, required=True, help="the store")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float32", help="stored (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes opening pictures, for each GPU")
+    parser.add_argument("--device", help="default: a GPU for each process where there are any")
+    args = parser.parse_args(argv)
+    if (args.size is not None and args.size < 1) or args.batch_size < 1 or args.workers < 0:
+        parser.error(f"--size is {args.size}, --batch-size {args.batch_size}, --workers {args.workers}; "
+                     "expected >= 1, >= 1 and >= 0")  # fmt: skip
+    return args
+
+
+def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
+    """The checkpoint's VAE in float32, and the side of the images the model was trained on."""
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+    from mige.checkpoints import folder as checkpoint
+    from mige.models import vae as latents
+
+    checkpoint.verify(model)
+    vae = AutoencoderKL.from_pretrained(model / "vae").float().eval()
+    return vae, PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * latents.downscale(vae)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from mige.data.latent_store import extraction
+    from mige.data.latent_store import store as features
+    from mige.data.parsing import read_records
+    from mige.data.records import Report
+    from mige.inference.pipeline import MIGEPipeline
+
+    if args.device is not None:
+        command.check_device(command.parser(None), args.device)
+    # Shares may end hours apart, and all wait for the last one.
+    on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+    pictures = extraction.distinct_pictures(read_records(args.records, root=args.root).require())
+    vae, native = load_vae(MIGEPipeline.locate(args.model))
+    root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
+    settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
+    findings = extraction.extract(
+        features.create_store(args.output, **settings),
+        vae.to(args.device or state.device),
+        pictures,
+        process=state.process_index,
+        processes=state.num_processes,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        progress=state.is_main_process,
+    )
+    findings = gather_object(findings)
+    if state.is_main_process:
+        report(features.create_store(args.output, **settings), pictures, Report(findings=findings), args.output)
+    state.wait_for_everyone()  # a launcher stops all processes when one ends with a failure
+    return SOME_FAILED if findings and state.is_main_process else 0
+
+
+def report(store: "FeatureStore", pictures: dict[Path, str], failures: "Report", folder: Path) -> None:
+    from mige.inference.run import write_failures
+
+    there = len(pictures) - len(store.missing(pictures))
+    print(f"{folder}: {there:,} of {len(pictures):,} pictures, {len(store):,} in all, "
+          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes a picture")  # fmt: skip
+    path = write_failures(failures, folder)
+    if failures.findings:
+        print(f"{len(failures.findings)} could not be used, listed in {path}", file=sys.stderr)
+        print("\n".join(map(str, failures.findings[:20])), file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

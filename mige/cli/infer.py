@@ -1,0 +1,181 @@
+"""Run MIGE on a file of records, or on one case from the command line.
+
+    python infer_scripts/infer.py --model output/pretrained_models/mige --records example_data/subject.json
+    python infer_scripts/infer.py --model output/pretrained_models/mige \\
+        --prompt "replace the cup in<imagehere>with the<imagehere>" \\
+        --reference coffee.jpg flower.jpg --source coffee.jpg --output output/my_cup
+
+On several GPUs, each taking its share of the records: accelerate launch infer_scripts/infer.py ...
+
+Finished records are skipped on a second run. Nothing runs until every record is found good; with --keep-going the good
+ones run, the bad ones go to failures.jsonl, and the exit code is 3.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mige.cli import command
+from mige.tasks import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from mige.data.records import Report
+    from mige.inference.pipeline import MIGEPipeline
+
+SOME_FAILED = 3
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="checkpoint folder (of a training run too: checkpoints/step-.../model), or a name on the hub",
+    )
+    parser.add_argument("--records", nargs="+", type=Path, help=".json or .jsonl files")
+    parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
+    parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
+    parser.add_argument("--reference", nargs="+", default=[], help="one case: the pictures, in order")
+    parser.add_argument("--source", help="one case: the image to edit")
+    parser.add_argument("--id", default="image", help="one case: its name in the run folder (default: %(default)s)")
+    parser.add_argument("--task", type=Task, choices=list(Task), help="insist on this task")
+    parser.add_argument(
+        "--output", type=command.folder_to_write, default=Path("output/infer"), help="run folder (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="default: 50 subject-driven, 60 edits")
+    parser.add_argument("--guidance", type=float, help="text guidance (default: 7 subject-driven, 5 edits)")
+    parser.add_argument("--source-guidance", type=float, help="default: 1")
+    parser.add_argument("--height", type=int, help="multiple of 16 px (default: the model's)")
+    parser.add_argument("--width", type=int, help="multiple of 16 px (default: the model's)")
+    parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="the fast mode; the first picture waits a little")
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
+    )
+    parser.add_argument("--vae-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--t5-bits", type=int, choices=[8, 4], help="less memory: T5's matrices rounded")
+    parser.add_argument(
+        "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
+    )
+    parser.add_argument(
+        "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
+    )
+    parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
+    parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
+    parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
+    parser.add_argument(
+        "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
+    )
+    parser.add_argument("--note", default="", help="a line on top of the result pages")
+    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
+    if (args.records is None) == (args.prompt is None):
+        parser.error("give either --records or --prompt")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
+        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
+    files = [file.resolve() for file in args.records or []]
+    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
+        parser.error(f"--records: {twice} is given twice; its records would be made once")
+    if args.prompt is None and args.id != parser.get_default("id"):
+        parser.error("--id names the one case of --prompt; records have ids of their own")
+    return args
+
+
+def join_text(argv: Sequence[str]) -> list[str]:
+    """Texts may begin with a hyphen: "--prompt", "-1 on a sign" is read as "--prompt=-1 on a sign"."""
+    joined, rest = [], list(argv)
+    while rest:
+        option = rest.pop(0)
+        if option in ("--prompt", "--note") and rest and rest[0].startswith("-") and not rest[0].startswith("--"):
+            option = f"{option}={rest.pop(0)}"
+        joined.append(option)
+    return joined
+
+
+def read(args: argparse.Namespace) -> "Report":
+    from mige.data import parsing, records
+
+    if args.records:
+        return parsing.read_records(args.records, root=args.root, task=args.task)
+    row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
+    row["source_path"] = [args.source] * bool(args.source)
+    root = args.root or Path()
+    record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
+    return records.Report([record] if record else [], findings)
+
+
+def run(args: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from mige.inference import run as inference
+    from mige.inference.pipeline import MIGEPipeline
+
+    args.device = command.check_device(command.parser(None), args.device)
+    command.quiet_libraries()
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
+    state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
+    main_process = state is None or state.is_main_process
+    device = args.device if state is None else state.device
+    model = MIGEPipeline.locate(args.model)
+    report = inference.check(read(args), model, settings)
+    if report.findings and main_process:
+        print(report.text(), file=sys.stderr)
+    if report.faults and not (args.keep_going and report.records):
+        return 1
+    with ExitStack() as held:
+        if main_process:
+            held.enter_context(inference.claim(args.output))  # before the weights load, and until the pages are written
+            inference.check_folder(args.output, settings, report.records)
+            listed = inference.write_failures(report, args.output)
+            if report.faults:
+                print(f"listed in {listed}", file=sys.stderr)
+        pipeline = load(args, model, device)
+        options = {
+            "batch_size": args.batch_size,
+            "note": args.note,
+            "sheets": args.contact_sheets or None,
+            "state": state,
+        }
+        inference.run(report.records, pipeline, settings, args.output, **options)
+    if main_process:
+        made, page = len(report.records), args.output / "index.html"
+        sheet = args.output / "contact_sheet.png"
+        print(f"{made} images: open {page}" + (f" or {sheet}" if sheet.exists() else ""))
+    return SOME_FAILED if report.faults else 0
+
+
+def load(args: argparse.Namespace, model: Path, device: "torch.device | str") -> "MIGEPipeline":
+    """The pipeline in the mode asked for."""
+    import torch
+
+    from mige.checkpoints.lora import merge_lora
+    from mige.inference.pipeline import MIGEPipeline
+
+    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
+    if args.lora:
+        pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
+    if args.vae_dtype == "bfloat16":
+        pipeline.halve_vae()
+    if args.t5_bits:
+        pipeline.quantise_text_encoder(args.t5_bits)
+    pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
+    if args.compile:
+        pipeline.compile()
+    return pipeline
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), ValueError)

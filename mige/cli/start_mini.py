@@ -1,0 +1,83 @@
+"""What MIGE-mini's training starts from: a tokenizer of the world's grammar, a VAE of its pictures, fresh parts.
+
+    python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
+    python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1
+    python train_scripts/start_mini.py output/mini/on --go-on output/pretrained_models/mige-mini --seconds 150
+    python train_scripts/start_mini.py output/mini/on --go-on output/pretrained_models/mige-mini --vae VAE --steps 0
+
+In the first line the VAE is trained for the error of its reconstructions, with a slight pull of its latents to a
+standard normal; its weights are averaged, and its scale factor is set so that scaled latents have variance 1. The
+second takes tokenizer and VAE of a model and trains nothing. The third trains the VAE of a model and keeps all else;
+the fourth puts another VAE in its place.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mige.cli import command
+from mige.cli.places import CONFIGS
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("folder", type=command.folder_to_write)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "mini.py", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh parts (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20_000, help="of the VAE's training (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop the VAE's training after this time")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--go-on", type=Path, help="go on with the VAE of this checkpoint folder, keep its other parts")
+    given.add_argument("--from-model", type=Path, help="take tokenizer and VAE of this checkpoint folder as they are")
+    parser.add_argument("--vae", type=Path, help="go on with this one instead")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+    if args.from_model is not None and args.vae is not None:
+        parser.error("--from-model takes the model's VAE as it is; give --vae with --go-on, or alone")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from mige import config
+    from mige.diffusion.solver import DPMSolver2M
+    from mige.inference.pipeline import MIGEPipeline
+    from mige.mini.start import fresh_parts, start_from, write_tokenizer
+    from mige.mini.vae_training import set_scale, train_vae
+    from mige.utils.files import whole_folder
+
+    args.device = command.check_device(command.parser(None), args.device)
+    device, sizes = torch.device(args.device), config.load(args.config, args.overrides).model
+    if args.from_model is not None:
+        start_from(args.from_model, args.folder, sizes, args.seed)
+        print(f"{args.folder}: fresh parts, tokenizer and VAE of {args.from_model}")
+        return
+    torch.manual_seed(args.seed)
+    if args.go_on is not None:
+        pipeline = MIGEPipeline.from_pretrained(args.go_on, dtype=torch.float32)
+    else:
+        pipeline = MIGEPipeline(**fresh_parts(sizes, args.seed), tokenizer=None, scheduler=DPMSolver2M())
+    if args.vae is not None:
+        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32))
+    curve = train_vae(pipeline.vae, args, device)
+    pipeline.vae.eval()
+    set_scale(pipeline.vae, device)
+    pipeline.vae.cpu()
+    with whole_folder(args.folder) as folder:
+        if args.go_on is None:
+            pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"]))
+        pipeline.save_pretrained(folder)
+        (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
+    print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {pipeline.vae.config.scaling_factor}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv), interrupted=command.STARTS_ANEW)

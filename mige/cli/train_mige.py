@@ -1,0 +1,38 @@
+"""Train MIGE from a config file.
+
+    python train_scripts/train_mige.py configs/mige_512.py --output output/runs/mine
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml train_scripts/train_mige.py configs/mige_512.py ...
+
+The same command again goes on from the newest checkpoint of the run. SIGTERM saves and exits with code 75. Any value of
+the config can be set on the command line: train.steps=200 data.features=output/features
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mige.cli import command
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
+    parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+
+
+def run(args: argparse.Namespace) -> int:
+    from mige.training.signals import exit_when_stopped
+
+    exit_when_stopped()
+    from mige import config
+    from mige.training.trainer import Trainer
+
+    return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    return command.guarded(run, parse(argv))

@@ -1,0 +1,53 @@
+"""Serve the page in a browser: generate with a subject, edit a picture, edit with a subject.
+
+    python infer_scripts/web_demo.py
+    python infer_scripts/web_demo.py --model output/pretrained_models/mige --port 8000
+
+Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/web.md.
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from mige.cli import command
+from mige.cli.places import MINI
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    args = parser.parse_args(argv)
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f"--port is {args.port}; expected 1 to 65535")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from mige.inference.pipeline import MIGEPipeline
+    from mige.web.page import serving
+    from mige.web.service import GenerationService
+
+    args.device = command.check_device(command.parser(None), args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder goes then, too
+    command.quiet_libraries()
+    folder = MIGEPipeline.locate(args.model)
+    pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
+    with serving(GenerationService(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
+        print(f"Open {address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, then import, then run; the exit code."""
+    code = command.guarded(run, parse(argv))
+    return 0 if code == command.INTERRUPTED else code  # Ctrl-C is how it ends

@@ -1,0 +1,186 @@
+"""Rows of .json and .jsonl files, with every fault named by file and line; nothing is raised for what a file holds."""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mige.data.records import Finding
+from mige.utils.path_hints import hint
+
+Rows = list[tuple[int, Any]]
+
+
+def read_rows(file: Path) -> tuple[Rows, list[Finding]]:
+    """The rows of a file with their numbers from 1, and the faults of the file and of its rows as JSON."""
+    where = str(file)
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        return [], [Finding(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is legal and skipped
+    except UnicodeDecodeError as error:
+        return [], [_not_utf8(where, file.read_bytes()[:4], error)]
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
+        reason = error.strerror if isinstance(error, OSError) else error
+        return [], [Finding(where, f"cannot be read: {reason}", hint(file) or "check the path and its permissions")]
+    if not text.strip():
+        return [], [Finding(where, "the file is empty", "write at least one record")]
+    return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
+
+
+def type_name(value: Any) -> str:
+    """The JSON name of a value's type, with the value: for messages."""
+    names = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({reprlib.repr(value)})"
+
+
+class _Decoder:
+    """Decodes JSON by the standard's word and collects what Python would let through, or end with another error."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+        self._json = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_int=self._integer, parse_constant=self._constant
+        )
+
+    def decode(self, text: str) -> Any:
+        """A whole text; problems are collected, JSONDecodeError is raised."""
+        return self._guarded(lambda: self._json.decode(text))
+
+    def element(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that begins at `start`, and where it ends; -1 where that cannot be known."""
+        return self._guarded(lambda: self._json.raw_decode(text, start)) or (None, -1)
+
+    def _guarded(self, decode: Any) -> Any:
+        self.problems.clear()
+        try:
+            return decode()
+        except RecursionError:
+            self.problems.append("nested too deep to be read")
+            return None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self.problems.append(f"the field {reprlib.repr(twice)} stands twice in one object")
+        return fields
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python's limit on digits
+            self.problems.append(f"a number of {len(digits)} digits")
+            return 0
+
+    def _constant(self, name: str) -> float:
+        self.problems.append(f"{name}, which is no JSON")
+        return 0.0
+
+
+def _parse_list(where: str, text: str) -> tuple[Rows, list[Finding]]:
+    decoder = _Decoder()
+    try:
+        rows = decoder.decode(text)
+    except json.JSONDecodeError as error:
+        if _are_lines(text):
+            problem = "it holds JSON Lines (an object a line), not one list"
+            return [], [Finding(where, problem, "name it .jsonl, or put the records in [ ] with commas")]
+        return [], [_malformed(where, error.lineno, error)]
+    if decoder.problems:
+        return _located(where, text)
+    if not isinstance(rows, list):
+        remedy = "put the records in [ ], or name the file .jsonl where each line is a record"
+        return [], [Finding(where, f"the top level is {type_name(rows)}, expected a list", remedy)]
+    if not rows:
+        return [], [Finding(where, "the list is empty", "write at least one record")]
+    return list(enumerate(rows, 1)), []
+
+
+def _located(where: str, text: str) -> tuple[Rows, list[Finding]]:
+    """The rows of a list in which something is odd, read one by one to find where."""
+    rows, findings = [], []
+    for number, start, row, problems in _elements(text):
+        line = text.count("\n", 0, start) + 1
+        findings += [_odd(f"{where}, line {line}", problem) for problem in problems]
+        if not problems:
+            rows.append((number, row))
+    return rows, findings
+
+
+def _elements(text: str) -> Iterator[tuple[int, int, Any, list[str]]]:
+    """Number from 1, place, value and problems of each element of a list; of anything else, the whole as one."""
+    decoder, number = _Decoder(), 0
+    place = _skip_blanks(text, 0)
+    is_list = text[place] == "["
+    place += is_list
+    while (place := _skip_blanks(text, place)) < len(text) and text[place] != "]":
+        if text[place] == ",":
+            place = _skip_blanks(text, place + 1)
+        number += 1
+        value, end = decoder.element(text, place)
+        yield number, place, value, list(decoder.problems)
+        if end < 0 or not is_list:  # where an element without an end stops is not known: the rest is not read
+            return
+        place = end
+
+
+def _skip_blanks(text: str, place: int) -> int:
+    return re.compile(r"[ \t\r\n]*").match(text, place).end()
+
+
+def _parse_lines(where: str, text: str) -> tuple[Rows, list[Finding]]:
+    rows, findings, decoder = [], [], _Decoder()
+    # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for position, (number, line) in enumerate(lines, 1):
+        try:
+            row = decoder.decode(line)
+        except json.JSONDecodeError as error:
+            if position == 1 and _is_list_or_spread(text):
+                problem = "it holds one JSON value over several lines, not an object a line"
+                return [], [Finding(where, problem, "name it .json (a list of records), or write a record a line")]
+            findings.append(_malformed(where, number, error))
+            continue
+        if isinstance(row, list) and len(lines) == 1 and not decoder.problems:
+            return [], [Finding(where, "it holds one JSON list, not an object a line", "name it .json")]
+        findings += [_odd(f"{where}, line {number}", problem) for problem in decoder.problems]
+        if not decoder.problems:
+            rows.append((position, row))
+    return rows, findings
+
+
+def _are_lines(text: str) -> bool:
+    """Whether the first lines are objects each, as in JSON Lines."""
+    lines = [line for line in text.split("\n", 50)[:50] if line.strip()]
+    return len(lines) > 1 and all(_loads(line) is dict for line in lines[:2])
+
+
+def _is_list_or_spread(text: str) -> bool:
+    return _loads(text) in (list, dict)
+
+
+def _loads(text: str) -> type | None:
+    """The type of a JSON text, None for what is none."""
+    try:
+        return type(_Decoder().decode(text))
+    except json.JSONDecodeError:
+        return None
+
+
+def _malformed(where: str, line: int, error: json.JSONDecodeError) -> Finding:
+    return Finding(f"{where}, line {line}, column {error.colno}", f"malformed JSON: {error.msg}", "correct it there")
+
+
+def _odd(where: str, problem: str) -> Finding:
+    return Finding(where, f"malformed JSON: {problem}", "correct the record")
+
+
+def _not_utf8(where: str, head: bytes, error: UnicodeDecodeError) -> Finding:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Finding(where, "not UTF-8 but UTF-16, by its byte order mark", "save the file as UTF-8")
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return Finding(where, f"not UTF-8: {error.reason} at byte {error.start}, line {line}", "save the file as UTF-8")

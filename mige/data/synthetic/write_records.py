@@ -1,0 +1,51 @@
+"""Cases of the synthetic world as ordinary records and images on the disk."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mige.data.synthetic import tasks
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.utils import images
+
+_AT_ONCE = 64  # cases drawn together
+
+
+def write(
+    folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, invent: bool
+) -> Counter:
+    """Records and pictures of these cases; returns how many there are of each kind."""
+    (folder / "images").mkdir()
+    counts = Counter()
+    with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
+        for first in tqdm(range(0, len(cases), _AT_ONCE), unit=f"x {_AT_ONCE} cases"):
+            numbers = cases[first : first + _AT_ONCE]
+            made = {
+                n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture, invent=invent) for n in numbers
+            }
+            names, scenes = [], []
+            for number, case in made.items():
+                row = _record(number, case)
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                names += [row["image"], *row["entity_path"]]
+                scenes += [case.target, *case.references]
+                counts[case.kind] += 1
+            for name, picture in zip(names, images.to_pil(draw(Scenes.stack(scenes))), strict=True):
+                picture.save(folder / name)
+    return counts
+
+
+def _record(number: int, case: tasks.Case) -> dict:
+    """The official fields; the id begins with the kind."""
+    stem = f"{case.kind}-{number:07d}"
+    references = [f"images/{stem}-reference{i}.png" for i in range(len(case.references))]
+    return {
+        "id": stem,
+        "multi_prompt": case.prompt,
+        "entity_path": references,
+        "source_path": [] if case.source is None else [references[case.source]],
+        "image": f"images/{stem}.png",
+    }

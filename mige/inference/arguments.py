@@ -1,0 +1,106 @@
+"""The arguments of a call, checked and made plain before anything runs: numbers, seeds, prompts and their images."""
+
+import math
+from collections.abc import Sequence
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from mige.inference.samples import Sample, make_sample
+from mige.utils.images import as_image, image_key
+
+SEEDS = 2**63
+"""Seeds are whole numbers from 0 to below this."""
+
+
+def number(name: str, value: Any, *, whole: bool = False, least: float | None = None) -> int | float:
+    """A finite number as a plain int or float; NumPy scalars, 0-dim arrays and tensors, and 5.0 for 5 are taken too.
+
+    Raises ValueError naming the argument, what was got and what was expected.
+    """
+    scalar = isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1
+    plain = value.item() if scalar else value
+    kind = "a whole number" if whole else "a number"
+    expected = kind if least is None else f"{kind} of at least {least:g}"
+    if isinstance(plain, bool) or not isinstance(plain, Number) or isinstance(plain, complex):
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+    if not math.isfinite(plain) or (whole and plain != int(plain)) or (least is not None and plain < least):
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+    return int(plain) if whole else float(plain)
+
+
+def optional(name: str, value: Any, **how: Any) -> int | float | None:
+    """The same, or None."""
+    return None if value is None else number(name, value, **how)
+
+
+def seeds_of(seed: Any, prompts: int) -> list[int]:
+    """One seed a prompt, from one for all or a list; raises ValueError for a wrong number of them or a bad one."""
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    several = several or (isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1)
+    seeds = list(seed) if several else [seed] * prompts
+    if len(seeds) != prompts:
+        raise ValueError(f"{prompts} prompts, {len(seeds)} seeds; give one for all, or one each")
+    plain = [number("seed", one, whole=True, least=0) for one in seeds]
+    if large := next((one for one in plain if one >= SEEDS), None):
+        raise ValueError(f"seed is {large}, expected a whole number below 2**63")
+    return plain
+
+
+def samples_of(prompt: Any, references: Any, source: Any) -> list[Sample]:
+    """The samples of a call.
+
+    Args:
+        prompt: a text, or a list of them.
+        references: of one prompt an image or a list of images; of several a list with that for each; None for none.
+        source: an image for all prompts, or a list; None for none. An image that equals a reference is that reference.
+        An image is whatever `as_image` takes: a path, a PIL image, an array, a tensor.
+
+    Raises ValueError where numbers do not agree, a prompt is no text or empty, or a source is not among its
+    references; TypeError for what is no image; BadImageError for one that cannot be used.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else _listed("prompt", prompt)
+    for one in prompts:
+        if not isinstance(one, str) or not one.strip():
+            raise ValueError(f"prompt is {one!r}, expected a text")
+    if not prompts:
+        raise ValueError("prompt is an empty list, expected at least one text")
+    lists = [references] if isinstance(prompt, str) else _each("references", references, len(prompts))
+    sources = _each("source", source, len(prompts))
+    return [_sample(*given) for given in zip(prompts, lists, sources, strict=True)]
+
+
+def _sample(prompt: str, references: Any, source: Any) -> Sample:
+    given = [] if references is None else [references] if _is_image(references) else _listed("references", references)
+    images = [as_image(image) for image in given]
+    if source is None:
+        return make_sample(prompt, images, None)
+    image = as_image(source)
+    if images:  # the same image, though opened twice
+        key = image_key(image)
+        image = next((reference for reference in images if image_key(reference) == key), image)
+    return make_sample(prompt, images, image)
+
+
+def _each(name: str, value: Any, prompts: int) -> list:
+    """A value for each prompt: one for all, or a list of as many."""
+    if value is None or (_is_image(value) and name == "source"):
+        return [value] * prompts
+    values = [value] if _is_image(value) else _listed(name, value)
+    if len(values) != prompts:
+        raise ValueError(f"{prompts} prompts, but {name} has {len(values)} entries; give one each")
+    return values
+
+
+def _listed(name: str, value: Any) -> list:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ValueError(f"{name} is {type(value).__name__}, expected a list")
+    return list(value)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str | Path | Image.Image | np.ndarray | Tensor)

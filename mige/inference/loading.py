@@ -1,0 +1,50 @@
+"""Where a pipeline comes from: a folder, or a model of the hub by its name."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mige.checkpoints.errors import CheckpointError
+
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+"""Options of `from_pretrained` that say how the hub is asked; they mean nothing for a folder."""
+
+LOADING = ("device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "quantization_config", "offload_folder",
+           "offload_state_dict", "disable_mmap", "output_loading_info")  # fmt: skip
+"""Options of diffusers' `from_pretrained` that are handed on as they are."""
+
+
+def check_options(given: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that would be dropped: neither the hub's, nor diffusers', nor a part."""
+    known = {*HUB, *LOADING, *parts}
+    if unknown := sorted(given.keys() - known):
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+        raise TypeError(f"from_pretrained() got the unknown option(s) {', '.join(unknown)}{meant}")
+
+
+def locate(path: str | Path, download: Callable[..., str], **hub: Any) -> Path:
+    """The folder of a checkpoint: `path` itself if it is one, else the hub's model of that name, downloaded.
+
+    Args:
+        download: the hub's door: (name, **hub) -> folder. hub: see `HUB`, and `variant`; None for the default.
+
+    Raises CheckpointError for a path where nothing lies, and for a name that the hub does not give.
+    """
+    folder, text = Path(path), str(path)
+    if folder.exists() or folder.is_symlink():
+        return folder
+    nearby = [entry.name for entry in Path().iterdir() if entry.is_dir()]
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not folder.parent.is_dir()
+    typo = difflib.get_close_matches(folder.parts[0], nearby, 1) if is_name and len(folder.parts) > 1 else []
+    if typo:
+        raise CheckpointError(f"{path}: no such folder; did you mean {Path(typo[0], *folder.parts[1:])}?")
+    if not is_name:
+        raise CheckpointError(f"{path}: no such folder; correct the path, or name a model of the hub as owner/name")
+    try:
+        return Path(download(text, **{name: value for name, value in hub.items() if value is not None}))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: no such folder here, and the hub did not give it: {reason}") from error

@@ -1,0 +1,72 @@
+"""The trained small model at work: which cases it is shown on, and the pages that show them."""
+
+import time
+import timeit
+from argparse import Namespace
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic.cases import BenchCase, make_cases
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.inference.pipeline import MIGEPipeline
+from mige.mini import bench, bench_report
+from mige.mini.bench_report import Card
+from mige.reports.cases import TASK_NAMES
+from mige.reports.page import write_page
+from mige.utils import images
+
+GUIDANCE = 2.0
+
+
+def faster_dtype() -> str:
+    """Whether this CPU multiplies matrices of the model's size sooner in bfloat16 or in float32."""
+
+    def seconds(dtype: str) -> float:
+        a, b = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 384), (384, 1536)))
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=10))
+
+    return min(("bfloat16", "float32"), key=seconds)
+
+
+def chosen(seed: int) -> list[BenchCase]:
+    """The fresh case first, then the prepared ones."""
+    fresh = tasks.sample(np.random.default_rng(seed), sprites.split()[1])
+    prepared = [one for one in make_cases(2) if one.split == "unseen"]
+    return [BenchCase(f"{fresh.kind}-fresh-{seed}", "unseen", seed, fresh), *prepared]
+
+
+def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
+    """Generate one picture, save it and measure it."""
+    drawn = draw(Scenes.stack([one.case.target, *one.case.references]))
+    pictures, number = images.to_pil(drawn)[1:], one.case.source
+    started = time.perf_counter()
+    made = pipeline(
+        one.case.prompt,
+        pictures,
+        None if number is None else pictures[number],
+        num_inference_steps=args.steps,
+        guidance_scale=GUIDANCE,
+        source_guidance_scale=1.0,
+        seed=one.seed,
+    ).images[0]
+    seconds = time.perf_counter() - started
+    path = args.output / "images" / f"{one.id}.png"
+    images.save_image(made, path)
+    source = None if number is None else drawn[1 + number]
+    [scores] = bench.measure(one.case, images.to_pixels(made)[None], drawn[0], source)
+    return Card(one, path, scores, f"{seconds:.1f} s")
+
+
+def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
+    note = (f"{args.model}, {args.steps} steps, guidance {GUIDANCE:g}, {dtype}. The subjects of the references "
+            f"were never shown in training. The first case is drawn from seed {args.seed}.")  # fmt: skip
+    groups = [("A fresh case", cards[:1])]
+    groups += [(TASK_NAMES[task], list(same)) for task, same in groupby(cards[1:], lambda card: card.one.case.task)]
+    draw = bench_report.drawing(args.output)
+    sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
+    page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)
+    sheet = bench_report.sheet(cards, args.output / "contact_sheet.png", note=note)
+    print(f"{len(cards)} pictures: open {page} or {sheet}")

@@ -1,0 +1,111 @@
+"""The VAE of the synthetic world's images: trained for the error of reconstructions, with a slight pull to a normal."""
+
+import itertools
+import json
+import time
+from argparse import Namespace
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic.scenes import Scene, Scenes, draw
+
+KL = 1e-6  # weight of the pull where it and the error are both summed over a picture, as in latent diffusion's VAEs
+
+
+class Pictures(Dataset):
+    """Number -> two pictures of a case, without end: its target and its last reference, if it has one."""
+
+    def __init__(self, seed: int, subjects: tuple[int, ...]):
+        self.seed, self.subjects = seed, subjects
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, number: int) -> list[Scene]:
+        case = tasks.sample(np.random.default_rng([self.seed, number]), self.subjects)
+        return [case.target, case.references[-1] if case.references else case.target]
+
+
+def stack(cases: list[list[Scene]]) -> Scenes:
+    return Scenes.stack([scene for case in cases for scene in case])
+
+
+def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3))
+    return float(-10 * errors.log10().mean())
+
+
+@torch.no_grad()
+def noise_share(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """How much of the latents' standard deviation is noise of the posterior: what no model can predict."""
+    posterior = vae.encode(pictures).latent_dist
+    return float((posterior.var.mean() / (posterior.mean.var() + posterior.var.mean())).sqrt())
+
+
+def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list[dict]:
+    """Trains in place; returns the curve, whose last entry tells of the end, also of no steps."""
+    vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    held_out = draw(stack([Pictures(10_001, sprites.split()[1])[i] for i in range(64)]), device)
+    if args.steps == 0:
+        return [{"step": 0, "psnr_unseen": round(psnr(vae, held_out), 2), "noise_share": noise_share(vae, held_out)}]
+    loader = DataLoader(
+        Pictures(10_000, sprites.split()[0]),
+        batch_size=args.batch // 2,
+        collate_fn=stack,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = EMAModel(vae.parameters(), decay=0.999, foreach=True)
+    compiled = torch.compile(reconstruction_loss, disable=device.type != "cuda")
+    curve, started, batches = [], time.perf_counter(), iter(loader)
+    for step in itertools.count(1):
+        done = max(step / args.steps, (time.perf_counter() - started) / args.seconds)
+        optimizer.param_groups[0]["lr"] = args.rate * min(1.0, step / 100, 1.25 * (1 - min(done, 0.999)))
+        pictures = draw(next(batches), device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = compiled(vae, pictures)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(vae.parameters())
+        if step % 500 == 0 or done >= 1:
+            average.store(vae.parameters())
+            average.copy_to(vae.parameters())
+            curve.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "loss": loss.item()})
+            curve[-1]["psnr_unseen"] = round(psnr(vae, held_out), 2)
+            curve[-1]["noise_share"] = round(noise_share(vae, held_out), 3)
+            print(json.dumps(curve[-1]), flush=True)
+            if done >= 1:
+                break
+            average.restore(vae.parameters())
+    return curve
+
+
+def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Absolute and squared error of reconstructed pictures, and a weak KL, a value of the pictures.
+
+    Much more of it makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
+    """
+    posterior = vae.encode(pictures).latent_dist
+    decoded = vae.decode(posterior.sample()).sample.float()
+    error = decoded - pictures
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+    return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum() / error.numel()
+
+
+def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
+    """The scale factor that gives latents of the world's pictures variance 1."""
+    pictures = draw(stack([Pictures(10_002, sprites.split()[0])[i] for i in range(64)]), device)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.sample(torch.Generator(device).manual_seed(0))
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))

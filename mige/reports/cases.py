@@ -1,0 +1,53 @@
+"""What a report shows: cases, each with what went in, what was asked for, and what came out."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mige.utils.images import open_image
+
+Picture = Image.Image | Path
+
+MARKER = re.compile("<imagehere>", re.IGNORECASE)
+TASK_NAMES = {
+    "subject": "Subject-driven generation",
+    "edit": "Instruction-based editing",
+    "subject_edit": "Subject-driven editing",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a report: what went in, what was asked for, what came out.
+
+    `inputs` are (label, picture) pairs. A picture labelled "source" stands outside the text; the others are the
+    references, and the k-th `<imagehere>` of the instruction means the k-th of them.
+    """
+
+    title: str
+    task: str
+    instruction: str
+    inputs: tuple[tuple[str, Picture], ...]
+    output: Picture
+    detail: str
+
+
+def require_cases(cases: Sequence[Case]) -> None:
+    if not cases:
+        raise ValueError("got no cases, expected at least one: a report shows the records of a run that made pictures")
+
+
+def load(picture: Picture) -> Image.Image:
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(Path(picture))
+
+
+def fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image:
+    """Scale a picture into a square without distortion; one that is smaller grows only if asked to."""
+    scale = side / max(image.size)
+    if scale == 1 or (scale > 1 and not enlarge):
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)

@@ -1,0 +1,118 @@
+"""Fitting images, and the way between RGB images and tensors.
+
+Resampling is PIL's, as torchvision does it on PIL images, bit for bit. torch is imported where a tensor is made, so
+that checks of data need none.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from mige.utils.bad_image import BadImageError, check_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def check_shape(size: tuple[int, int], height: int, width: int, *, letterboxed: bool = False) -> None:
+    """Raise BadImageError for an image (`size`: width, height) too long to be fitted to height x width.
+
+    Cropped, its scaled form would exceed MAX_PIXELS; letterboxed, its short side would be less than a pixel.
+    """
+    if letterboxed:
+        if min(size[1] * width / size[0], size[0] * height / size[1]) < 1:
+            problem = f"fitted into {width} x {height} its short side is less than 1 px"
+            raise BadImageError(_shape(size), problem, "crop it")
+        return
+    covering = _covering(size, height, width)
+    check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering[::-1])
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale (bilinear, antialiased) to cover height x width, then cut out the centre; the mode is kept.
+
+    For a square this is torchvision's Resize(size) + CenterCrop(size), bit for bit. Raises BadImageError where the
+    image is so long that its scaled form would exceed MAX_PIXELS.
+    """
+    check_shape(image.size, height, width)
+    tall, wide = _covering(image.size, height, width)
+    scaled = image if image.size == (wide, tall) else image.resize((wide, tall), Image.Resampling.BILINEAR)
+    left, top = round((wide - width) / 2), round((tall - height) / 2)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out."""
+    if image.width * height >= image.height * width:
+        fitting = (width, max(1, int(width * image.height / image.width)))
+    else:
+        fitting = (max(1, int(height * image.width / image.height)), height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(
+        _require_rgb(image).resize(fitting, Image.Resampling.BICUBIC),
+        ((width - fitting[0]) // 2, (height - fitting[1]) // 2),
+    )
+    return canvas
+
+
+def to_pixels(image: Image.Image) -> "Tensor":
+    """RGB image -> float32 [3, H, W] in [-1, 1]. Raises ValueError for any other mode."""
+    return _unit(image) * 2 - 1
+
+
+def vision_pixels(image: Image.Image, size: int) -> "Tensor":
+    """RGB image -> float32 [3, size, size], normalised for the vision tower; squeezed to a square (bicubic).
+
+    Raises ValueError for any other mode.
+    """
+    import torch
+
+    unit = _unit(_require_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+    return (unit - mean) / std
+
+
+def to_pil(pixels: "Tensor") -> list[Image.Image]:
+    """Float [B, 3, H, W], clamped to [-1, 1] -> B RGB images, rounded to the nearest of 256 levels.
+
+    Raises ValueError for another shape and for pixels that are NaN or infinite.
+    """
+    import torch
+
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels of shape {tuple(pixels.shape)}, expected [B, 3, H, W]")
+    finite = pixels.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"pictures {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
+    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _unit(image: Image.Image) -> "Tensor":
+    """RGB image -> float32 [3, H, W] in [0, 1]."""
+    import torch
+
+    channels_last = torch.from_numpy(np.array(_require_rgb(image)))
+    return channels_last.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+
+
+def _covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image of `size` (width, height) scaled to cover height x width."""
+    if size[0] * height >= size[1] * width:
+        return height, int(height * size[0] / size[1])
+    return int(width * size[1] / size[0]), width
+
+
+def _shape(size: tuple[int, int]) -> str:
+    return f"image of {size[0]} x {size[1]}"
+
+
+def _require_rgb(image: Image.Image) -> Image.Image:
+    if image.mode != "RGB":
+        raise ValueError(f"image of mode {image.mode}, expected RGB; open it with open_image or as_image")
+    return image

@@ -1,0 +1,181 @@
+"""A model folder is checked as what will be read: files, variants, dtypes, classes, tokenizer, scheduler."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import UniPCMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.folder import verify
+from mige.cli import infer
+from mige.inference.pipeline import MIGEPipeline
+
+CAT = ROOT / "example_data" / "images" / "cat.jpg"
+
+
+@pytest.fixture
+def folder(lively, tmp_path):
+    return shutil.copytree(lively, tmp_path / "model")
+
+
+def refused(folder, variant=None) -> str:
+    """What opening the folder says; the pipeline and the script say the same."""
+    with pytest.raises(CheckpointError) as by_pipeline:
+        MIGEPipeline.from_pretrained(folder, variant=variant)
+    if variant is None:
+        case = ["--prompt", "a<imagehere>", "--reference", str(CAT), "--device", "cpu"]
+        with pytest.raises(SystemExit) as by_script:
+            infer.main(["--model", str(folder), *case, "--output", str(folder.parent / "out")])
+        assert str(by_pipeline.value) in str(by_script.value.code)
+    return str(by_pipeline.value)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_without_its_vocabulary_a_tokenizer_is_refused(folder):
+    for name in ("tokenizer.json", "spiece.model"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    assert "tokenizer: expected tokenizer.json or spiece.model" in refused(folder)
+
+
+def test_a_vocabulary_larger_than_the_embeddings_is_refused(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    size = json.loads((folder / "text_encoder" / "config.json").read_text())["vocab_size"]
+    first = max([token["id"] for token in data["added_tokens"]] + [len(data["model"]["vocab"])]) + 1
+    model = data["added_tokens"][0]
+    data["added_tokens"] += [model | {"id": first + n, "content": f"<new_{n}>"} for n in range(size)]
+    path.write_text(json.dumps(data))
+    assert f"but the text encoder has embeddings of {size}" in refused(folder)
+
+
+def test_a_tokenizer_that_is_damaged_is_refused(folder):
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "tokenizer: cannot be loaded" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"beta_end": 3.0}, "its betas run from"),
+        ({"num_train_timesteps": "many"}, "DPMSolver2M refuses it"),
+        ({"prediction_type": "v_prediction"}, "expected linear betas and epsilon prediction"),
+        ({"_class_name": "DDIMScheduler"}, "scheduler_config.json is of DDIMScheduler"),
+    ],
+)
+def test_a_scheduler_that_is_none_is_refused(folder, changes, said):
+    edit(folder / "scheduler" / "scheduler_config.json", **changes)
+    message = refused(folder)
+    assert "scheduler: " in message and said in message
+
+
+def test_another_scheduler_of_diffusers_may_stand_in_the_folder(lively, tmp_path):
+    pipe = MIGEPipeline.from_pretrained(lively)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "other")
+    assert type(MIGEPipeline.from_pretrained(tmp_path / "other").scheduler) is UniPCMultistepScheduler
+
+
+def test_keys_moved_to_a_file_that_nothing_reads_are_missing(folder):
+    part = folder / "text_encoder"
+    tensors = load_file(part / "model.safetensors")
+    moved = {key: tensors.pop(key) for key in list(tensors)[:2]}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    save_file(moved, part / "other.safetensors", metadata={"format": "pt"})
+    message = refused(folder)
+    assert "text_encoder: other.safetensors is in no index and would not be read" in message
+    assert all(f"text_encoder: missing {key}" in message for key in moved)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.ckpt", "stray.safetensors"])
+def test_stray_weight_files_are_errors(folder, name):
+    part = folder / "qformer"
+    shutil.copy(part / "model.safetensors", part / name)
+    assert f"qformer: {name} is in no index and would not be read" in refused(folder)
+
+
+def test_two_sets_of_the_same_weights_are_refused(folder):
+    index = folder / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    keys = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").keys()
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "diffusion_pytorch_model.safetensors")}))
+    assert "two sets of the same weights" in refused(folder)
+
+
+def test_an_index_leads_nowhere_else(folder):
+    part = folder / "vae"
+    keys = load_file(part / "diffusion_pytorch_model.safetensors").keys()
+    (part / "diffusion_pytorch_model.safetensors").rename(folder.parent / "out.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "../../out.safetensors")}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert "expected files beside it" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(folder, dtype):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "transformer: proj_out.weight is stored as" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("transformer", ["diffusers", "UNet2DConditionModel"], "expected ['diffusers', 'PixArtTransformer2DModel']"),
+        ("fusion", ["os", "system"], "expected ['mige.models.fusion', 'MIGEFusion']"),
+        ("text_encoder", "T5EncoderModel", "expected [library, class]"),
+        ("safety_checker", ["diffusers", "X"], "a MIGE model has no such part"),
+        ("scheduler", ["diffusers", "AutoencoderKL"], "expected a scheduler of diffusers"),
+        ("_class_name", "StableDiffusionPipeline", "expected 'MIGEPipeline'"),
+    ],
+)
+def test_a_wrong_class_is_refused(folder, name, value, said):
+    edit(folder / "model_index.json", **{name: value})
+    assert said in refused(folder)
+
+
+def test_a_config_of_another_class_is_refused(folder):
+    edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")
+    assert "vae: config.json is of AutoencoderTiny, expected AutoencoderKL" in refused(folder)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_variant_loads_sharded_or_not(lively, tmp_path, shards):
+    pipe = MIGEPipeline.from_pretrained(lively)
+    before = pipe.transformer.proj_out.bias.clone()
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias += 1
+    both = shutil.copytree(lively, tmp_path / "both")
+    pipe.save_pretrained(both, variant="fp16", **({"max_shard_size": "60KB"} if shards else {}))  # beside the plain
+    for variant, want in (("fp16", before + 1), (None, before)):
+        assert torch.equal(MIGEPipeline.from_pretrained(both, variant=variant).transformer.proj_out.bias, want)
+    assert (both / "text_encoder" / "model.safetensors.index.fp16.json").is_file() == shards
+
+
+def test_a_variant_that_is_not_there_is_said(folder):
+    assert "no part has weights of the variant 'fp8'" in refused(folder, variant="fp8")
+
+
+def test_a_damaged_variant_is_seen_though_the_plain_files_are_whole(folder):
+    part = folder / "qformer"
+    tensors = load_file(part / "model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, part / "model.fp16.safetensors", metadata={"format": "pt"})
+    assert "qformer: missing" in refused(folder, variant="fp16")
+    verify(folder)
+
+
+def test_a_folder_of_version_0_1_0_loads(folder, lively):
+    edit(folder / "model_index.json", fusion=["mige.fusion", "MIGEFusion"], scheduler=["mige.sampler", "DPMSolver2M"])
+    old, new = MIGEPipeline.from_pretrained(folder), MIGEPipeline.from_pretrained(lively)
+    assert type(old.fusion) is type(new.fusion) and type(old.scheduler) is type(new.scheduler)
+    assert all(torch.equal(a, b) for a, b in zip(old.fusion.parameters(), new.fusion.parameters(), strict=True))
+    listed = json.loads((lively / "model_index.json").read_text())
+    assert listed["fusion"][0] == "mige.models.fusion" and listed["scheduler"][0] == "mige.diffusion.solver"
