@@ -65,6 +65,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     processes.allowed = item.get_closest_marker("processes") is not None
 
 
+def pytest_runtest_teardown() -> None:
+    processes.end_all()
+
+
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +82,7 @@ def run_script(script: str, *arguments: object) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.syspath_prepend((ROOT / script).parent)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:

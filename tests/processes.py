@@ -4,6 +4,7 @@
 """
 
 import array
+import contextlib
 import fcntl
 import json
 import os
@@ -14,8 +15,11 @@ import sys
 import termios
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 ADDRESS = "MIGE_FORK_SERVER"  # the environment variable that tells xdist's workers where it listens
+started: list["PythonProcess"] = []  # by the test that runs
 allowed = True  # set for every test: whether it is marked as one that starts processes
 
 
@@ -45,6 +49,7 @@ class PythonProcess(subprocess.Popen):
         assert allowed, "a test that starts processes is marked so: @pytest.mark.processes"
         self._file_size = file_size
         super().__init__(arguments, **options)
+        started.append(self)
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
         pipes, start_new_session = others[3:9], others[14]
@@ -75,6 +80,8 @@ class PythonProcess(subprocess.Popen):
 
     def _try_wait(self, flags: int) -> tuple[int, int]:
         """(pid, status), or (0, 0) where it runs and os.WNOHANG is given."""
+        if self._server.fileno() < 0:  # nobody holds this object any more, nor knows how its process has ended
+            return self.pid, 0
         if flags & os.WNOHANG:
             waiting = array.array("i", [0])
             fcntl.ioctl(self._server, termios.FIONREAD, waiting)
@@ -94,6 +101,17 @@ class PythonProcess(subprocess.Popen):
             finally:
                 self._waitpid_lock.release()
         return self.returncode
+
+
+def end_all() -> None:
+    """Kill what a test has left, with all below it, and close its streams."""
+    while started:
+        with started.pop() as process:  # to leave it waits
+            if process.poll() is None:
+                top = psutil.Process(process.pid)
+                for one in (*top.children(recursive=True), top):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
 
 
 def start_python(*arguments: object, **options) -> PythonProcess:

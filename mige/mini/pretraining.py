@@ -35,6 +35,7 @@ SHOWN = 100  # side of a subject that is asked for by its place, px
 WIDTH, LAYERS, HEADS = 256, 2, 4
 RATE = 2e-3
 SEED = 20_000  # none that a training has
+UNSEEN = 128  # cases of subjects that are not trained on
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def read(
 
 
 def unseen_pairs(pipeline: MIGEPipeline, device: torch.device) -> tuple[list[Instruction], Tensor, Tensor, Answers]:
-    """128 cases of two references to unseen subjects: instructions, tower pictures, unscaled latents, answers."""
-    subjects, rngs = sprites.split()[1], (np.random.default_rng([10_003, i]) for i in range(128))
+    """`UNSEEN` cases of two references to unseen subjects: instructions, tower pictures, unscaled latents, answers."""
+    subjects, rngs = sprites.split()[1], (np.random.default_rng([10_003, i]) for i in range(UNSEEN))
     cases = [tasks.make("two_references", rng, subjects) for rng in rngs]
     pixels = draw(Scenes.stack([picture for case in cases for picture in case.references]), device)
     told = [tokenize(training_text(case.task, case.prompt), pipeline.tokenizer) for case in cases]

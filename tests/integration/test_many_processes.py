@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,21 +19,26 @@ from evaluation_files import save
 from PIL import Image
 from processes import PythonProcess, run_python, start_python
 from safetensors.torch import load_file
+from test_trainer import build, metrics, weights
 from test_trainer import command as train_command
+
+from mige.training.errors import TrainingError
 
 pytestmark = pytest.mark.processes
 RECORDS = 7
 
 
-def launch(processes: int, *arguments: object, settings: dict | None = None) -> PythonProcess:
+def launch(processes: int, *arguments: object, settings: dict | None = None, forked: bool = True) -> subprocess.Popen:
     """A script in so many processes, as torchrun starts them; `settings`: more environment variables."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
     variables = {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
-    return start_python(*start, *arguments, cwd=ROOT, env=environment() | variables | (settings or {}),
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    options = dict(cwd=ROOT, env=environment() | variables | (settings or {}), stdout=-1, stderr=-1)
+    if forked:
+        return start_python(*command, **options)
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True, **options)
 
 
-def finish(process: PythonProcess) -> str:
+def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     return out
@@ -93,7 +99,7 @@ def test_three_processes_share_a_run(model, records, alone, tmp_path):
 
 def test_a_process_dies_and_two_others_go_on(model, records, alone, tmp_path):
     out = tmp_path / "out"
-    process = launch(3, *arguments(model, records, out, 3))
+    process = launch(3, *arguments(model, records, out, 3), forked=False)  # the launcher's own ways of ending them
     lines = lambda: [line for part in out.glob("results-*.jsonl") for line in part.read_text().splitlines()]  # noqa: E731
     deadline = time.monotonic() + 300
     while not lines():
@@ -137,9 +143,12 @@ def train(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -
     """The DiT after a run's six steps."""
     script, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
     finish(launch(processes, ROOT / script, ROOT / config, *rest))
-    weights = load_file(run / "checkpoints" / "step-00000006" / "state" / "model.safetensors")
-    prefix = "transformer."
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    prefix, trained = "transformer.", weights(last(run))
+    return {key.removeprefix(prefix): value for key, value in trained.items() if key.startswith(prefix)}
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "step-00000006"
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
@@ -151,17 +160,31 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start
     return float((apart / gone).sqrt())
 
 
-def test_four_processes_equal_one_and_resume_as_two(tiny_model, tmp_path):
+def test_four_processes_equal_one_and_resume_as_two_and_as_one(tiny_model, tmp_path):
     start = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
     one = train(tiny_model, tmp_path / "one", 1, 4)
     four = train(tiny_model, tmp_path / "four", 4, 1)
     assert distance(one, four, start) < 1e-3
+    key = "transformer_blocks.0.attn1.to_q.weight"
+    moved = (one[key] - start[key]).norm()
+    assert moved > 0
+    whole, shared = weights(last(tmp_path / "one")), weights(last(tmp_path / "four"))
+    for name in whole:  # of the encoder too: far closer to one another than either has come from the start
+        assert (whole[name] - shared[name]).norm() <= 1e-3 * moved + 1e-6 * whole[name].norm(), name
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     checkpoints = tmp_path / "two" / "checkpoints"
     shutil.copytree(tmp_path / "four" / "checkpoints" / "step-00000003", checkpoints / "step-00000003")
     two = train(tiny_model, tmp_path / "two", 2, 2)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 5, 6]
     assert distance(one, two, start) < 1e-3
+    # and in one process, but not where a step would take other samples
+    more = ("train.steps=7", *STEPS[1:])
+    assert build(tiny_model, tmp_path / "four", *more, "train.batch_size=4").run() == 0
+    with pytest.raises(TrainingError, match=r"global_batch_size: 4 there, 8 now"):
+        build(tiny_model, tmp_path / "four", *more, "train.batch_size=8").run()
 
 
 def fsdp_settings() -> dict[str, str]:

@@ -576,6 +576,7 @@ def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_pa
     script = ("train_scripts/start_ablation.py", tmp_path / "base", "--config", toy, "--from-model", tiny_model, *few)
     taught, teach = [], pretraining.teach
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "UNSEEN", 4)
         patch.setattr(pretraining, "teach", lambda *given, **how: taught.append(given[2]) or teach(*given, **how))
         run_script(*script)
     mixture = {"one_reference": 2, "two_references": 2, "add": 1, "remove": 1, "text_to_image": 2}

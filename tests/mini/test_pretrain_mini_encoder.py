@@ -29,6 +29,12 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def few_unseen(monkeypatch):
+    """Fewer cases to be measured on than docs/mini.md's figures need."""
+    monkeypatch.setattr(pretraining, "UNSEEN", 16)
+
+
 class Asked(torch.nn.Module):
     """A reader that notes what it was asked and says what it was told to."""
 
@@ -136,7 +142,7 @@ def test_it_matters_what_the_reader_is_asked():
     assert all(not torch.allclose(told[i], told[j]) for i in range(5) for j in range(i))
 
 
-def test_the_encoder_learns_and_the_rest_stays(tiny_model, tmp_path):
+def test_the_encoder_learns_and_the_rest_stays(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 40, "--batch", 4, "--workers", 0, "--device", "cpu", "--rate", 3e-3)
     world = ("data.sets=[]", "data.world={'one_reference': 1, 'remove': 1, 'add_by_reference': 1}")
     run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
@@ -158,7 +164,7 @@ def test_the_reader_knows_as_many_pictures_as_an_instruction_of_the_world_shows(
     assert most == pretraining.MOST
 
 
-def test_a_batch_without_answers_is_no_error(tiny_model, tmp_path):
+def test_a_batch_without_answers_is_no_error(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 1, "--batch", 2, "--workers", 0, "--device", "cpu")
     world = ("data.sets=[]", "data.world={'remove': 1}")
     run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
@@ -166,7 +172,7 @@ def test_a_batch_without_answers_is_no_error(tiny_model, tmp_path):
     assert "lost_answers" not in line and line["lost"] > 0
 
 
-def test_it_ends_by_time(tiny_model, tmp_path):
+def test_it_ends_by_time(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 1000, "--seconds", 1e-6, "--batch", 2, "--workers", 0, "--device", "cpu")
     world = ("data.sets=[]", "data.world={'one_reference': 1}")
     run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)

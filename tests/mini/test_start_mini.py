@@ -1,6 +1,7 @@
 """Where MIGE-mini starts: the VAE's loss, and going on with the VAE of a model that keeps the rest."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -51,7 +52,13 @@ def test_the_share_of_noise():
     assert 0.1 < expected < 0.99 and math.isclose(vae_training.noise_share(vae, pictures), expected, rel_tol=1e-6)
 
 
-def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, tmp_path):
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """A quarter of the world's: what is asserted does not depend on it."""
+    monkeypatch.setattr(vae_training, "draw", partial(vae_training.draw, side=64))
+
+
+def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, small_pictures, tmp_path):
     few = ("--steps", 2, "--batch", 4, "--workers", 0, "--device", "cpu")
     run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *few)
     before, after = (MIGEPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "on"))
@@ -70,7 +77,7 @@ def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp
     assert not (tmp_path / "on").exists()
 
 
-def test_another_vae_takes_its_place_untrained(tiny_model, tmp_path):
+def test_another_vae_takes_its_place_untrained(tiny_model, small_pictures, tmp_path):
     other = with_posterior(MIGEPipeline.from_pretrained(tiny_model).vae, 0.5, 0.1)
     other.save_pretrained(tmp_path / "vae")
     none = ("--vae", tmp_path / "vae", "--steps", 0, "--batch", 4, "--workers", 0, "--device", "cpu")
