@@ -1,13 +1,13 @@
 # make demo   install into .venv, then run the trained small model on all tasks
 # make web    install into .venv, then serve the page of the trained small model on localhost
 # make tiny   install into .venv, then make the tiny untrained model that configs/tiny.py starts from
-# make test   install into .venv, then lint and run the tests
+# make test   install into .venv, then lint and run the tests; make test-fast: those that start no process
 
 PYTHON ?= python3
 BIN := .venv/bin
 TINY := output/pretrained_models/mige-tiny
 
-.PHONY: demo web tiny test install clean
+.PHONY: demo web tiny test test-fast install clean
 
 install: .venv/installed
 
@@ -37,7 +37,10 @@ $(TINY): .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not processes and not browser"
 
 clean:
 	rm -rf output/demo output/tiny_official $(TINY)

@@ -45,7 +45,7 @@ def events(http) -> list[dict]:
 def planted(tmp_path) -> Iterator[dict[str, str]]:
     """Paths to a secret file in every place that Gradio would serve; keys say which, "missing" has no file."""
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    outside, cwd, inside = tmp_path / "secret.png", Path("planted-secret.png"), folder / "secret.png"
+    outside, cwd, inside = tmp_path / "secret.png", Path(f"planted-secret-{os.getpid()}.png"), folder / "secret.png"
     for path in (outside, cwd, inside):
         path.write_bytes(SECRET)
     link = folder / "link.png"
