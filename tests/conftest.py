@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: more only wait for each other at these sizes
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it later: the fork server must have the same
 
 import contextlib
 import io
