@@ -85,6 +85,8 @@ def test_a_run_has_a_line_a_setting_and_the_reference_differs_by_nothing(run):
     reference, *others = lines
     assert reference["latent_error"] == reference["latent_error_95"] == 0
     assert reference["psnr"] == 120 and reference["same_verdict"] == 1
+    reused, *others = sorted(others, key=lambda line: "reuse2" not in line["mode"])
+    assert reused["mode"] == "compiled+reuse2" and reused["latent_error"] == 0  # two blocks have no middle to reuse
     for line in others:
         low, high = line["psnr_interval"]
         assert 0 < line["psnr"] < 120 and low <= line["psnr"] <= high, line
