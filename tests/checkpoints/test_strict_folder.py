@@ -194,6 +194,18 @@ def test_a_vocabulary_of_another_language_is_refused(folder):
     assert "its vocabulary is not T5's" in refused(folder)
 
 
+def test_a_vocabulary_that_lacks_a_word_and_its_letters_is_refused(folder):
+    """One plain word unknown is enough: the task's own prefix would be read with a hole."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    data["model"]["vocab"] = [[f"?{n}", score] if "j" in piece else [piece, score] for n, (piece, score) in
+                              enumerate(vocabulary)]  # fmt: skip
+    path.write_text(json.dumps(data))
+    message = refused(folder)
+    assert "tokenizer: " in message and "are unknown: its vocabulary is not T5's" in message
+
+
 def test_a_tokenizer_without_its_special_tokens_is_refused(folder):
     path = folder / "tokenizer" / "tokenizer_config.json"
     edit(path, eos_token="<nope>")
