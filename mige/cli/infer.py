@@ -118,6 +118,7 @@ def read(args: argparse.Namespace) -> "Report":
 def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
+    from mige.checkpoints.lora import check_lora
     from mige.inference import run as inference
     from mige.inference.pipeline import MIGEPipeline
 
@@ -130,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
     report = inference.check(read(args), model, settings)
+    if args.lora:
+        check_lora(model, Path(args.lora))
     if report.findings and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
@@ -163,7 +166,7 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
 
-    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype))
+    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
     if args.lora:
         add_adapters(pipeline, Path(args.lora))
     if args.vae_dtype == "bfloat16":

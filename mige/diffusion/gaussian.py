@@ -95,13 +95,23 @@ class Diffusion:
 
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N(mean1, exp log_var1) || N(mean2, exp log_var2)) in nats, elementwise."""
+    """KL(N(mean1, exp log_var1) || N(mean2, exp log_var2)) in nats, elementwise ([DDPM] eq. 5, each of its terms).
+
+    All four are float tensors of shapes that broadcast; log_var is the natural logarithm of a variance. Returns a
+    tensor of the broadcast shape, at least 0 but for rounding.
+    """
     spread = torch.exp(log_var1 - log_var2) + (mean1 - mean2).square() * torch.exp(-log_var2)
     return 0.5 * (-1 + log_var2 - log_var1 + spread)
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log probability in nats of the bin of width 2/255 around x under a normal; the outermost bins are open.
+    """log probability in nats of the bin of width 2/255 around x under a normal, elementwise ([DDPM] eq. 13).
+
+    Args:
+        x: float, values in [-1, 1]; the outermost bins (beyond +-0.999) are open.
+        mean, log_std: of the normal, float, of shapes that broadcast with x; log_std is the natural logarithm.
+
+    Returns a tensor of the broadcast shape, between log 1e-12 and 0.
 
     The normal's cdf is taken by its tanh approximation and logarithms are clamped at 1e-12, as in training.
     """

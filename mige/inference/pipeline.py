@@ -88,6 +88,7 @@ class MIGEPipeline(DiffusionPipeline):
         compile: bool = False,
         variant: str | None = None,
         subfolder: str | None = None,
+        verified: bool = False,
         **options,
     ) -> "MIGEPipeline":
         """Load a checkpoint folder, or a model of the hub by name.
@@ -99,19 +100,23 @@ class MIGEPipeline(DiffusionPipeline):
                 diffusers ("default" for those it leaves out).
             torch_dtype: another name of `dtype`.
             variant: such as "fp16", of the weight files' names. subfolder: of the folder or model.
+            verified: the caller has just verified this folder: do not do it again.
             options: the hub's (`loading.HUB`), diffusers' (`loading.LOADING`), or a part to take instead.
 
         Raises CheckpointError if a part, a key or a shape is not as its config says, or nothing lies there;
-        TypeError for an unknown option and for two dtypes.
+        TypeError for an unknown option, for two dtypes and for what is no float dtype.
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TypeError(f"dtype is {dtype} and torch_dtype {torch_dtype}: they are one option, give one of them")
-        loading.check_options(options, cls._get_signature_keys(cls)[0])
+        dtype = torch_dtype if dtype is None else dtype
+        parts = cls._get_signature_keys(cls)[0]
+        loading.check_options(options, parts)
+        loading.check_dtype(dtype, parts)
         hub = {name: options.pop(name, None) for name in loading.HUB}
         folder = cls.locate(path, variant=variant, **hub)
         folder = folder / subfolder if subfolder else folder
-        checkpoint.verify(folder, variant)
-        dtype = torch_dtype if dtype is None else dtype
+        if not verified:
+            checkpoint.verify(folder, variant)
         dtype = torch.float32 if dtype is None else dtype  # or transformers would take that of the file, diffusers not
         as_trained = isinstance(dtype, torch.dtype) and dtype.itemsize < 4
         if as_trained:
@@ -227,6 +232,7 @@ class MIGEPipeline(DiffusionPipeline):
         reuse = arguments.number("reuse", reuse, whole=True, least=1)
         height = arguments.optional("height", height, whole=True)
         width = arguments.optional("width", width, whole=True)
+        arguments.check_run(self.scheduler, on_step, reuse, self.is_compiled)
         samples = arguments.samples_of(prompt, references, source)
         seeds = arguments.seeds_of(seed, len(samples))
         size = self.output_size(height, width)
