@@ -4,9 +4,8 @@ import json
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,23 +65,25 @@ def planted(tmp_path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def listener() -> Iterator[tuple[str, list]]:
-    """An address of this machine, and who connected to it."""
-    asked: list = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def reached(monkeypatch) -> list[str]:
+    """Every host that this process, which serves the page, resolves or connects to, this machine's address apart."""
+    hosts: list[str] = []
 
-        def accept() -> None:
-            while True:
-                try:
-                    connection, peer = server.accept()
-                except OSError:
-                    return
-                asked.append(peer)
-                connection.close()
+    def spy(kind: type | object, name: str, host_of: Callable) -> None:
+        real = getattr(kind, name)
 
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/a.png", asked
-        server.shutdown(socket.SHUT_RDWR)
+        def noted(*arguments, **options):
+            if (host := host_of(arguments)) not in ("127.0.0.1", b"127.0.0.1"):
+                hosts.append(str(host))
+                raise OSError(f"{name} of {host}")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    spy(socket, "getaddrinfo", lambda arguments: arguments[0])
+    for name in ("connect", "connect_ex"):
+        spy(socket.socket, name, lambda arguments: arguments[1][0])
+    return hosts
 
 
 def shapes(path: str) -> list:
@@ -136,14 +137,20 @@ def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
             assert neutral(text, path) == same, where
 
 
-def test_no_event_fetches_an_address(http, events, listener):
-    url, asked = listener
-    sent = [(event, value) for event in events for value in shapes(url)]
+ADDRESSES = ("http://planted.example/a.png", "https://203.0.113.7/a.png")  # neither is this machine's, nor anybody's
+
+
+def test_no_event_and_no_route_fetches_an_address(http, events, reached):
+    sent = [(event, value) for event in events for value in (*shapes(ADDRESSES[0])[2:], shapes(ADDRESSES[1])[2])]
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda one: send(http, *one, secrets.token_hex(8)), sent))
-    http.get(f"/gradio_api/proxy={url}")
-    http.get(f"/gradio_api/file={url}")
-    assert asked == []
+    for url in ADDRESSES:
+        for route in ("proxy=", "file=", "file/", "stream/", "upload_progress?upload_id=", "deep_link?session_hash="):
+            http.get(f"/gradio_api/{route}{url}")
+        host = url.split("/")[2]
+        for name in ("Host", "Origin", "Referer", "X-Forwarded-Host", "X-Forwarded-Server", "X-Gradio-Server", "Cookie"):
+            http.get("/config", headers={name: host if "ost" in name else url})
+    assert reached == []
 
 
 def test_no_address_serves_a_file_or_tells_of_one(http, planted):
