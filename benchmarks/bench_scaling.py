@@ -1,20 +1,19 @@
 """Training on one GPU and on all of them: samples/s a card, scaling, host and GPU time, recompilations, memory.
 
-    python benchmarks/bench_scaling.py output/scaling                  # all GPUs of this machine; needs no weights, no data
+    python benchmarks/bench_scaling.py output/scaling       # all GPUs of this machine; needs no weights and no data
     python benchmarks/bench_scaling.py output/scaling --modes one default --steps 40
     python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 2    # on CPUs
 
 `train_mige.sh`'s launch of `train_mige.py`, on random weights made on the cards and synthetic latents in memory
-(`training_worker.py`). Modes that take one card run side by side, one on each; the others one after the other. RESULTS
-is results.jsonl in the folder: lines of JSON, written while a mode runs, so that a run which is cut off loses little; the
-table is printed at the end, and by --table from the lines that are there.
+(`training_worker.py`). Modes that take one card run side by side, one on each; the others one after the other.
+Results go to results.jsonl in the folder, a line of JSON at a time while a mode runs, so that a run which is cut off
+loses little. The table is printed at the end, and by --table from the lines that are there.
 """
 
 import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ from pathlib import Path
 import psutil
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from mige.training import launch
+
+ROOT = Path(__file__).parent.parent
 
 COMPILED = ("train.compile=['transformer','text_encoder','image_encoder','qformer']",)
 BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
@@ -121,8 +119,9 @@ def table(folder: Path) -> str:
     for line in (folder / "results.jsonl").read_text().splitlines():
         row = json.loads(line)
         last[row["mode"]] = last.get(row["mode"], {}) | row
-    names = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu", "seconds",
-             "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib", "warm_up_seconds", "failed")  # fmt: skip
+    names = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu",
+             "seconds", "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib",
+             "warm_up_seconds", "failed")  # fmt: skip
     alone = last.get("one", {}).get("a_card")
     rows = [" | ".join(names), " | ".join("---" for _ in names)]
     for row in last.values():

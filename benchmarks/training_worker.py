@@ -1,14 +1,15 @@
 """train_mige.py on random weights made on the device and samples made in memory; `bench_scaling.py` launches it.
 
-Everything else is the project's own: config, launch, wrapping, data loader, loop, metrics. Arguments are train_mige.py's.
-MIGE_BENCH holds JSON: `row` (facts that every line repeats), `tokens` (positions of every prompt, or 0: lengths drawn from
-40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a fifth of the steps,
-after half and after all, so that a run that is cut off loses little: medians over the steps so far, of the slowest process.
+Everything else is the project's own: config, launch, wrapping, data loader, loop, metrics. Arguments are those of
+train_mige.py. MIGE_BENCH holds JSON: `row` (facts that every line repeats), `tokens` (positions of every prompt, or 0:
+drawn from 40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a fifth of
+the steps, after half and after all, so that a run that is cut off loses little: medians so far, of the slowest process.
 
-A step's seconds are those from one start of a step to the next. What the host needs for one is measured in a profiled step
-afterwards: its time less the waits for a full launch queue and for the GPU, as a host that is ahead is held up there.
+A step's seconds are those from one start of a step to the next. What the host needs for one is measured in profiled
+steps afterwards: their time less the waits for a full launch queue and for the GPU, where a host that is ahead is held up.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -19,8 +20,6 @@ from statistics import median
 import torch
 from torch import distributed as dist
 from torch.utils.data import Dataset
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mige.cli import train_mige
 from mige.config import Config
@@ -98,7 +97,7 @@ class MeasuredTrainer(Trainer):
     def _seconds(self) -> list[float]:
         """Of the steps after the warm-up."""
         starts = self.starts[BENCH["warm_up"] :]
-        return [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(starts)]
 
     def _report(self, taken: int, **more) -> None:
         cuda, many = self.device.type == "cuda", self.accelerator.num_processes
