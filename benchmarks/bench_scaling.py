@@ -108,9 +108,11 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def failure(log: Path) -> str:
-    """The last line of a log that names an error."""
-    said = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line or "OutOfMemory" in line]
-    return said[-1][-400:] if said else "no error in its log: it ran into the limit"
+    """The last line of a log that names an error, or that it lost patience."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+    if named := [line for line in said if "Error: " in line]:
+        return named[-1][-400:]
+    return said[-1][-400:] if said else f"no error in {log.name}: too slow or stuck"
 
 
 def table(folder: Path) -> str:

@@ -176,11 +176,11 @@ def test_the_fused_norms_of_the_vae_are_its_norms():
     ("log", "said"),
     [
         ("torch.OutOfMemoryError: no room\nFatal Python error: Aborted\n", "torch.OutOfMemoryError: no room"),
-        ("Fatal Python error: Aborted\n", "too slow or stuck; .*run.log says where its processes stood"),
-        ("1 step\n", "no error in its log"),
+        ("Fatal Python error: Aborted\n", "Fatal Python error: Aborted"),
+        ("1 step\n", "no error in run.log: too slow or stuck"),
     ],
 )
 def test_a_run_that_failed_says_why(log, said, tmp_path):
     (tmp_path / "run.log").write_text(log)
     failure = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["failure"]
-    assert re.fullmatch(said, failure(tmp_path / "run"))
+    assert re.fullmatch(said, failure(tmp_path / "run.log"))
