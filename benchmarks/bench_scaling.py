@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from harness import ROOT, table
 
 from mige.training import launch
 
-ROOT = Path(__file__).parent.parent
 
 COMPILED = ("train.compile=['transformer','text_encoder','image_encoder','qformer']",)
 BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
@@ -115,22 +115,21 @@ def failure(log: Path) -> str:
     return said[-1][-400:] if said else f"no error in {log.name}: too slow or stuck"
 
 
-def table(folder: Path) -> str:
-    """Of the last line of every mode, with each mode's rate a card against that of mode "one"."""
-    last: dict[str, dict] = {}
+COLUMNS = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu", "seconds",
+           "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib", "warm_up_seconds", "failed")  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict]:
+    """What is known of every mode, with its rate a card against that of mode "one"."""
+    known: dict[str, dict] = {}
     for line in (folder / "results.jsonl").read_text().splitlines():
         row = json.loads(line)
-        last[row["mode"]] = last.get(row["mode"], {}) | row
-    names = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu",
-             "seconds", "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib",
-             "warm_up_seconds", "failed")  # fmt: skip
-    alone = last.get("one", {}).get("a_card")
-    rows = [" | ".join(names), " | ".join("---" for _ in names)]
-    for row in last.values():
+        known[row["mode"]] = known.get(row["mode"], {}) | row
+    alone = known.get("one", {}).get("a_card")
+    for row in known.values():
         if alone and row.get("processes", 1) > 1:
             row["scaling"] = f"{row['a_card'] / alone:.1%}"
-        rows.append(" | ".join(str(row.get(name, "")) for name in names))
-    return "".join(f"| {row} |\n" for row in rows)
+    return list(known.values())
 
 
 def main() -> None:
@@ -156,7 +155,7 @@ def main() -> None:
         for name in args.modes if args.processes > 1 else ():
             if not MODES[name].one_card:
                 run_together(args, [name], [list(range(args.processes))])
-    print(table(args.folder), flush=True)
+    print(table(rows(args.folder), COLUMNS), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ARGUMENTS = {
     "check_data": ["r.json"],
     "convert_checkpoint": ["release", "--model", "m", "--vae", "v", "--t5", "t", "--output", "OUT"],
     "demo": ["--output", "OUT"],
+    "download_weights": ["--output", "OUT"],
     "draw_sprites": ["OUT"],
     "evaluate": ["--benchmark", "dreambench", "--results", "OUT"],
     "extract_entities": ["--results", "r", "--output", "OUT"],
