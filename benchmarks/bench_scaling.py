@@ -24,7 +24,6 @@ from harness import ROOT, table
 
 from mige.training import launch
 
-
 COMPILED = ("train.compile=['transformer','text_encoder','image_encoder','qformer']",)
 BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
 
@@ -115,8 +114,9 @@ def failure(log: Path) -> str:
     return said[-1][-400:] if said else f"no error in {log.name}: too slow or stuck"
 
 
-COLUMNS = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu", "seconds",
-           "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib", "warm_up_seconds", "failed")  # fmt: skip
+COLUMNS = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu",
+           "seconds", "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib",
+           "warm_up_seconds", "failed")  # fmt: skip
 
 
 def rows(folder: Path) -> list[dict]:

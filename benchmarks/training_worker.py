@@ -3,7 +3,7 @@
 Everything else is the project's own: config, launch, wrapping, data loader, loop, metrics. Arguments are those of
 train_mige.py. MIGE_BENCH holds JSON: `row` (facts that every line repeats), `tokens` (positions of every prompt, or 0:
 drawn from 40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a fifth
-of the steps, after half and after all, so that a run that is cut off loses little: medians so far of the slowest process
+of the steps, after half and after all, so that a run that is cut off loses little: medians so far of the slowest one
 
 A step's seconds are those from one start of a step to the next. What the host needs for one is measured in profiled
 steps afterwards: their time less the waits for a full launch queue and for the GPU.
