@@ -53,7 +53,7 @@ class Segments:
 
 
 def cut(points: Sequence[Tensor], solver: DPMSolver2M) -> Segments:
-    """The teacher's way at the N + 1 points of `time_grid(N)`, from the noise to the end -> N segments."""
+    """The teacher's way at the N + 1 points of `time_grid(N)`, noise first, [B, 4, h, w] each -> N segments."""
     steps, first = len(points) - 1, points[0]
     grid = time_grid(steps, solver.betas, first.device)
     targets = [x0_between(points[i], points[i + 1], grid, i) for i in range(steps)]
