@@ -107,7 +107,7 @@ class Maker:
         pipeline.is_compiled = "compiled" in setting.options
         pipeline._fast, pipeline.vae = None, copy.deepcopy(self.vae)  # rounded weights would stay rounded
         if "vae16" in setting.options:
-            pipeline.halve_vae()
+            pipeline.vae_to_bfloat16()
         made = []
         for samples, noise in self.inputs:
             latents = pipeline.run(samples, noise, steps=setting.steps, **GUIDANCE, **changes)

@@ -46,6 +46,8 @@ from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.guidance import Branch
 from mige.diffusion.solver import DPMSolver2M
+from mige.inference.encoding import encode_references, encode_sources
+from mige.inference.inputs import instruct
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, SampleNoise, make_sample
 from mige.models.build import build_parts
@@ -167,12 +169,12 @@ def naive_denoiser(pipeline: MIGEPipeline, chosen: list[Sample], noise: list[Sam
     """The released sampling loop's `denoise`: encodes all slots and the padded text again, runs every branch."""
     task, model = chosen[0].task, pipeline.model
     model.encoder.pad_to = pipeline.fusion.config.max_tokens
-    instructions = [pipeline.instruct(sample) for sample in chosen]
-    unscaled = pipeline._encode_references(chosen, noise)
-    source = pipeline._encode_sources(chosen, noise, unscaled)
+    inputs = pipeline.prepare(chosen, noise)
+    unscaled = encode_references(pipeline.vae, inputs, pipeline._execution_device)
+    source = encode_sources(pipeline.vae, inputs, unscaled)
     counts = [len(sample.references) for sample in chosen]
     used = [SLOTS * n + slot for n, count in enumerate(counts) for slot in range(count)]
-    slots = [_slots(values, used, len(chosen)) for values in (pipeline._vision_pixels(chosen), unscaled)]
+    slots = [_slots(values, used, len(chosen)) for values in (inputs.vision_RCHW.to(unscaled.device), unscaled)]
     scale = TASKS[task].guidance
     branches = [Branch(1 - scale, True, False), Branch(scale, False, False)]
     if task is not Task.SUBJECT:
@@ -180,7 +182,7 @@ def naive_denoiser(pipeline: MIGEPipeline, chosen: list[Sample], noise: list[Sam
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
         pictures = model.encoder.see(slots[0], model.patchify(slots[1]))[used]
-        embeds, mask = model.encoder.interleave(instructions, pictures)
+        embeds, mask = model.encoder.interleave(inputs.instructions, pictures)
         context = model.encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         stacked = guidance.stack(Condition(context, mask, source), branches, model.null_context.to(context))
         repeated = x_BCHW.repeat(len(branches), 1, 1, 1)
@@ -231,7 +233,7 @@ class Bench:
         pipeline._fast = None  # what an earlier case captured would count as this one's memory
         pipeline.vae = copy.deepcopy(self.vae).to(self.device)  # rounded weights would stay rounded
         if "vae16" in case.options:
-            pipeline.halve_vae()
+            pipeline.vae_to_bfloat16()
         gc.collect()
 
     def _call(self, case: Case, chosen: list[Sample], noise: list[SampleNoise]) -> dict:
@@ -271,11 +273,11 @@ class Bench:
         self, chosen: list[Sample], noise: list[SampleNoise], steps: int, settings: dict
     ) -> tuple[dict[str, float], dict[str, float | None]]:
         """Milliseconds and peak GiB of every phase of one more call, waiting between them."""
-        pipeline, official = self.pipeline, TASKS[chosen[0].task]
-        branches = guidance.branches(chosen[0].task, official.guidance, official.source_guidance)
+        pipeline, official = self.pipeline, guidance.Guidance(chosen[0].task)
         phases = {
-            "encode": lambda _: pipeline.encode(chosen, noise),
-            "denoise": lambda condition: pipeline.denoise(condition, branches, noise, steps, **settings),
+            "prepare": lambda _: pipeline.prepare(chosen, noise),
+            "encode": pipeline.encode,
+            "denoise": lambda condition: pipeline.denoise(condition, noise, official, steps=steps, **settings),
             "decode": pipeline.decode,
             "to_pil": images.to_pil,
         }
@@ -309,12 +311,11 @@ class Bench:
 
     def _line(self, case: Case, chosen: list[Sample], steps: int, seconds: float) -> dict:
         """The table's columns, from the median seconds of a whole call."""
-        task, official = Task(case.task), TASKS[case.task]
-        branches = len(guidance.branches(task, official.guidance, official.source_guidance))
+        branches = len(guidance.Guidance(Task(case.task)).branches())
         queries, most = self.pipeline.fusion.config.num_queries, self.pipeline.fusion.config.max_tokens
         work = 0.0
         for sample in chosen:  # of the exact computation, also where a mode does less
-            context = min(self.pipeline.instruct(sample).length(queries), most)
+            context = min(instruct(sample, self.pipeline.tokenizer).length(queries), most)
             by_part = self._flops(context, len(sample.references))
             work += sum(by_part.values()) + (branches * steps - 1) * by_part["transformer"]
         return {

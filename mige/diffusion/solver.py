@@ -6,7 +6,7 @@ scheduler can take its place (`run_scheduler`).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +147,37 @@ def run_scheduler(
         if on_step is not None:
             on_step(i, x, getattr(result, "pred_original_sample", x))
     return x
+
+
+def sample(
+    scheduler: SchedulerMixin,
+    denoise: Denoise,
+    noise: Tensor,
+    steps: int,
+    step_seeds: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample with our solver or with any diffusers scheduler that predicts epsilon.
+
+    Args:
+        denoise: the (guided) noise estimate of x, float [B, C, h, w], at a model time.
+        noise: standard normal, float32 [B, C, h, w].
+        step_seeds: B of them, of what a stochastic scheduler draws at its steps.
+
+    Returns the final latents, float32 [B, C, h, w]. Raises ValueError as `run_scheduler` does.
+    """
+    if isinstance(scheduler, DPMSolver2M):
+        return scheduler.sample(denoise, noise, steps, on_step)
+    generators = [torch.Generator().manual_seed(seed) for seed in step_seeds]
+    return run_scheduler(scheduler, denoise, noise, steps, generators, on_step)
+
+
+def model_times(scheduler: SchedulerMixin, steps: int) -> Tensor:
+    """The model times that `sample` will ask for, float [steps] (more for a scheduler that asks twice a step)."""
+    if isinstance(scheduler, DPMSolver2M):
+        return time_grid(steps, scheduler.betas).model_time[:-1]
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.float()
 
 
 def why_not(scheduler: SchedulerMixin) -> str | None:

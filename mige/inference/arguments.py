@@ -39,8 +39,13 @@ def optional(name: str, value: Any, **how: Any) -> int | float | None:
     return None if value is None else number(name, value, **how)
 
 
-def check_run(scheduler: Any, on_step: Any, reuse: int, compiled: bool) -> None:
-    """Raise ValueError for a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled."""
+def check_run(scheduler: Any, output_type: Any, on_step: Any, reuse: int, compiled: bool) -> None:
+    """Raise ValueError for how a call cannot run.
+
+    That is another output type, a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled.
+    """
+    if output_type not in ("pil", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
     if reason := why_not(scheduler):
         raise ValueError(reason)
     if on_step is not None and not callable(on_step):

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from mige.models.instruction import Instruction
 from mige.tasks import Task
 
 Picture = Image.Image
@@ -19,7 +21,8 @@ class Sample:
     prompt: str
     references: tuple[Picture, ...]
     source: Picture | None = None
-    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no placeholder
+    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no marker
+    instruction: Instruction | None = None  # of the prompt, where it has been tokenised before
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,21 @@ class SampleNoise:
     references: tuple[Tensor, ...]  # one [4, h', w'] a reference: the VAE posterior's
     source: Tensor  # [4, h, w]: the posterior's of a source that is encoded apart from its reference
     step_seed: int  # of what a stochastic scheduler draws at its steps
+
+
+def draw_noise(
+    shape: tuple[int, int, int], reference_shapes: Sequence[tuple[int, int, int]], generator: torch.Generator
+) -> SampleNoise:
+    """A sample's random numbers from its own CPU generator, in a fixed order.
+
+    shape: [4, h, w] of its latent; reference_shapes: those of its references' latents.
+    """
+    return SampleNoise(
+        torch.randn(shape, generator=generator),
+        tuple(torch.randn(one, generator=generator) for one in reference_shapes),
+        torch.randn(shape, generator=generator),
+        int(torch.randint(2**63 - 1, (), generator=generator)),
+    )
 
 
 def make_sample(

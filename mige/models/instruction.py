@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mige.tasks import PLACEHOLDER, TASKS, Task
+from mige.tasks import PLACEHOLDER, TASKS, Task, placeholders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def point_at_source(text: str, edit_type: str | None = None) -> str:
     edit_type: of an Emu Edit row ("" where it names none): "the photo" is found inside words too, as released. None for
       any other text: whole words only, so that "the photographer" stays.
     """
-    if PLACEHOLDER in text.lower():
+    if placeholders(text):
         return text
     mention = _THE_IMAGE if edit_type is None else _RELEASED_THE_IMAGE
     pointed, found = mention.subn(f" {PLACEHOLDER} ", text)
@@ -92,6 +92,11 @@ def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
     return Instruction(tuple(map(tuple, segments)))
 
 
+def read_prompt(task: Task, prompt: str, edit_type: str | None, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
+    """A record's prompt as the model reads it in inference: `full_text`, tokenised."""
+    return tokenize(full_text(task, prompt, edit_type), tokenizer)
+
+
 def _as_text(segment: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Special tokens taken apart by blanks: they are pieces of T5's vocabulary too, so no option of its would do."""
     if "<" in segment:
@@ -100,10 +105,15 @@ def _as_text(segment: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return segment
 
 
-def unspelled(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, list[str]]:
-    """How many tokens of a prompt are unknown to the tokenizer, and the special tokens (`</s>`) written out in it."""
+def unspelled(prompt: str, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, list[str]]:
+    """How many tokens of a prompt are unknown to the tokenizer, and the special tokens (`</s>`) written out in it.
+
+    instruction: the prompt as it is read. Where all its tokens are known, the prompt is not tokenised again.
+    """
     text = clean(prompt)
     special = [token for token in tokenizer.all_special_tokens if token in text]
+    if not any(tokenizer.unk_token_id in segment for segment in instruction.segments):
+        return 0, special
     for token in special:  # told by name: their brackets, unknown as well, are not counted
         text = text.replace(token, " ")
     return sum(segment.count(tokenizer.unk_token_id) for segment in tokenize(text, tokenizer).segments), special

@@ -4,7 +4,9 @@ Two kinds of latents exist: *unscaled* posterior samples, which the feature fusi
 (x 0.18215 for the SD VAE), which the DiT denoises and reads as its source.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -27,7 +29,12 @@ class Moments:
 
 def downscale(vae: AutoencoderKL) -> int:
     """Pixels a latent cell spans along one side (8)."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return downscale_of(vae.config)
+
+
+def downscale_of(config: Mapping[str, Any]) -> int:
+    """The same of a VAE's config alone."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def encode(vae: AutoencoderKL, pixels_BCHW: Tensor) -> Moments:

@@ -24,7 +24,6 @@ from mige.data.records import Record
 from mige.data.synthetic.scenes import SIDE
 from mige.diffusion.solver import OnStep
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
 from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MOST_REFERENCES, TASKS, Task
 from mige.utils import images
@@ -109,8 +108,7 @@ class GenerationService:
     @property
     def sides(self) -> tuple[int, int, int]:
         """Smallest and largest side of a result and the step between sizes, px: half to twice the native size."""
-        grid = latents.downscale(self.pipeline.vae) * self.pipeline.transformer.config.patch_size
-        native = self.pipeline.native_size
+        grid, native = self.pipeline.sizes.step, self.pipeline.sizes.native
         return max(grid, native // 2 // grid * grid), 2 * native, grid
 
     @property

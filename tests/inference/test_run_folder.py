@@ -21,6 +21,7 @@ from mige.data.records import Record
 from mige.inference import run as inference
 from mige.inference.run import RunError, Settings
 from mige.tasks import Task
+from mige.utils.images import to_pil
 
 SETTINGS = Settings(model="tiny", dtype="float32", steps=2)
 CAT = Path(__file__).parents[2] / "example_data" / "images" / "cat.jpg"
@@ -49,10 +50,7 @@ class Pipe:
 
     def run(self, samples, noise, **_):
         self.made += len(samples)
-        return torch.stack(noise)
-
-    def decode(self, latents):
-        return latents
+        return to_pil(torch.stack(noise))
 
 
 def record(name="a", prompt="a<imagehere>", path=CAT, where="x.jsonl, record 1"):

@@ -347,7 +347,7 @@ def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--height", "100"], "height must be a multiple of 16 px, got 100"),
+        (["--height", "100"], "height and width must be multiples of 16 px, got 100 x 128"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
     ],
 )

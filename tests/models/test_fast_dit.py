@@ -13,6 +13,7 @@ from golden import golden_model
 from mige.checkpoints.lora import add_lora
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
+from mige.inference.encoding import encode_references
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import make_sample
 from mige.models.fast_dit import _KEPT, FastDenoiser
@@ -214,15 +215,16 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
     pipe = load(folder)
     samples = [make_sample("a<imagehere>", photos[:1], None), make_sample("<imagehere>on<imagehere>", photos[1:], None)]
     noise = [pipe.draw_noise(s.task, len(s.references), torch.Generator().manual_seed(0), 128, 128) for s in samples]
-    got = pipe.encode(samples, noise)
+    inputs = pipe.prepare(samples, noise)
+    got = pipe.encode(inputs)
     used, encoder = [0, 4, 5], pipe.model.encoder
     with torch.no_grad():
-        filled = pipe._vision_pixels(samples), pipe._encode_references(samples, noise)
+        filled = inputs.vision_RCHW, encode_references(pipe.vae, inputs, torch.device("cpu"))
         vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
         vision[used], references[used] = filled
         pictures = encoder.see(vision, pipe.model.patchify(references))
         assert pictures[1].norm() > 0  # an empty slot does give an embedding
-        embeds, mask = encoder.interleave([pipe.instruct(sample) for sample in samples], pictures[used])
+        embeds, mask = encoder.interleave(inputs.instructions, pictures[used])
         context = encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     assert torch.equal(mask, got.mask_BL) and distance(got.context_BLC, context) < 1e-5
 
