@@ -181,7 +181,7 @@ def naive_denoiser(pipeline: MIGEPipeline, chosen: list[Sample], noise: list[Sam
         branches = [Branch(0.0, True, True), *branches]
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        pictures = model.encoder.see(slots[0], model.patchify(slots[1]))[used]
+        pictures = model.encoder.encode_images(slots[0], model.patchify(slots[1]))[used]
         embeds, mask = model.encoder.interleave(inputs.instructions, pictures)
         context = model.encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         stacked = guidance.stack(Condition(context, mask, source), branches, model.null_context.to(context))

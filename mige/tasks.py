@@ -7,11 +7,11 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 
 PLACEHOLDER = "<imagehere>"
-MOST_REFERENCES = 4  # the model was trained with at most this many pictures in a prompt
+MAX_REFERENCES = 4  # the model was trained with at most this many images in a prompt
 
 
 class Task(StrEnum):
-    """What is asked for; which of the three follows from the pictures of a record."""
+    """What is asked for; which of the three follows from the images of a record."""
 
     SUBJECT = "subject"
     EDIT = "edit"
@@ -27,9 +27,9 @@ class TaskSettings:
     training_prefix: str  # stands before the cleaned prompt in training, as it is
     steps: int  # solver steps
     guidance: float  # text guidance
-    source_guidance: float  # guidance towards the source picture
+    source_guidance: float  # guidance towards the source image
     batch_size: int
-    letterbox: bool  # VAE references: True fits the whole picture on black, False crops the centre
+    letterbox: bool  # VAE references: True fits the whole image on black, False crops the centre
 
 
 TASKS: dict[Task, TaskSettings] = {

@@ -42,8 +42,8 @@ def verify(folder: Path, variant: str | None = None) -> None:
     Args:
         variant: of the weight files, such as "fp16"; a part that has none of it is read without, as diffusers does.
 
-    Raises CheckpointError naming every missing part, every file that would be left out, every missing, unexpected or
-    misshapen key, and what is wrong with classes, dtypes, tokenizer and scheduler.
+    Raises CheckpointError naming every missing part, every file that would be left out, every key that is missing,
+    unexpected or of another shape, and what is wrong with classes, dtypes, tokenizer and scheduler.
     """
     index = folder / "model_index.json"
     if not folder.exists():

@@ -159,7 +159,7 @@ def check_instruction(
 ) -> list[Finding]:
     """`check_lengths` of one record whose prompt has been read (`read_prompt`)."""
     findings = check_markers(record) + check_spelling(record, instruction, tokenizer)
-    read, given = instruction.pictures, len(record.references)
+    read, given = instruction.num_images, len(record.references)
     if read < given:
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
         findings.append(Finding(record.where, problem, "shorten the prompt", fatal=True))
@@ -169,7 +169,7 @@ def check_instruction(
     length = instruction.length(num_queries)
     if length > max_tokens:
         last_picture_starts = length - len(instruction.segments[-1]) - num_queries
-        lost = instruction.pictures > 0 and last_picture_starts >= max_tokens
+        lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         findings.append(
             Finding(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)

@@ -19,7 +19,7 @@ from typing import Any
 
 from mige.data.json_rows import read_rows, type_name
 from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Finding, Record, Report, count
-from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, can_pair, is_rewritten, near_markers, placeholders
+from mige.tasks import MAX_REFERENCES, PLACEHOLDER, Task, can_pair, is_rewritten, near_markers, placeholders
 
 
 def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task | None = None) -> Report:
@@ -139,8 +139,8 @@ def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, reference
         reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
     elif not is_rewritten(task, prompt) and not can_pair(task, prompt, asked, given):
         reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
-    if given > MOST_REFERENCES:
-        reader.note(count(given, "reference"), f"the model was trained with at most {MOST_REFERENCES}")
+    if given > MAX_REFERENCES:
+        reader.note(count(given, "reference"), f"the model was trained with at most {MAX_REFERENCES}")
 
 
 class _RowReader:

@@ -64,7 +64,7 @@ class Diffusion:
 
         min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss,
         times max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise
-        decides, namely what is drawn and where. At power 1 the error of the picture counts there.
+        decides, namely what is drawn and where. At power 1 the error of the image counts there.
         """
         abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
         snr = abar / (1 - abar)

@@ -34,8 +34,8 @@ class Grid:
 def time_grid(steps: int, betas: Tensor, device: torch.device | str = "cpu") -> Grid:
     """Schedule at `linspace(1, 1e-3, steps + 1)`.
 
-    log(alpha) is interpolated linearly between the training times. `betas`: float64 [T]. The last point (model time 0)
-    is arrived at but never evaluated. Raises ValueError if steps < 1.
+    log(alpha) is interpolated linearly between the training times. `betas`: float64 [T]. Returns tensors float32
+    [steps + 1]. The last point (model time 0) is arrived at but never evaluated. Raises ValueError if steps < 1.
     """
     _require_steps(steps)
     train_steps = len(betas)
@@ -131,7 +131,14 @@ def run_scheduler(
 ) -> Tensor:
     """Sample with any diffusers scheduler that predicts epsilon (Euler, DDIM, UniPC, ...) in place of our solver.
 
-    `generators`, one a sample, feed the stochastic ones. Raises ValueError for another prediction type or steps < 1.
+    Args:
+        denoise: the (guided) noise estimate of x, float [B, C, h, w], at a model time.
+        noise: standard normal, float32 [B, C, h, w].
+        steps: of the scheduler, at least 1.
+        generators: on the CPU, one a sample; they feed the stochastic schedulers.
+
+    Returns the final latents, float32 [B, C, h, w]. Raises ValueError for a scheduler that cannot sample (`why_not`)
+    and for steps < 1.
     """
     if reason := why_not(scheduler):
         raise ValueError(reason)

@@ -110,7 +110,7 @@ def _check_records(folder: Path, records: Sequence[Record], lines: Mapping[str, 
         if record.id in lines and not is_of(lines[record.id], record):
             advice = "--id" if record.where.startswith("command line") else "id"
             raise RunError(
-                f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other pictures: "
+                f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other images: "
                 f"use another --output or another {advice}"
             )
 

@@ -44,7 +44,7 @@ class Inputs:
         slots, first = [], 0
         for instruction, sample_noise in zip(self.instructions, self.noise, strict=True):
             given = len(sample_noise.references)
-            slots += [first + slot if slot < given else None for slot in range(instruction.pictures)]
+            slots += [first + slot if slot < given else None for slot in range(instruction.num_images)]
             first += given
         if not slots:
             return references_R
@@ -95,7 +95,7 @@ def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
     Raises ValueError if its markers don't pair with its references.
     """
     instruction = sample.instruction or read_prompt(sample.task, sample.prompt, sample.edit_type, tokenizer)
-    read, given = instruction.pictures, len(sample.references)
+    read, given = instruction.num_images, len(sample.references)
     if not can_pair(sample.task, sample.prompt, read, given):
         raise ValueError(
             f"prompt {sample.prompt!r}: {read} {PLACEHOLDER}, {given} references; "

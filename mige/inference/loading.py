@@ -91,7 +91,9 @@ def exchange_weights(components: Mapping[str, Any], state: Mapping[str, Tensor])
 
     Args:
         components: the pipeline's, of which configs and tables that no state dict holds are taken.
-        state: whole; its tensors become the parts' own.
+        state: tensors by `MIGEModel` key, of the parts' shapes, any float dtype; they become the parts' own.
+
+    Raises RuntimeError for a key that is missing, unexpected or of another shape.
     """
     parts = {}
     for name, prefix in MODEL_PREFIXES.items():

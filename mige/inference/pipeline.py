@@ -30,14 +30,13 @@ from mige.inference.denoising import guided_estimate
 from mige.inference.encoding import encode_inputs
 from mige.inference.inputs import Inputs, prepare
 from mige.inference.modes import Modes
-from mige.inference.samples import Sample, SampleNoise
-from mige.inference.samples import draw_noise as draw
+from mige.inference.samples import Sample, SampleNoise, draw_sample_noise
 from mige.inference.sizes import SizeGrid
-from mige.models import vae
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
 from mige.models.fast_dit import FastDenoiser
 from mige.models.fusion import MIGEFusion
 from mige.models.mige import MIGEModel
+from mige.models.vae import decode
 from mige.tasks import TASKS, Task
 from mige.utils import images
 
@@ -123,7 +122,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
 
     @classmethod
     def locate(cls, path: str | Path, **hub) -> Path:
-        """`loading.locate` with diffusers' own download."""
+        """The folder of a checkpoint, or of a model of the hub: `loading.locate` with diffusers' own download."""
         return loading.locate(path, cls.download, **hub)
 
     @property
@@ -132,7 +131,10 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         return MIGEModel(self.image_encoder, self.qformer, self.fusion, self.text_encoder, self.transformer)
 
     def with_weights(self, state: Mapping[str, Tensor]) -> "MIGEPipeline":
-        """A pipeline of the same parts that holds a whole `MIGEModel` state dict (gathered, where it was sharded)."""
+        """A pipeline of the same parts that holds a whole `MIGEModel` state dict (gathered, where it was sharded).
+
+        Raises RuntimeError for a key that is missing, unexpected or of another shape.
+        """
         return MIGEPipeline(**(self.components | loading.exchange_weights(self.components, state)))
 
     @property
@@ -271,7 +273,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         if reuse < 1 or (reuse > 1 and not self.is_compiled):
             raise ValueError(f"reuse must be 1, or more with compile=True, got {reuse}")
         model = self.model
-        stacked = stack(condition, branches, model.null_context.to(condition.context_BLC)).without_idle_mask()
+        stacked = stack(condition, branches, model.null_context.to(condition.context_BLC)).drop_full_mask()
         if not self.is_compiled:
             return guided_estimate(model, stacked, branches)
         if self._fast is None or not self._fast.serves(self.transformer):
@@ -281,7 +283,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Final latents, float [B, 4, h, w] -> pixels, float32 [B, 3, H, W], about [-1, 1]."""
-        return vae.decode(self.vae, latents_BCHW).float()
+        return decode(self.vae, latents_BCHW).float()
 
     def output_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width, px, with the native size for None; raises ValueError for a size off the grid."""
@@ -296,4 +298,4 @@ class MIGEPipeline(Modes, DiffusionPipeline):
     ) -> SampleNoise:
         """The random numbers of a sample of this size, px, from its own CPU generator: alike on every device."""
         shape, reference_shape = self.latent_shape(height, width), self.sizes.reference_shape(task, height, width)
-        return draw(shape, [reference_shape] * references, generator)
+        return draw_sample_noise(shape, [reference_shape] * references, generator)

@@ -87,17 +87,17 @@ def run(
     state: PartialState | None = None,
     opened: OpenedRecords | None = None,
 ) -> None:
-    """Run the records that the folder has no picture of yet, then write the pages.
+    """Run the records that the folder has no image of yet, then write the pages.
 
     Args:
         records: checked (see `check`); any mixture of tasks.
-        batch_size: prompts at a time; does not change the pictures (with the official noise it does, as it did there).
+        batch_size: prompts at a time; does not change the images (with the official noise it does, as it did there).
         note: a line shown on top of the pages.
         sheets: draw contact sheets too; None: where a single one holds all records.
         state: of accelerate, where several processes run the same records; the first of them writes the pages.
         opened: what `check` has read of the records.
 
-    Raises RunError where `check_folder` does, if memory is short and if a picture comes out as NaN; ValueError for a
+    Raises RunError where `check_folder` does, if memory is short and if an image comes out as NaN; ValueError for a
     size off the grid.
     """
     if batch_size is not None and batch_size < 1:
@@ -116,7 +116,7 @@ def run(
         pipeline.set_progress_bar_config(disable=True)
         with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo or process > 0) as bar:
             chunks = draw_noise(pipeline, settings, records, todo, batch_size, size)
-            _make(pipeline, settings, _opened_ahead(chunks, opened), results, bar)
+            _make(pipeline, settings, chunks, opened, results, bar)
         _wait_for_everyone(state)
         if process == 0:
             lines = merge_results(folder)
@@ -128,12 +128,17 @@ def run(
 
 
 def _make(
-    pipeline: MIGEPipeline, settings: Settings, chunks: Iterable[Ahead], results: ResultsWriter, bar: tqdm
+    pipeline: MIGEPipeline,
+    settings: Settings,
+    chunks: Iterable[Drawn],
+    opened: OpenedRecords,
+    results: ResultsWriter,
+    bar: tqdm,
 ) -> None:
     """Chunk by chunk: the images of the next are opened and those of the last are saved meanwhile."""
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         writing: list[Future] = []
-        for chunk, noise, samples in chunks:
+        for chunk, noise, samples in _opened_ahead(chunks, reader, opened):
             made = _run_chunk(pipeline, settings, chunk, noise, samples, bar)
             _wait(writing)
             writing = [writer.submit(results.add, *result) for result in made]
@@ -148,17 +153,16 @@ def _wait_for_everyone(state: PartialState | None) -> None:
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
 
 
-def _opened_ahead(chunks: Iterable[Drawn], opened: OpenedRecords) -> Iterator[Ahead]:
+def _opened_ahead(chunks: Iterable[Drawn], reader: ThreadPoolExecutor, opened: OpenedRecords) -> Iterator[Ahead]:
     """The chunks with their samples to come: images are opened while the chunk before is computed."""
     before = None
-    with ThreadPoolExecutor(1) as reader:
-        for chunk, noise in chunks:
-            coming = chunk, noise, reader.submit(lambda chunk=chunk: [opened.sample(record) for record in chunk])
-            if before is not None:
-                yield before
-            before = coming
+    for chunk, noise in chunks:
+        coming = chunk, noise, reader.submit(lambda chunk=chunk: [opened.sample(record) for record in chunk])
         if before is not None:
             yield before
+        before = coming
+    if before is not None:
+        yield before
 
 
 def _run_chunk(
@@ -200,7 +204,7 @@ def _run_chunk(
 
 
 def _wait(writing: Iterable[Future]) -> None:
-    """Until these pictures are on the disk; raises RunError for what went wrong there."""
+    """Until these images are on the disk; raises RunError for what went wrong there."""
     try:
         for future in writing:
             future.result()

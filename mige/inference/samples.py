@@ -1,4 +1,4 @@
-"""What the pipeline works on: a prompt with its pictures, and the randomness of its picture."""
+"""What the pipeline works on: a prompt with its images, and the randomness of its image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,15 @@ from torch import Tensor
 from mige.models.instruction import Instruction
 from mige.tasks import Task
 
-Picture = Image.Image
-
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its pictures. The source, if any, is one of the references (the same object)."""
+    """One prompt with its images. The source, if any, is one of the references (the same object)."""
 
     task: Task
     prompt: str
-    references: tuple[Picture, ...]
-    source: Picture | None = None
+    references: tuple[Image.Image, ...]
+    source: Image.Image | None = None
     edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no marker
     instruction: Instruction | None = None  # of the prompt, where it has been tokenised before
 
@@ -35,7 +33,7 @@ class SampleNoise:
     step_seed: int  # of what a stochastic scheduler draws at its steps
 
 
-def draw_noise(
+def draw_sample_noise(
     shape: tuple[int, int, int], reference_shapes: Sequence[tuple[int, int, int]], generator: torch.Generator
 ) -> SampleNoise:
     """A sample's random numbers from its own CPU generator, in a fixed order.
@@ -51,9 +49,9 @@ def draw_noise(
 
 
 def make_sample(
-    prompt: str, references: Sequence[Picture], source: Picture | None, edit_type: str | None = None
+    prompt: str, references: Sequence[Image.Image], source: Image.Image | None, edit_type: str | None = None
 ) -> Sample:
-    """A sample whose task follows from its pictures; raises ValueError if the source is not among the references."""
+    """A sample whose task follows from its images; raises ValueError if the source is not among the references."""
     if source is None:
         return Sample(Task.SUBJECT, prompt, tuple(references))
     references = tuple(references) or (source,)

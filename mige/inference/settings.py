@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a run's pictures look like. None: the official value of the record's task."""
+    """Everything that decides what a run's images look like. None: the official value of the record's task."""
 
     model: str  # checkpoint folder or hub name
     dtype: str  # of the weights: float32, bfloat16

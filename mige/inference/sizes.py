@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
-from mige.models import vae
+from mige.models.vae import downscale_of
 from mige.tasks import Task
 
 
@@ -23,7 +23,7 @@ class SizeGrid:
     @classmethod
     def of(cls, vae_config: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> "SizeGrid":
         """That of a model with these configs."""
-        cell = vae.downscale_of(vae_config)
+        cell = downscale_of(vae_config)
         native = transformer_config["sample_size"] * cell
         return cls(vae_config["latent_channels"], cell, transformer_config["patch_size"], native)
 

@@ -1,4 +1,4 @@
-"""The multimodal instruction: a record's prompt -> the text the model was trained on -> token ids around pictures."""
+"""The multimodal instruction: a record's prompt -> the text the model was trained on -> token ids around images."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _RELEASED_THE_IMAGE = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """Token ids of the text between pictures; a picture goes between every two neighbouring segments.
+    """Token ids of the text between images; an image goes between every two neighbouring segments.
 
     The last segment ends with the end-of-sentence token. `["a", <imagehere>, "in snow"]` has two segments.
     """
@@ -29,13 +29,13 @@ class Instruction:
     segments: tuple[tuple[int, ...], ...]
 
     @property
-    def pictures(self) -> int:
-        """Pictures the instruction has room for."""
+    def num_images(self) -> int:
+        """Images the instruction has room for."""
         return len(self.segments) - 1
 
     def length(self, num_queries: int) -> int:
-        """Positions it takes in the text encoder, a picture taking `num_queries`."""
-        return sum(map(len, self.segments)) + self.pictures * num_queries
+        """Positions it takes in the text encoder, an image taking `num_queries`."""
+        return sum(map(len, self.segments)) + self.num_images * num_queries
 
 
 def clean(text: str) -> str:

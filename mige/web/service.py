@@ -25,7 +25,7 @@ from mige.data.synthetic.scenes import SIDE
 from mige.diffusion.solver import OnStep
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import MAX_WORDS, full_text
-from mige.tasks import MOST_REFERENCES, TASKS, Task
+from mige.tasks import MAX_REFERENCES, TASKS, Task
 from mige.utils import images
 from mige.web.instructions import Reading, RefusedError, read
 
@@ -114,7 +114,7 @@ class GenerationService:
     @property
     def capacity(self) -> int:
         """Most pictures that an instruction has room for."""
-        return min(MOST_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
+        return min(MAX_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
 
     def explain(self, task: Task, text: str, given: Sequence[bool]) -> tuple[Reading, str, list[str]]:
         """How the model reads a numbered instruction: the reading, the whole text it is given, and what is odd.

@@ -18,8 +18,8 @@ from mige.diffusion.solver import DPMSolver2M
 from mige.inference.encoding import encode_references
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, make_sample
-from mige.models import vae as latents
 from mige.models.instruction import full_text, tokenize
+from mige.models.vae import encode
 from mige.tasks import TASKS, Task
 from mige.utils import images
 
@@ -56,7 +56,7 @@ def draw(pipe, samples, size=(128, 128), seed=0):
     ]
 
 
-def encode(pipe, samples, noise) -> Condition:
+def condition_of(pipe, samples, noise) -> Condition:
     return pipe.encode(pipe.prepare(samples, noise))
 
 
@@ -115,7 +115,7 @@ def test_a_short_prompt_is_the_same_beside_one_of_full_length(pipe, photos):
     short = make_sample("a<imagehere>in the jungle", photos[:1], None)
     long = make_sample("zebra quartz " * 80, [], None)
     noise = draw(pipe, [short, long])
-    alone, padded = encode(pipe, [short], noise[:1]), encode(pipe, [short, long], noise)
+    alone, padded = condition_of(pipe, [short], noise[:1]), condition_of(pipe, [short, long], noise)
     most, own = pipe.fusion.config.max_tokens, alone.context_BLC.shape[1]
     assert own < padded.context_BLC.shape[1] == most == padded.mask_BL[1].sum()
     assert distance(padded.context_BLC[:1, :own], alone.context_BLC) < 1e-5
@@ -170,7 +170,7 @@ def test_scale_one_is_the_conditional_branch_alone(pipe, photos, task, monkeypat
     monkeypatch.setattr(pipe.transformer, "forward", lambda x, **kw: batches.append(len(x)) or real(x, **kw))
     got = pipe.run(samples, noise, steps=STEPS, text_guidance=1.0, source_guidance=1.0)
     assert batches == [2] * STEPS
-    full = encode(pipe, samples, noise)
+    full = condition_of(pipe, samples, noise)
 
     def denoise(x, t):
         return pipe.model.denoise(x, t.expand(2), full)[:, :4]
@@ -197,12 +197,12 @@ def test_the_settings_default_to_the_official_ones(pipe, photos):
 def test_a_second_mention_reads_an_empty_picture(pipe, photos):
     sample = make_sample("make the image like this photo", [], photos[0])
     noise = draw(pipe, [sample])
-    got = encode(pipe, [sample], noise)
+    got = condition_of(pipe, [sample], noise)
     instruction = tokenize(full_text(Task.EDIT, sample.prompt), pipe.tokenizer)
-    assert instruction.pictures == 2
+    assert instruction.num_images == 2
     pixels = images.to_pixels(images.center_crop(photos[0], 128, 128))[None]
     with torch.no_grad():
-        latent = latents.encode(pipe.vae, pixels).sample(noise[0].references[0][None])
+        latent = encode(pipe.vae, pixels).sample(noise[0].references[0][None])
         vision = images.vision_pixels(photos[0], pipe.image_encoder.config.image_size)[None]
 
         def encoded(second_vision, second_latent):
@@ -222,28 +222,28 @@ def test_what_each_task_reads_as_reference_and_source(pipe, photos):
     factor = pipe.vae.config.scaling_factor
 
     def posterior(picture, noise, fit=images.center_crop):
-        moments = latents.encode(pipe.vae, images.to_pixels(fit(picture, 128, 128))[None])
+        moments = encode(pipe.vae, images.to_pixels(fit(picture, 128, 128))[None])
         return moments.mean + moments.std * noise
 
     edit = make_sample("make it red", [], cat)
     (noise,) = draw(pipe, [edit])
     references = references_of(pipe, [edit], [noise])
     assert distance(references, posterior(cat, noise.references[0])) < 1e-5
-    assert torch.equal(encode(pipe, [edit], [noise]).source_BCHW, references * factor)
+    assert torch.equal(condition_of(pipe, [edit], [noise]).source_BCHW, references * factor)
 
     both = make_sample("add<imagehere>to<imagehere>", [cup, cat], cat)
     (noise,) = draw(pipe, [both])
     references = references_of(pipe, [both], [noise])
     assert distance(references[0], posterior(cup, noise.references[0])[0]) < 1e-5
     assert distance(references[1], posterior(cat, noise.references[1])[0]) < 1e-5
-    source = encode(pipe, [both], [noise]).source_BCHW
+    source = condition_of(pipe, [both], [noise]).source_BCHW
     assert distance(source, posterior(cat, noise.source) * factor) < 1e-5
 
     subject = make_sample("a<imagehere>", [cat], None)
     (noise,) = draw(pipe, [subject])
     references = references_of(pipe, [subject], [noise])
     assert distance(references, posterior(cat, noise.references[0], images.letterbox)) < 1e-5
-    assert not encode(pipe, [subject], [noise]).source_BCHW.any()
+    assert not condition_of(pipe, [subject], [noise]).source_BCHW.any()
 
 
 @pytest.mark.parametrize("many", [5, 6])
@@ -255,10 +255,10 @@ def test_more_references_than_trained_on(pipe, photos, many):
     assert got.isfinite().all() and distance(other, got) > 1e-5
 
 
-def test_more_pictures_than_the_vae_takes_at_once(pipe, photos, monkeypatch):
+def test_more_pictures_than_the_vae_takes_chunk(pipe, photos, monkeypatch):
     sizes, real = [], pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: sizes.append(len(x)) or real(x))
-    monkeypatch.setattr(latents, "_at_once", lambda *_: 8)
+    monkeypatch.setattr("mige.models.vae._chunk", lambda *_: 8)
     samples = [make_sample("<imagehere>" * 5, photos[:5], None), make_sample("<imagehere>" * 4, photos[2:6], None)]
     noise = draw(pipe, samples)
     together = references_of(pipe, samples, noise)
@@ -517,7 +517,7 @@ def test_a_tower_trained_in_float16(half_vision, lively, photos):
     streams = []
     hook = tower.encoder.layers[0].register_forward_hook(lambda module, args, output: streams.append(output))
     with torch.no_grad():
-        got, want = pipe.model.encoder.look(pixels).float(), exact.model.encoder.look(pixels)
+        got, want = pipe.model.encoder.encode_vision(pixels).float(), exact.model.encoder.encode_vision(pixels)
     hook.remove()
     assert (streams[0][0] if isinstance(streams[0], tuple) else streams[0]).dtype == torch.float32  # the residual
     assert 0 < distance(got, want) < 2e-3  # 11 bits; bfloat16 has 8
@@ -567,7 +567,7 @@ def test_patches_are_the_bare_convolution(pipe):
 def test_guidance_gets_the_null_context_of_the_checkpoint(pipe, photos):
     sample = five(Task.SUBJECT, photos)[:1]
     noise = draw(pipe, sample)
-    condition = encode(pipe, sample, noise)
+    condition = condition_of(pipe, sample, noise)
     stacked = guidance.stack(condition, guidance.branches(Task.SUBJECT, 7.0, 1.0), pipe.model.null_context)
     length = condition.context_BLC.shape[1]
     assert torch.equal(stacked.context_BLC[0], pipe.fusion.null_context[:length])

@@ -39,7 +39,9 @@ def records(tmp_path):
 def counted(monkeypatch, module, name, counter):
     """Count the calls of a function by its first argument."""
     real = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda first, *rest, **how: (counter.update([first]), real(first, *rest, **how))[1])
+    monkeypatch.setattr(
+        module, name, lambda first, *rest, **how: (counter.update([first]), real(first, *rest, **how))[1]
+    )
 
 
 def test_images_prompts_and_folder_are_read_once(lively, records, tmp_path, monkeypatch):

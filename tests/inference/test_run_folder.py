@@ -340,11 +340,11 @@ def test_paths_are_compared_as_files(tmp_path, monkeypatch):
         for path in more:
             assert run(tmp_path / "run", [record(path=Path(path))]) == (0, "")
     for path in (images / "other.jpg", CAT):
-        with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+        with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
             run(tmp_path / "run", [record(path=path)])
     (work / "images").mkdir()  # the same spelling, another file
     shutil.copy(CAT, work / "images" / "cat.jpg")
-    with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+    with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
         run(tmp_path / "run", [record(path=Path("images/cat.jpg"))])
 
 

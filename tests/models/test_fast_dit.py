@@ -16,7 +16,7 @@ from mige.diffusion.conditioning import Condition
 from mige.inference.encoding import encode_references
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import make_sample
-from mige.models.fast_dit import _KEPT, FastDenoiser
+from mige.models.fast_dit import MAX_CAPTURED, FastDenoiser
 from mige.tasks import Task
 from mige.utils import images
 
@@ -108,9 +108,9 @@ def test_a_shape_seen_before_is_not_prepared_again(model, uncompiled):
         got = fast.start(condition, EVERY, TIMES)(x, TIMES[1])  # nothing of the prompt before is left
         assert distance(got, plain(model, condition, EVERY, x, TIMES[1])) < 1e-5
     assert len(fast.steps) == 1
-    for length in range(10, 10 + 64 * _KEPT, 64):
+    for length in range(10, 10 + 64 * MAX_CAPTURED, 64):
         fast.start(stacked(model, (length, 3), (8, 8), EVERY), EVERY, TIMES)
-    assert len(fast.steps) == _KEPT
+    assert len(fast.steps) == MAX_CAPTURED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,7 +222,7 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
         filled = inputs.vision_RCHW, encode_references(pipe.vae, inputs, torch.device("cpu"))
         vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
         vision[used], references[used] = filled
-        pictures = encoder.see(vision, pipe.model.patchify(references))
+        pictures = encoder.encode_images(vision, pipe.model.patchify(references))
         assert pictures[1].norm() > 0  # an empty slot does give an embedding
         embeds, mask = encoder.interleave(inputs.instructions, pictures[used])
         context = encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
@@ -231,8 +231,8 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
 
 def test_a_mask_that_masks_nothing_is_dropped(model):
     even, uneven = conditions(model, (7, 7), (8, 8)), conditions(model, (7, 3), (8, 8))
-    assert uneven.without_idle_mask().mask_BL is uneven.mask_BL
-    bare = even.without_idle_mask()
+    assert uneven.drop_full_mask().mask_BL is uneven.mask_BL
+    bare = even.drop_full_mask()
     assert bare.mask_BL is None
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), TIMES[1].expand(2)
     with torch.no_grad():
@@ -272,12 +272,12 @@ def test_a_reused_change_goes_on_as_between_the_last_two(model, uncompiled):
     inputs, aheads = denoise.step.inputs, []
     for t in (TIMES[0], *[TIMES[1]] * 3, *[TIMES[2]] * 2):
         got = denoise(x, t)
-        aheads.append(inputs.ahead.item())
+        aheads.append(inputs.extrapolation.item())
     assert aheads == [0, 0, 0, 0, pytest.approx(1 / 3), pytest.approx(2 / 3)]
     last, earlier = inputs.change_2MC.clone()
     assert distance(last, earlier) > 1e-4
-    inputs.change_2MC[0], inputs.ahead[0] = last + 2 / 3 * (last - earlier), 0
-    assert distance(got, fast.forward(inputs, EVERY, light=True)) < 1e-6
+    inputs.change_2MC[0], inputs.extrapolation[0] = last + 2 / 3 * (last - earlier), 0
+    assert distance(got, fast.forward(inputs, EVERY, skip_middle=True)) < 1e-6
 
 
 SCHEDULERS = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mige import config
-from mige.checkpoints.convert import fill
+from mige.checkpoints.key_map import load_official
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
@@ -42,7 +42,7 @@ def one_thread():
 def changed(change: dict) -> dict[str, torch.nn.Module]:
     """The tiny parts with such a fusion, in which every part does something."""
     parts = build_parts(replace(SIZES, fusion=dict(SIZES.fusion) | change))
-    fill(parts, golden_state(parts))
+    load_official(parts, golden_state(parts))
     return parts
 
 
@@ -71,7 +71,7 @@ def test_without_vae_features_the_tokens_of_the_qformer_are_projected_as_they_ar
     tokens = pipe.qformer(query_embeds=fusion.query_tokens.expand(3, -1, -1), encoder_hidden_states=seen)[0]
     expected = torch.einsum("rqc,dc->rqd", tokens, fusion.text_proj.weight) + fusion.text_proj.bias
     for patches in (torch.randn(3, 64, 64), torch.full((3, 64, 64), float("nan"))):  # not looked at
-        torch.testing.assert_close(encoder.see(vision, patches), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(encoder.encode_images(vision, patches), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_vae_features_there_are_no_weights_of_the_fusion(tokenizer):
@@ -125,7 +125,7 @@ def test_a_config_of_before_loads_with_vae_features(tiny_model, tokenizer, tmp_p
     assert again.fusion.config.vae_features is True
     _, vision, latents = inputs(tokenizer)
     with torch.no_grad():
-        one, other = (p.model.encoder.see(vision, p.model.patchify(latents)) for p in (pipe, again))
+        one, other = (p.model.encoder.encode_images(vision, p.model.patchify(latents)) for p in (pipe, again))
     assert torch.equal(one, other)
 
 

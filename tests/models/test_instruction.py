@@ -116,7 +116,7 @@ def test_segments_are_tokenised_alone(tokenizer):
 
     got = tokenize("a cat<imagehere>in the snow<imagehere>at night", tokenizer)
     assert got.segments == (ids("a cat"), ids("in the snow"), (*ids("at night"), tokenizer.eos_token_id))
-    assert got.pictures == 2
+    assert got.num_images == 2
     assert got.length(num_queries=3) == 6 + len(ids("a cat")) + len(ids("in the snow")) + len(ids("at night")) + 1
 
 
@@ -132,7 +132,7 @@ def test_empty_segments_have_no_tokens(tokenizer):
     assert tokenize("<imagehere>", tokenizer).segments == ((), (1,))
     assert tokenize("<imagehere> <imagehere>\n ", tokenizer).segments == ((), (), (1,))
     assert tokenize("", tokenizer) == Instruction(((1,),))
-    assert tokenize("", tokenizer).pictures == 0
+    assert tokenize("", tokenizer).num_images == 0
 
 
 def test_outer_blanks_of_a_segment_vanish(tokenizer):
