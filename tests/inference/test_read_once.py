@@ -13,6 +13,7 @@ from mige.cli import infer
 from mige.data import checks
 from mige.data.parsing import read_records
 from mige.inference import opened
+from mige.inference import run as inference
 from mige.inference.opened import OpenedRecords
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import instruction
@@ -62,8 +63,6 @@ def test_a_run_without_a_check_opens_an_image_once_too(lively, records, tmp_path
     seen = Counter()
     counted(monkeypatch, opened, "open_image", seen)
     rows = read_records([records], root=PICTURES).records
-    from mige.inference import run as inference
-
     inference.run(rows, MIGEPipeline.from_pretrained(lively), inference.Settings("tiny", "float32", steps=1), tmp_path)
     assert set(seen.values()) == {1} and len(seen) == 3
 
