@@ -45,6 +45,7 @@ from mige import config
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.guidance import Branch
+from mige.diffusion.settings import resolve
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference.encoding import encode_references, encode_sources
 from mige.inference.inputs import instruct
@@ -311,7 +312,7 @@ class Bench:
 
     def _line(self, case: Case, chosen: list[Sample], steps: int, seconds: float) -> dict:
         """The table's columns, from the median seconds of a whole call."""
-        branches = len(guidance.Guidance(Task(case.task)).branches())
+        branches = len(resolve(self.pipeline.scheduler.config, Task(case.task)).branches)
         queries, most = self.pipeline.fusion.config.num_queries, self.pipeline.fusion.config.max_tokens
         work = 0.0
         for sample in chosen:  # of the exact computation, also where a mode does less

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mige.diffusion.conditioning import Condition
-from mige.tasks import TASKS, Task
+from mige.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far a batch of samples of one task is guided; a scale that is None is the official one of the task."""
+    """How far the caller wants a batch of samples of one task guided; None: as `settings.resolve` says."""
 
     task: Task
     text: float | None = None  # towards the whole instruction; 1: none
     source: float | None = None  # towards the source image; 1: none; without meaning for the subject task
-
-    def branches(self) -> list[Branch]:
-        """The branches to evaluate, at least one (see `branches`)."""
-        official = TASKS[self.task]
-        text = official.guidance if self.text is None else self.text
-        source = official.source_guidance if self.source is None else self.source
-        return branches(self.task, text, source)
 
 
 def branches(task: Task, guidance: float, source_guidance: float) -> list[Branch]:

@@ -39,6 +39,20 @@ def optional(name: str, value: Any, **how: Any) -> int | float | None:
     return None if value is None else number(name, value, **how)
 
 
+def numbers_of(steps: Any, guidance: Any, source_guidance: Any) -> tuple[int | None, float | None, float | None]:
+    """Steps, text guidance and source guidance of a call as plain numbers or None; errors as `number`."""
+    return (
+        optional("num_inference_steps", steps, whole=True, least=1),
+        optional("guidance_scale", guidance, least=0),
+        optional("source_guidance_scale", source_guidance, least=0),
+    )
+
+
+def sides_of(height: Any, width: Any) -> tuple[int | None, int | None]:
+    """Height and width of a call, px, as plain numbers or None; errors as `number`."""
+    return optional("height", height, whole=True), optional("width", width, whole=True)
+
+
 def check_run(scheduler: Any, output_type: Any, on_step: Any, reuse: int, compiled: bool) -> None:
     """Raise ValueError for how a call cannot run.
 

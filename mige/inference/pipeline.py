@@ -22,9 +22,10 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 import mige.fusion
 import mige.sampler  # noqa: F401 - folders of version 0.1.0 name these two, and diffusers opens only imported ones
 from mige.checkpoints import folder as checkpoint
-from mige.diffusion import solver
+from mige.diffusion import few_step, solver  # noqa: F401 - diffusers opens a scheduler's imported module
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.guidance import Branch, Guidance, stack
+from mige.diffusion.settings import resolve
 from mige.inference import arguments, loading
 from mige.inference.denoising import guided_estimate
 from mige.inference.encoding import encode_inputs
@@ -37,7 +38,7 @@ from mige.models.fast_dit import FastDenoiser
 from mige.models.fusion import MIGEFusion
 from mige.models.mige import MIGEModel
 from mige.models.vae import decode
-from mige.tasks import TASKS, Task
+from mige.tasks import Task
 from mige.utils import images
 
 
@@ -172,7 +173,8 @@ class MIGEPipeline(Modes, DiffusionPipeline):
             source: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or tensors
                 (`as_image`); a source that equals a reference is that reference.
             height, width: of the output in pixels, multiples of 16; the native size by default.
-            num_inference_steps, guidance_scale, source_guidance_scale: the official ones of the task by default.
+            num_inference_steps, guidance_scale, source_guidance_scale: by default the official ones of the task; a
+                few-step student has its own, and no guidance beside the one in its weights.
             seed: of the noise; for several prompts one each, or one that all samples share.
             output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
             on_step: called after every step with (step, latent, estimate of the final latent).
@@ -181,22 +183,19 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         Raises ValueError, before anything runs, for an argument that is not what it should be, and for markers that
         don't match the references.
         """
-        how = dict(
-            steps=arguments.optional("num_inference_steps", num_inference_steps, whole=True, least=1),
-            text_guidance=arguments.optional("guidance_scale", guidance_scale, least=0),
-            source_guidance=arguments.optional("source_guidance_scale", source_guidance_scale, least=0),
-            reuse=arguments.number("reuse", reuse, whole=True, least=1),
-        )
-        arguments.check_run(self.scheduler, output_type, on_step, how["reuse"], self.is_compiled)
-        size = [arguments.optional(name, side, whole=True) for name, side in (("height", height), ("width", width))]
+        steps, text, source_scale = arguments.numbers_of(num_inference_steps, guidance_scale, source_guidance_scale)
+        reuse = arguments.number("reuse", reuse, whole=True, least=1)
+        arguments.check_run(self.scheduler, output_type, on_step, reuse, self.is_compiled)
         samples = arguments.samples_of(prompt, references, source)
         seeds = arguments.seeds_of(seed, len(samples))
-        size = self.output_size(*size)
+        resolve(self.scheduler.config, samples[0].task, steps, text, source_scale)  # refuses, if it must
+        size = self.output_size(*arguments.sides_of(height, width))
         noise = [
             self.draw_noise(sample.task, len(sample.references), torch.Generator().manual_seed(one), *size)
             for sample, one in zip(samples, seeds, strict=True)
         ]
-        result = self.run(samples, noise, on_step=on_step, output_type=output_type, **how)
+        result = self.run(samples, noise, steps=steps, text_guidance=text, source_guidance=source_scale,
+                          on_step=on_step, reuse=reuse, output_type=output_type)  # fmt: skip
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result)
 
@@ -213,7 +212,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         reuse: int = 1,
         output_type: str = "latent",
     ) -> Tensor | list[Image.Image]:
-        """B samples of one task, with the noise of each -> latents or images. Settings default to the official ones.
+        """B samples of one task, with the noise of each -> latents or images; the settings default as in the call.
 
         Returns float32 [B, 4, h, w] for the output type "latent", float32 [B, 3, H, W] in [0, 1] for "pt", else B RGB
         images. Raises ValueError for samples of several tasks and for markers that don't match the references.
@@ -251,22 +250,22 @@ class MIGEPipeline(Modes, DiffusionPipeline):
 
         Args:
             guidance: decides which branches the DiT is evaluated for, and how they are summed.
-            steps: of the scheduler; the official number of the guidance's task by default.
+            steps: of the scheduler; None: as `settings.resolve` says.
             on_step, reuse: as in the call.
 
-        Raises ValueError for steps below 1, and for `reuse` without `compile`.
+        Raises ValueError for steps below 1, `reuse` without `compile`, guidance beside one that is in the weights.
         """
-        steps = TASKS[guidance.task].steps if steps is None else steps
+        how = resolve(self.scheduler.config, guidance.task, steps, guidance.text, guidance.source)
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        estimate = self._estimate(condition, guidance.branches(), steps, reuse)
-        with self.progress_bar(total=steps) as progress:
+        estimate = self._estimate(condition, how.branches, how.steps, reuse)
+        with self.progress_bar(total=how.steps) as progress:
 
             def advance(step: int, x: Tensor, x0: Tensor) -> None:
                 progress.update()
                 if on_step is not None:
                     on_step(step, x, x0)
 
-            return solver.sample(self.scheduler, estimate, start, steps, [n.step_seed for n in noise], advance)
+            return solver.sample(self.scheduler, estimate, start, how.steps, [n.step_seed for n in noise], advance)
 
     def _estimate(self, condition: Condition, branches: list[Branch], steps: int, reuse: int) -> solver.Denoise:
         """The guided noise estimate under a condition."""

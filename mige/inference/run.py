@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 from mige.checkpoints import folder as checkpoint
 from mige.data.checks import check_images, check_instruction
 from mige.data.records import Record, Report
+from mige.diffusion.settings import resolve
+from mige.inference.adapters import scheduler_config
 from mige.inference.folder import RunError, check_folder, claim, merge_results, open_folder, write_failures
 from mige.inference.noise import Drawn, draw_noise, record_generator
 from mige.inference.opened import OpenedRecords
@@ -32,7 +34,7 @@ from mige.inference.settings import Settings
 from mige.inference.sizes import SizeGrid
 from mige.models.fusion import MIGEFusion
 from mige.models.instruction import read_prompt
-from mige.tasks import TASKS, Task
+from mige.tasks import Task
 from mige.utils import images
 
 __all__ = [
@@ -57,10 +59,13 @@ def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords
 
     Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
     inference and not opened. What is read is kept in `opened`, for `run`. Returns a report whose records are all fit
-    to run. Raises CheckpointError if the model folder is not whole, ValueError for a size that it cannot make.
+    to run. Raises CheckpointError if the model folder is not whole, ValueError for a size that it cannot make and for a
+    guidance that it does not take.
     """
     checkpoint.verify(model)
     size = SizeGrid.of_folder(model).resolve(settings.height, settings.width)
+    scheduler = scheduler_config(model, settings.lora and Path(settings.lora))
+    resolve(scheduler, Task.EDIT, settings.steps, settings.guidance, settings.source_guidance)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     opened = opened or OpenedRecords(ignore_profiles=settings.ignore_profiles)
@@ -176,16 +181,16 @@ def _run_chunk(
     """Records with their images and further facts."""
     task = chunk[0].task
     names = ", ".join(record.id for record in chunk)
-    steps = settings.steps or TASKS[task].steps
+    how = resolve(pipeline.scheduler.config, task, settings.steps, settings.guidance, settings.source_guidance)
     started = time.perf_counter()
     try:
         made = pipeline.run(
             samples.result(),
             noise,
-            steps=steps,
-            text_guidance=settings.guidance,
-            source_guidance=settings.source_guidance,
-            on_step=lambda *_: bar.update(len(chunk) / steps),
+            steps=how.steps,
+            text_guidance=how.guidance,
+            source_guidance=how.source_guidance,
+            on_step=lambda *_: bar.update(len(chunk) / how.steps),
             reuse=settings.reuse,
             output_type="pil",
         )
@@ -199,7 +204,8 @@ def _run_chunk(
         raise RunError(f"{names}: {error}") from error
     pipeline.maybe_free_model_hooks()
     seconds = round((time.perf_counter() - started) / len(chunk), 3)
-    facts = {**_resolved(settings, task), "seconds": seconds}
+    facts = {"seed": settings.seed, "steps": how.steps, "guidance": how.guidance}
+    facts |= {"source_guidance": how.source_guidance, "seconds": seconds}
     return [(record, image, facts | {"size": image.size}) for record, image in zip(chunk, made, strict=True)]
 
 
@@ -210,13 +216,3 @@ def _wait(writing: Iterable[Future]) -> None:
             future.result()
     except OSError as error:
         raise RunError(str(error)) from error
-
-
-def _resolved(settings: Settings, task: Task) -> dict[str, Any]:
-    official = TASKS[task]
-    return {
-        "seed": settings.seed,
-        "steps": settings.steps or official.steps,
-        "guidance": official.guidance if settings.guidance is None else settings.guidance,
-        "source_guidance": official.source_guidance if settings.source_guidance is None else settings.source_guidance,
-    }
