@@ -2,20 +2,19 @@
 
     python benchmarks/bench_scaling.py output/scaling                      # all GPUs of this machine; needs no weights
     python benchmarks/bench_scaling.py output/scaling --parts speed --modes ddp/t5_frozen
-    python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 1 2   # on a CPU
+    python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --device cpu --processes 1 2
 
 Full-size random weights are made once in FOLDER (13 GB), then the project's own scripts run on them, launched as a user
 does. Parts:
     speed      steps of train_mige.py in each mode, on one GPU where it fits and on more; the mean after a warm-up.
                Efficiency: samples/s a GPU over those of one GPU.
-    resume     a run on the most GPUs and its checkpoint gone on with on half of them, with twice the batch: losses
+    resume     a run on the most GPUs and its checkpoint resumed on half of them, with twice the batch: losses
                compared.
     inference  infer.py; images/s of the denoising loop with encoding and decoding.
 A line of JSON a measurement; one that fails says so and the next one runs.
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -23,10 +22,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
+from harness import ROOT, Machine, Report, parser
 from transformers import AutoTokenizer
 
 from mige import config
@@ -35,7 +36,6 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
 from mige.utils.files import whole_folder
 
-ROOT = Path(__file__).parent.parent
 BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
 MODES = {  # launch file, overrides
     "ddp/t5_frozen": ("ddp", ("train.trainable=text_encoder_frozen", *BF16)),
@@ -43,6 +43,7 @@ MODES = {  # launch file, overrides
     "fsdp2/full": ("fsdp2", ()),
     "zero2/full": ("zero2", ()),
 }
+PARTS = ("speed", "resume", "inference")
 WHOLE_ON_ONE = ("ddp/t5_frozen", "ddp/full")  # float32 weights and moments do not fit one card of 80 GB
 RESUMED = "ddp/t5_frozen"
 RESUMED_STEPS = ("train.steps=20", "train.checkpoint_every=10", "train.log_every=1", "train.keep_checkpoints=2")
@@ -158,7 +159,7 @@ def train_on_all(args: argparse.Namespace, processes: int) -> tuple[Path, list[d
 
 
 def resume_on_half(args: argparse.Namespace, processes: int, whole: Path, first: list[dict]) -> dict:
-    """The checkpoint of step 10 gone on with on half the processes with twice the batch: losses compared."""
+    """The checkpoint of step 10 resumed on half the processes with twice the batch: losses compared."""
     half, row = fresh(args.folder / "resume-half"), {"mode": RESUMED, "processes": [processes, processes // 2]}
     if len(first) < 20:
         return row | {"failed": failure(whole)}
@@ -174,20 +175,20 @@ def resume_on_half(args: argparse.Namespace, processes: int, whole: Path, first:
 
 
 def inference(args: argparse.Namespace, processes: int) -> dict:
-    """infer.py on `args.pictures` copies of an edit, each with noise of its own."""
+    """infer.py on `args.images` copies of an edit, each with noise of its own."""
     records, out = args.folder / "records.jsonl", fresh(args.folder / f"inference-{processes}")
     photo = str(ROOT / "example_data" / "images" / "cat.jpg")
     row = {"multi_prompt": "make the sky night in<imagehere>", "entity_path": [photo], "source_path": [photo]}
-    records.write_text("".join(json.dumps(row | {"id": f"cat{n}"}) + "\n" for n in range(args.pictures)))
+    records.write_text("".join(json.dumps(row | {"id": f"cat{n}"}) + "\n" for n in range(args.images)))
     script = ["infer_scripts/infer.py", "--model", args.folder / "start", "--records", records, "--output", out]
     script += ["--device", "cpu", "--steps", 3] if args.cpu else ["--compile", "--vae-dtype", "bfloat16"]
     done = subprocess.run([*launcher("ddp", processes, args.cpu), *map(str, script)], cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=args.patience)  # fmt: skip
-    row = {"processes": processes, "pictures": args.pictures}
+    row = {"processes": processes, "images": args.images}
     if done.returncode:
         return row | {"failed": done.stderr[-300:]}
     written = sorted(path.stat().st_mtime for path in (out / "images").iterdir())
-    first_batch = min(25 * processes, args.pictures // 2)  # whose compilation and loading do not count
+    first_batch = min(25 * processes, args.images // 2)  # whose compilation and loading do not count
     seconds = written[-1] - written[first_batch - 1]
     return row | {"images_per_second": round((len(written) - first_batch) / seconds, 2)}
 
@@ -197,30 +198,28 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where weights and runs go")
-    parser.add_argument("--config", type=Path, default=Path("configs/mige_512.py"))
-    parser.add_argument("--processes", type=int, nargs="+", default=sorted({1, torch.cuda.device_count()} - {0}),
-                        help="GPUs to use, number after number (%(default)s)")  # fmt: skip
-    parser.add_argument("--parts", nargs="+", choices=["speed", "resume", "inference"],
-                        default=["speed", "resume", "inference"])  # fmt: skip
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", type=int, default=16, help="samples a process (%(default)s)")
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--patience", type=float, default=300, help="seconds a run may take (%(default)s)")
-    parser.add_argument("--cpu", action="store_true")
-    args = parser.parse_args()
-    args.folder = args.folder.absolute()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    most = max(args.processes)
-    if min(args.processes) < 1 or ("resume" in args.parts and most < 2):
-        parser.error(f"--processes is {args.processes}; expected 1 and more, 2 for the part resume")
-    make_start(args)
-    gc.collect()
-    torch.cuda.empty_cache()  # of what the weights were made with: the runs need the whole card
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("folder", type=Path, help="where weights and runs go")
+    made.add_argument("--config", type=Path, default=Path("configs/mige_512.py"))
+    made.add_argument("--processes", type=int, nargs="+", default=sorted({1, torch.cuda.device_count()} - {0}),
+                      help="GPUs to use, number after number (%(default)s)")  # fmt: skip
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    made.add_argument("--batch", type=int, default=16, help="samples a process (%(default)s)")
+    made.add_argument("--images", type=int, default=200, help="of the part inference (%(default)s)")
+    made.add_argument("--patience", type=float, default=300, help="seconds a run may take (%(default)s)")
+    args = made.parse_args(argv)
+    args.folder, args.cpu = args.folder.absolute(), args.device == "cpu"
+    if min(args.processes) < 1 or ("resume" in args.parts and max(args.processes) < 2):
+        made.error(f"--processes is {args.processes}; expected 1 and more, 2 for the part resume")
+    return args
+
+
+def measure_speed(args: argparse.Namespace, report: Report) -> None:
+    """Every mode on every number of processes; its efficiency where one process was measured."""
     alone: dict[str, float] = {}
-    for mode in args.modes if "speed" in args.parts else ():
+    for mode in args.modes:
         for processes in args.processes:
             if processes == 1 and mode not in WHOLE_ON_ONE:
                 continue
@@ -230,11 +229,22 @@ def main() -> None:
                 alone[mode] = rate
             elif rate and mode in alone:
                 row["efficiency"] = round(rate / processes / alone[mode], 3)
-            print(json.dumps(row), flush=True)
+            report.add(row)
+
+
+def main() -> None:
+    args = parse()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    machine, most = Machine(args.device), max(args.processes)
+    report = Report(machine, args.output)
+    make_start(args)
+    machine.free()  # of what the weights were made with: the runs need the whole card
+    if "speed" in args.parts:
+        measure_speed(args, report)
     if "resume" in args.parts:
-        print(json.dumps(resume_on_half(args, most, *train_on_all(args, most))), flush=True)
+        report.add(resume_on_half(args, most, *train_on_all(args, most)))
     for processes in args.processes if "inference" in args.parts else ():
-        print(json.dumps(inference(args, processes)), flush=True)
+        report.add(inference(args, processes))
 
 
 if __name__ == "__main__":
