@@ -16,8 +16,8 @@ After an exact case of the same task, batch and steps, a case says how far it is
 final latents, and `psnr` of the images in dB. Random weights make noise: trained ones deviate otherwise.
 
 `peak_gib`: what whole calls, the first one and its captures included, took from the device ("call"); of a dit or a
-naive case the steps alone ("denoise"). --phases makes one more call that waits between encode, denoise, decode and
-to_pil: milliseconds of each, and its peak from an empty cache on.
+naive case the steps alone ("denoise"). --phases makes one more call that waits between prepare, encode, denoise, decode
+and to_pil: milliseconds of each, and its peak from an empty cache on.
 
 FLOPs: branches x steps x DiT and the encoders once, as the exact computation needs them; the VAE is not counted, keys
 and values of the context (1 % of the DiT) count at every step though "compiled" keeps them. The share is of the card's
