@@ -40,19 +40,19 @@ def check_images(
     *,
     size: tuple[int, int] = (512, 512),
     training: bool = False,
-    opener: Callable[[Path], Image.Image] = open_image,
+    opener: Callable[[Path], Image.Image] | None = None,
 ) -> list[Finding]:
     """Decode each distinct image of the records once, in threads; one fatal finding a record and bad file.
 
     size: height and width that the images will be fitted to, px; what is too long for that is a fault.
     training: fitted as in training (never letterboxed).
-    opener: opens a file, or raises BadImageError; called from several threads.
+    opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
     Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
     with ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(files, pool.map(partial(_look, opener=opener), files), strict=True))
+        seen = dict(zip(files, pool.map(partial(_look, opener=opener or open_image), files), strict=True))
     findings = []
     for record, own in files_of:
         for file in own:

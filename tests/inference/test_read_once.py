@@ -87,14 +87,15 @@ def test_the_four_steps_run_once_and_in_order(lively, monkeypatch):
         real = getattr(pipe, name)
 
         def step(*given, name=name, real=real, **how):
-            steps.append((name, real(*given, **how)))
+            steps.append((name, real(*given, **how), given))
             return steps[-1][1]
 
         monkeypatch.setattr(pipe, name, step)
     how = dict(source=PICTURES / "coffee.jpg", num_inference_steps=1, output_type="pt", seed=3)
     made = [pipe("make it night", guidance_scale=scale, **how).images for scale in (1, 6)]
-    assert [name for name, _ in steps] == ["prepare", "encode", "denoise", "decode"] * 2
-    (inputs, first), (_, second) = [[result for _, result in steps[n : n + 2]] for n in (0, 4)]
+    assert [name for name, _, _ in steps] == ["prepare", "encode", "denoise", "decode"] * 2
+    (inputs, first), (_, second) = [[result for _, result, _ in steps[n : n + 2]] for n in (0, 4)]
+    assert all(steps[n + 1][2][0] is steps[n][1] for n in (0, 1, 2, 4, 5, 6))  # each reads what the one before made
     assert inputs.task is Task.EDIT and torch.equal(first.context_BLC, second.context_BLC)
     assert not torch.equal(*made)
     assert torch.equal(made[1], (steps[7][1] / 2 + 0.5).clamp(0, 1))
