@@ -6,6 +6,7 @@ point that the student was not taught from.
 """
 
 import torch
+from diffusers import SchedulerMixin  # noqa: F401 - where diffusers loads a part of a folder, it looks for this beside it
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 

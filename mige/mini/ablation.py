@@ -123,6 +123,8 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What decides the scores of a variant and a seed, in JSON; equal in folders that may be merged."""
         dumped = self.config.dump()
+        if dumped["distillation"] is None:  # a student is no ablation, and older settings do not name it
+            del dumped["distillation"]
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}
         files = sorted(path for path in self.model.glob("*/*") if path.suffix in (".safetensors", ".json"))

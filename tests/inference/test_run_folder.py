@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ class Pipe:
     """Makes from a record's noise an image that no other record has; counts."""
 
     _execution_device = torch.device("cpu")
+    scheduler = SimpleNamespace(config={})
 
     def __init__(self):
         self.made = 0
