@@ -1,7 +1,7 @@
 """A run: records through the pipeline into a folder that can be looked at, resumed and sent to somebody.
 
 The folder holds config.json, images/<id>.png, results.jsonl (a line a finished record), failures.jsonl where records
-were bad, contact_sheet.png and index.html. Several processes share a run: each takes every so-manieth record and keeps
+were bad, contact_sheet.png and index.html. Several processes share a run: each takes every N-th record and keeps
 its own results-<process>.jsonl until the end.
 """
 

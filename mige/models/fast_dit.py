@@ -291,7 +291,10 @@ class Sampling:
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
         since = self.calls % self.reuse
-        skip_middle, first = since > 0, self.calls < self.reuse  # in the first round there is nothing to go on from
+        skip_middle, first = (
+            since > 0,
+            self.calls < self.reuse,
+        )  # in the first round there is nothing to extrapolate from
         inputs.extrapolation.fill_(0.0 if first else since / self.reuse)
         self.calls += 1
         if not self.step.recordings:

@@ -194,7 +194,7 @@ def test_the_settings_default_to_the_official_ones(pipe, photos):
     assert seen == list(range(50))
 
 
-def test_a_second_mention_reads_an_empty_picture(pipe, photos):
+def test_a_second_mention_reads_an_empty_image(pipe, photos):
     sample = make_sample("make the image like this photo", [], photos[0])
     noise = draw(pipe, [sample])
     got = condition_of(pipe, [sample], noise)
@@ -217,7 +217,7 @@ def test_a_second_mention_reads_an_empty_picture(pipe, photos):
 
 
 def test_what_each_task_reads_as_reference_and_source(pipe, photos):
-    """An edit reads one posterior sample twice; a subject edit draws two of one picture; a subject has no source."""
+    """An edit reads one posterior sample twice; a subject edit draws two of one image; a subject has no source."""
     cat, cup = photos[0], photos[3]
     factor = pipe.vae.config.scaling_factor
 
@@ -255,7 +255,7 @@ def test_more_references_than_trained_on(pipe, photos, many):
     assert got.isfinite().all() and distance(other, got) > 1e-5
 
 
-def test_more_pictures_than_the_vae_takes_chunk(pipe, photos, monkeypatch):
+def test_more_images_than_the_vae_takes_at_once(pipe, photos, monkeypatch):
     sizes, real = [], pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: sizes.append(len(x)) or real(x))
     monkeypatch.setattr("mige.models.vae._chunk", lambda *_: 8)
@@ -305,7 +305,7 @@ def test_the_position_table_of_other_sizes(pipe, rows, columns):
 # ---- the call --------------------------------------------------------------------------------------------------------
 
 
-def test_output_types_are_one_picture(pipe, photos):
+def test_output_types_are_one_image(pipe, photos):
     def made(output_type):
         return pipe("a<imagehere>", photos[:1], num_inference_steps=2, output_type=output_type).images
 
@@ -401,7 +401,7 @@ def test_what_else_is_refused(pipe, photos):
         pipe("a cat", num_inference_steps=0)
 
 
-def test_a_task_follows_from_the_pictures(photos):
+def test_a_task_follows_from_the_images(photos):
     cat, cup = photos[:2]
     assert make_sample("x", [], None).task is make_sample("x", [cat], None).task is Task.SUBJECT
     assert make_sample("x", [], cat).task is make_sample("x", [cat], cat).task is Task.EDIT

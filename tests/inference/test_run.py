@@ -1,4 +1,4 @@
-"""Runs into a folder: what a picture depends on, skipping, resuming, refusing, and the two kinds of noise."""
+"""Runs into a folder: what an image depends on, skipping, resuming, refusing, and the two kinds of noise."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +114,7 @@ def test_the_defaults_are_the_official_batches(pipe, records, tmp_path, monkeypa
     assert [len(samples) for samples, _ in spy.calls] == [5, 1, 3, 2]  # 5 subjects, 25 edits, a task at a time
 
 
-# ---- what a picture depends on ---------------------------------------------------------------------------------------
+# ---- what an image depends on ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -276,7 +276,7 @@ def test_out_of_memory_names_the_records(pipe, records, tmp_path, monkeypatch):
     assert lines(tmp_path) == [] and list((tmp_path / "images").iterdir()) == []
 
 
-def test_a_picture_of_nan_names_the_records(pipe, records, tmp_path, monkeypatch):
+def test_an_image_of_nan_names_the_records(pipe, records, tmp_path, monkeypatch):
     monkeypatch.setattr(pipe, "denoise", lambda _, noise, *__, **___: torch.full((len(noise), 4, 16, 16), float("nan")))
     with pytest.raises(RunError, match=f"{records[0].id}: .*NaN"):
         inference.run(records[:1], pipe, SETTINGS, tmp_path)
@@ -304,7 +304,7 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
         inference.check(report, tmp_path, SETTINGS)
 
 
-def test_pictures_are_opened_while_the_chunk_before_is_computed(records):
+def test_images_are_opened_while_the_chunk_before_is_computed(records):
     opened = []
     known = SimpleNamespace(sample=lambda record: opened.append(record.id) or record.id)
     with ThreadPoolExecutor(1) as reader:

@@ -161,7 +161,7 @@ def test_what_it_does_not_know_is_refused():
 
 
 @pytest.mark.parametrize("task", list(Task))
-def test_compiled_pictures_are_the_plain_ones(folder, photos, task):
+def test_compiled_images_are_the_plain_ones(folder, photos, task):
     """With the compiler itself, on batches of different lengths and sizes, with our solver and another."""
     cat, coffee, cup = photos
     prompts, references, sources = {
@@ -182,7 +182,7 @@ def test_compiled_pictures_are_the_plain_ones(folder, photos, task):
     assert distance(got, want) < 1e-5
 
 
-def test_a_transformer_exchanged_after_the_first_picture_is_noticed(folder, uncompiled):
+def test_a_transformer_exchanged_after_the_first_image_is_noticed(folder, uncompiled):
     def made(pipe):
         return pipe("a cat", num_inference_steps=2, output_type="latent").images
 

@@ -27,7 +27,7 @@ TINY = ROOT / "configs" / "tiny.py"
 SIZES = config.load(TINY).model
 WITHOUT_VAE, TEXT_ONLY = {"vae_features": False}, {"num_queries": 0}
 CHANGES = pytest.mark.parametrize("change", [WITHOUT_VAE, TEXT_ONLY], ids=["without_vae", "text_only"])
-PROMPTS = ("make<imagehere>night", "a cat beside<imagehere>and<imagehere>")  # three pictures
+PROMPTS = ("make<imagehere>night", "a cat beside<imagehere>and<imagehere>")  # three images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +56,7 @@ def pipeline(change: dict, tokenizer) -> MIGEPipeline:
 
 
 def inputs(tokenizer) -> tuple[list[Instruction], Tensor, Tensor]:
-    """Instructions, vision pictures and latents of three pictures."""
+    """Instructions, vision images and latents of three images."""
     torch.manual_seed(0)
     side = SIZES.image_encoder["image_size"]
     return [tokenize(prompt, tokenizer) for prompt in PROMPTS], torch.randn(3, 3, side, side), torch.randn(3, 4, 16, 16)
@@ -99,7 +99,7 @@ def test_text_alone_is_what_the_text_encoder_makes_of_the_words(tokenizer):
 
 
 @CHANGES
-def test_a_checkpoint_comes_back_and_makes_the_same_picture(change, tokenizer, tmp_path):
+def test_a_checkpoint_comes_back_and_makes_the_same_image(change, tokenizer, tmp_path):
     pipe = pipeline(change, tokenizer)
     pipe.save_pretrained(tmp_path / "model")
     again = MIGEPipeline.from_pretrained(tmp_path / "model")

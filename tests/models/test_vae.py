@@ -68,11 +68,9 @@ def test_the_scale_factor_is_applied_once_each_way(vae):
 
 
 @pytest.mark.parametrize("many, parts", [(8, [8]), (9, [8, 1]), (17, [8, 8, 1])])
-def test_many_pictures_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
+def test_many_images_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
     pictures = pixels(many, 8, 16)
-    monkeypatch.setattr(
-        "mige.models.vae._CHUNK", 8 * (8 * 16) * 8
-    )  # eight pictures at the 8 channels of the first block
+    monkeypatch.setattr("mige.models.vae._CHUNK", 8 * (8 * 16) * 8)  # eight images at the 8 channels of the first block
     alone = [encode(vae, picture[None]) for picture in pictures]
     decoded_alone = [decode(vae, scale(vae, moments.mean)) for moments in alone]
     encoded, decoded = counted(vae, "encode", monkeypatch), counted(vae, "decode", monkeypatch)

@@ -45,7 +45,7 @@ def model():
 
 
 def pictures(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures that the named instructions have room for, as the flat stack our encoder takes."""
+    """The images that the named instructions have room for, as the flat stack our encoder takes."""
     index = {name: i for i, name in enumerate(SEGMENTS)}
     slots = [(index[name], slot) for name in names for slot in range(INSTRUCTIONS[name].num_images)]
     rows, columns = (list(x) for x in zip(*slots, strict=True))
@@ -118,8 +118,8 @@ def test_the_multimodal_instruction():
 
 
 @torch.no_grad()
-def test_a_batch_without_any_picture():
-    """The official code gives such a batch zero vectors in place of pictures."""
+def test_a_batch_without_any_image():
+    """The official code gives such a batch zero vectors in place of images."""
     nothing = torch.zeros(2, 3, 40)
     embeds, mask = model().encoder.interleave([INSTRUCTIONS["s3"], INSTRUCTIONS["s5"]], nothing)
     check_text(embeds, mask, [0, 1], "norefs")
