@@ -294,7 +294,7 @@ class Sampling:
         skip_middle, first = (
             since > 0,
             self.calls < self.reuse,
-        )  # in the first round there is nothing to extrapolate from
+        )  # at first there is nothing to extrapolate
         inputs.extrapolation.fill_(0.0 if first else since / self.reuse)
         self.calls += 1
         if not self.step.recordings:
