@@ -122,6 +122,8 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What decides the scores of a variant and a seed, in JSON; equal in folders that may be merged."""
         dumped, train = self.config.dump(), self.config.train
+        if dumped["distillation"] is None:  # a student is no ablation, and older settings do not name it
+            del dumped["distillation"]
         del dumped["train"]["precision"]
         dumped["train"]["param_dtype"] = train.param_dtype
         for section, names in NO_MATTER.items():

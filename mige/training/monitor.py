@@ -56,7 +56,10 @@ class Monitor:
         self._work: dict[tuple[int, int], float] = {}
 
     def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
-        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
+        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them.
+
+        `norm`: the gradient's, [], in a micro-batch that ends a step.
+        """
         loss, tasks = judged.loss, batch.task_B.repeat(self.objective.levels)
         stopping = torch.full_like(loss.mse, stop)
         rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()

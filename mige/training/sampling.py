@@ -42,7 +42,7 @@ def sample(records: Sequence[Record], pipeline: MIGEPipeline, settings: TrainCon
 
 @contextmanager
 def holding(named: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters hold other values for a while; their own wait in host memory."""
+    """Parameters hold averages of the same shape for a while; their own numbers wait in host memory."""
     own = {name: named[name].detach().cpu().clone() for name in averages}
     with torch.no_grad():
         for name, value in averages.items():

@@ -107,6 +107,8 @@ class Trainer:
     def _make_objective(self) -> Objective:
         """What is trained, made before the model is frozen and wrapped."""
         settings = self.config.train
+        if self.config.distillation is not None:
+            raise ConfigError("the config has a section distillation: train it by train_scripts/distill.py")
         return NoiseObjective(self.diffusion, settings.noise_levels, settings.snr_gamma, settings.snr_power)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------

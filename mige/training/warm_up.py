@@ -34,15 +34,16 @@ def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> 
     images = min(images, (width - 1) // max(queries, 1))
     shape, levels = pipeline.latent_shape(config.data.size, config.data.size), config.train.noise_levels
     chance = draw_chance(sample_generator(0, images), 1 + images, shape, Dropout(), levels, 1000)
-    words = (1,) * (width - images * queries)
+    words, stored = (1,) * (width - images * queries), config.data.features is not None
+    pixels, moments = torch.zeros(1 + images, 3, *[config.data.size] * 2), torch.zeros(1 + images, *shape)
     return TrainingSample(
         "warm-up",
         Task.SUBJECT,
         None,
         Instruction((words, *[()] * images)),
         torch.zeros(images, 3, side, side),
-        None,
-        Moments(torch.zeros(1 + images, *shape), torch.ones(1 + images, *shape)),
+        None if stored else pixels,
+        Moments(moments, moments) if stored else None,
         **chance,
     )
 
