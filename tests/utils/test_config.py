@@ -178,7 +178,7 @@ def test_a_value_a_library_refuses_is_named(override):
         ("train.precision=float16", "train.precision is 'float16', expected one of auto, float32, mixed, bfloat16"),
         (
             "train.trainable=most",
-            "train.trainable is 'most', expected one of full, text_encoder_frozen, dit, lora, all",
+            "trainable is 'most', expected one of full, text_encoder_frozen, dit, lora, all",
         ),
         (
             "train.gradient_checkpointing=['transformer','vae']",
