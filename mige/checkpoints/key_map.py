@@ -130,7 +130,7 @@ def load_official(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -
 
     Args:
         parts: by their names in a checkpoint folder.
-        state: tensors by official name, of `official_shapes`, any float dtype, on the CPU.
+        state: tensors by official name, of the shapes of `official_shapes`, any float dtype, on the CPU.
 
     Whole tensors stay views of `state` (of the file, if that is mapped); split and joined ones are copies. Raises
     KeyError for a missing tensor.

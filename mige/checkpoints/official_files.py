@@ -15,6 +15,8 @@ from mige.checkpoints.errors import CheckpointError
 def read_weights(path: Path, *wrappers: str) -> dict[str, Tensor]:
     """The tensors of a .pth / .bin / .safetensors file, memory-mapped, below the given keys of its top dict.
 
+    Any shape and dtype, on the CPU.
+
     Raises CheckpointError for a missing or damaged file, a pickle that carries code, and anything that is no dict of
     tensors.
     """

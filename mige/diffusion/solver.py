@@ -23,7 +23,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Grid:
-    """The noise schedule at the steps + 1 time points of a run; float32 on purpose, as the released model sampled."""
+    """The noise schedule at the N + 1 time points of a run of N steps, float32 [N + 1]; float32 as released."""
 
     model_time: Tensor
     alpha: Tensor

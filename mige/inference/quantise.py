@@ -33,7 +33,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing but the dtype of the products: transformers' T5 asks its layers for it."""
+        """An empty tensor, [0], of the products' dtype: transformers' T5 asks its layers for it."""
         return self.step.new_empty(0)
 
     def dequantised(self) -> Tensor:
