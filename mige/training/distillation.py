@@ -126,9 +126,9 @@ class DistillationTrainer(Trainer):
     Its checkpoints hold the student with its `FewStepSolver`: as `model/`, or with LoRA as `lora/`.
     """
 
-    def __init__(self, config: Config, run: Path):
+    def __init__(self, config: Config, run: Path, resume: Path | None = None):
         check(config)
-        super().__init__(config, run)
+        super().__init__(config, run, resume)
         if self.sharding != "none":
             raise ConfigError(f"a student is not sharded by {self.sharding}: launch it on one GPU or with DDP")
 

@@ -34,7 +34,8 @@ def sample(records: Sequence[Record], pipeline: MIGEPipeline, settings: TrainCon
     how = inference.Settings(model=f"step {step}", dtype=settings.param_dtype, steps=settings.sample_steps)
     pipeline.model.eval()
     try:
-        inference.run(records, pipeline, how, folder)
+        with torch.compiler.set_stance("force_eager"):  # compiled for its few steps, a shape would take a minute
+            inference.run(records, pipeline, how, folder)
     finally:
         pipeline.model.train()
 
