@@ -98,6 +98,7 @@ def test_the_tree_of_the_architecture_is_that_of_the_files():
     code = ("mige", "benchmarks", "tools", "infer_scripts", "train_scripts", "configs")
     there = {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.py")}
     there |= {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.sh")}
+    there |= {str(path.relative_to(ROOT)) for path in PAGES if path.name not in ("README.md", "architecture.md")}
     mains = {path for path in there if path.startswith("mige/cli/")}  # of the scripts that are named
     missing = {path for path in there - told - mains if not path.endswith("__init__.py")}
     assert not missing, f"docs/architecture.md has no line for {sorted(missing)}"
