@@ -141,6 +141,7 @@ class MIGEModel(nn.Module):
         if not parts:
             return
         torch._dynamo.config.recompile_limit = 64  # of one kind of block
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks at DDP's buckets; they are small enough
         self.encoder.pad_to = 64
         # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
