@@ -27,7 +27,7 @@ from mige.data.dataset import TrainingBatch
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.few_step import FewStepSolver, x0_between
 from mige.diffusion.gaussian import Loss, snr_weight
-from mige.diffusion.guidance import Branch, branches
+from mige.diffusion.guidance import Guidance, branches
 from mige.diffusion.solver import DPMSolver2M, time_grid
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import SampleNoise
@@ -66,7 +66,7 @@ class SegmentObjective:
 
     Args:
         teacher: the teacher's pipeline. encoder: the student as a whole, whose encoder is the teacher's too.
-        steps: N. teacher_steps: of its solver, a multiple of N. chosen: the branches of its guidance.
+        steps: N. teacher_steps: of its solver, a multiple of N. guidance: the teacher's.
         snr_gamma, snr_power: the loss is the error of the noise estimate, weighted as in `Diffusion.weight`. At power 1
             that is the error of x0, and the first point, whose estimate of x0 matters least, rules the gradient; at 1/2
             it is about the error of where the step lands, which is the default.
@@ -78,14 +78,14 @@ class SegmentObjective:
         encoder: MIGEModel,
         steps: int,
         teacher_steps: int,
-        chosen: Sequence[Branch],
+        guidance: Guidance,
         snr_gamma: float | None,
         snr_power: float,
     ):
-        self.teacher, self.encoder, self.chosen = teacher, encoder, list(chosen)
+        self.teacher, self.encoder, self.guidance = teacher, encoder, guidance
         self.levels, self.teacher_steps = steps, teacher_steps
         self.snr_gamma, self.snr_power = snr_gamma, snr_power
-        self.frozen_passes = teacher_steps * len(self.chosen)
+        self.frozen_passes = teacher_steps * len(branches(guidance.task, guidance.text, guidance.source))
 
     def __call__(self, model: nn.Module, vae: AutoencoderKL, batch: TrainingBatch, autocast) -> Judged:
         _, references, source = batch.latents(vae)
@@ -116,7 +116,7 @@ class SegmentObjective:
                 points.append(x)
 
         noise = [SampleNoise(latent, (), latent, 0) for latent in points[0]]
-        self.teacher.denoise(condition, self.chosen, noise, self.teacher_steps, keep)
+        self.teacher.denoise(condition, noise, self.guidance, steps=self.teacher_steps, on_step=keep)
         return points
 
 
@@ -147,9 +147,9 @@ class DistillationTrainer(Trainer):
         if self.device.type == "cuda":
             teacher.compile()  # three small kernels to wait for
         pipeline.scheduler = FewStepSolver(num_inference_steps=how.steps)  # exported with the student
-        chosen = branches(Task.EDIT, how.guidance, how.source_guidance)  # without a source, two of its three are one
+        guidance = Guidance(Task.EDIT, how.guidance, how.source_guidance)  # without a source, two of its three are one
         weighting = settings.snr_gamma, settings.snr_power
-        return SegmentObjective(teacher, self.plain, how.steps, how.teacher_steps, chosen, *weighting)
+        return SegmentObjective(teacher, self.plain, how.steps, how.teacher_steps, guidance, *weighting)
 
     def _invariants(self) -> dict:
         """Another teacher would be followed from here on."""
