@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from mige import config
-from mige.data.dataset import collate
+from mige.data.batch import collate
 from mige.data.latent_store.extraction import distinct_pictures, extract
 from mige.data.latent_store.store import StoreError, create_store
 from mige.data.parsing import read_records
