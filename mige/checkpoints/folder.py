@@ -17,6 +17,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 
 from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.weight_files import SUFFIXES, files_to_read, has_variant, header, mismatches, read_json
+from mige.diffusion.few_step import FewStepSolver
 from mige.diffusion.solver import DPMSolver2M, why_not
 from mige.models.fusion import MIGEFusion
 
@@ -29,8 +30,13 @@ CLASSES: dict[str, type[nn.Module]] = {
     "vae": AutoencoderKL,
 }
 OTHERS = ("tokenizer", "scheduler")
-_OWN = {"MIGEFusion": ("mige.models.fusion", "mige.fusion"), "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler")}
+_OWN = {
+    "MIGEFusion": ("mige.models.fusion", "mige.fusion"),
+    "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler"),
+    "FewStepSolver": ("mige.diffusion.few_step",),
+}
 """Our classes in model_index.json: where they live, and where version 0.1.0 had them."""
+_SCHEDULERS = {"DPMSolver2M": DPMSolver2M, "FewStepSolver": FewStepSolver}
 
 _PROBE = "follow the instruction to edit the image: a cat in the jungle and a photo of two dogs at night"
 """Plain English, of which every model reads every word."""
@@ -42,8 +48,8 @@ def verify(folder: Path, variant: str | None = None) -> None:
     Args:
         variant: of the weight files, such as "fp16"; a part that has none of it is read without, as diffusers does.
 
-    Raises CheckpointError naming every missing part, every file that would be left out, every missing, unexpected or
-    misshapen key, and what is wrong with classes, dtypes, tokenizer and scheduler.
+    Raises CheckpointError naming every missing part, every file that would be left out, every key that is missing,
+    unexpected or of another shape, and what is wrong with classes, dtypes, tokenizer and scheduler.
     """
     index = folder / "model_index.json"
     if not folder.exists():
@@ -204,7 +210,7 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
     if not (isinstance(listed, list) and len(listed) == 2):
         return []  # told of model_index.json
     library, name = listed
-    cls = DPMSolver2M if name == "DPMSolver2M" else getattr(diffusers, str(name), None)
+    cls = _SCHEDULERS.get(name) or getattr(diffusers, str(name), None)
     libraries = _OWN.get(name, ("diffusers",))
     if library not in libraries or not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         return [f"model_index.json says {listed}, expected a scheduler of diffusers or {_OWN['DPMSolver2M'][0]}"]
@@ -225,4 +231,9 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
         return [f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1"]
     if float(betas[-1]) < float(betas[0]):
         return [f"its betas fall from {float(betas[0]):g} to {float(betas[-1]):g}, expected that noise grows"]
+    trained = DPMSolver2M().betas
+    if len(betas) != len(trained) or not torch.allclose(betas.double(), trained, rtol=1e-3):
+        got = f"{len(betas)} betas from {float(betas[0]):g} to {float(betas[-1]):g}"
+        return [f"its noise schedule, {got}, is not the one that MIGE models are trained on, 1000 linear betas from "
+                "0.0001 to 0.02: make it with from_config(pipeline.scheduler.config)"]  # fmt: skip
     return []

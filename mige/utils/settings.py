@@ -41,6 +41,11 @@ def check_type(name: str, value: Any, hint: Any) -> None:
                 check_type(f"{name}.{key}", one, float)
         return
     if not isinstance(value, list | tuple):
+        if isinstance(value, str) and value.lstrip().startswith("["):  # an override that is no literal stays text
+            raise ConfigError(
+                f"{name} is the text {value!r}, expected a list of plain values; "
+                'a dict is written {"file": "a.jsonl"}'
+            )
         raise ConfigError(f"{name} is {value!r}, expected a list, such as [{value!r}]")
     for number, one in enumerate(value):
         check_type(f"{name}[{number}]", one, inner[0])
