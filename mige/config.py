@@ -225,7 +225,7 @@ class DistillationConfig:
         if self.teacher_steps < self.steps or self.teacher_steps % self.steps:
             raise ConfigError(
                 f"distillation.teacher_steps is {self.teacher_steps}, expected a multiple of distillation.steps, "
-                f"which is {self.steps}: the student is asked at points of the teacher's way"
+                f"which is {self.steps}: the student is asked at points of the teacher's path"
             )
 
 
