@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mige.checkpoints.lora import fingerprint
 from mige.config import Config, ConfigError
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.few_step import FewStepSolver, x0_between
 from mige.diffusion.gaussian import Loss, snr_weight
