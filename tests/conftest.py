@@ -24,10 +24,10 @@ from pathlib import Path
 import processes
 import pytest
 from filelock import FileLock
-from processes import ROOT, environment, run_python
+from processes import ROOT, environment, run_python, shell_environment
 
 __all__ = ["ROOT", "environment", "lively", "official_dir", "release_arguments", "run_here", "run_script", "run_tool",
-           "tiny_model"]  # fmt: skip
+           "shell_environment", "tiny_model"]  # fmt: skip
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
@@ -40,6 +40,7 @@ FIRST = ("test_many_processes.py", "test_trainer.py", "test_ablation.py", "test_
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(processes.watch)
     if not hasattr(config, "workerinput"):  # not in xdist's workers
         folder = Path(tempfile.mkdtemp(prefix="mige-tests-"))
         os.environ[RUN] = str(folder)
@@ -47,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         server = processes.start_server(folder)
 
         def finish() -> None:
-            server.kill()
+            server.terminate()
             server.wait()
             shutil.rmtree(folder)
 
@@ -63,11 +64,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    processes.allowed = item.get_closest_marker("processes") is not None
+    processes.allowed = any(item.get_closest_marker(name) for name in ("processes", "browser"))
 
 
 def pytest_runtest_teardown() -> None:
     processes.end_all()
+    tried = list(processes.unmarked)
+    processes.unmarked.clear()
+    assert not tried, f"a test without @pytest.mark.processes has started {tried}"
 
 
 # ---- scripts ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, environment
 from evaluation_files import save
 from PIL import Image
-from processes import PythonProcess, run_python, start_python
+from processes import ServedProcess, run_python, start_program, start_python
 from safetensors.torch import load_file
 from test_trainer import build, metrics, weights
 from test_trainer import command as train_command
@@ -35,7 +35,7 @@ def launch(processes: int, *arguments: object, settings: dict | None = None, for
     options = dict(cwd=ROOT, env=environment() | variables | (settings or {}), stdout=-1, stderr=-1)
     if forked:
         return start_python(*command, **options)
-    return subprocess.Popen([sys.executable, *map(str, command)], text=True, **options)
+    return start_program(sys.executable, *command, **options)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -194,7 +194,7 @@ def fsdp_settings() -> dict[str, str]:
     return {"ACCELERATE_USE_FSDP": "true"} | {names[key]: str(value) for key, value in there.items()}
 
 
-def shard(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> PythonProcess:
+def shard(tiny_model: Path, run: Path, processes: int, batch: int, *more: str) -> ServedProcess:
     _, config, *rest = train_command(tiny_model, run, *STEPS, f"train.batch_size={batch}", *more)
     return launch(processes, ROOT / "tests" / "fsdp_on_cpu.py", ROOT / config, *rest, settings=fsdp_settings())
 
