@@ -26,6 +26,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -35,8 +36,8 @@ from pathlib import Path
 import psutil
 
 READ_ON_IMPORT = ("HF_", "OMP_", "TRITON_", "TORCH_", "PYTHONHASHSEED")  # of the environment
-IMPORTED = ("accelerate", "datasets", "peft", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
-            "torchvision.transforms.v2")  # fmt: skip
+IMPORTED = ("accelerate", "datasets", "diffusers.guiders", "peft", "torch._dynamo", "torch.distributed.run",
+            "torch.distributed.fsdp", "torchvision.transforms.v2")  # fmt: skip
 LATE = ("mige.web", "mige.cli",  # Gradio is for one script only; mains import by themselves
         "mige.fusion", "mige.pipeline", "mige.sampler")  # warn when imported  # fmt: skip
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
@@ -51,7 +52,9 @@ def preload() -> None:
     for name in (*IMPORTED, *(name for name in modules if not name.startswith(LATE))):
         importlib.import_module(name)
     import torch
+    from PIL import Image
 
+    Image.init()  # its formats
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # the collector writes into no page that forks share
@@ -205,6 +208,7 @@ def run(arguments: list[str], env: dict[str, str]) -> None:
     import numpy as np
     import torch
 
+    tempfile.tempdir = None  # TMPDIR may be another one
     random.seed()
     np.random.seed()
     torch.set_num_threads(1)
