@@ -65,13 +65,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     processes.allowed = any(item.get_closest_marker(name) for name in ("processes", "browser"))
+    processes.unmarked.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    yield
+    assert not processes.unmarked, f"a test without @pytest.mark.processes has started {processes.unmarked}"
 
 
 def pytest_runtest_teardown() -> None:
     processes.end_all()
-    tried = list(processes.unmarked)
-    processes.unmarked.clear()
-    assert not tried, f"a test without @pytest.mark.processes has started {tried}"
 
 
 # ---- scripts ---------------------------------------------------------------------------------------------------------
