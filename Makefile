@@ -1,13 +1,14 @@
 # make demo   install into .venv, then run the trained small model on all tasks
 # make web    install into .venv, then serve the page of the trained small model on localhost
 # make tiny   install into .venv, then make the tiny untrained model that configs/tiny.py starts from
+# make readme   run the demo, then copy the images that README.md shows
 # make test   install into .venv, then lint and run the tests; make test-fast: those that start no process
 
 PYTHON ?= python3
 BIN := .venv/bin
 TINY := output/pretrained_models/mige-tiny
 
-.PHONY: demo web tiny test test-fast install clean
+.PHONY: demo readme web tiny test test-fast install clean
 
 install: .venv/installed
 
@@ -21,6 +22,14 @@ install: .venv/installed
 demo: .venv/installed
 	rm -rf output/demo
 	OMP_WAIT_POLICY=passive $(BIN)/python tools/demo.py --output output/demo
+
+# The images of README.md's table.
+readme: demo
+	cd output/demo && for pair in two_references:subject move:edit replace_by_reference:subject_edit; do \
+		case=$${pair%%:*}-unseen-000; \
+		cp images/$$case.png ../../docs/images/$${pair##*:}.png; \
+		for n in 1 2; do test ! -e inputs/$$case-$$n.png || \
+			cp inputs/$$case-$$n.png ../../docs/images/$${pair##*:}-$$n.png; done; done
 
 web: .venv/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python infer_scripts/web_demo.py

@@ -201,7 +201,14 @@ def fill(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
 
 
 def to_official(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The way back: an official state dict from our parts (the inverse of `fill`), on the CPU."""
+    """The way back: an official state dict from our parts (the inverse of `fill`).
+
+    Args:
+        parts: every part that `pieces` asks for, by its name in a checkpoint folder.
+
+    Returns tensors by official name, on the CPU, of the parts' dtypes and the official shapes; the computed tables
+    (positions float, position ids int64) are added. Raises KeyError for a part that is not given.
+    """
     state: dict[str, Tensor] = {}
     for piece in pieces(parts):
         tensor = parts[piece.part].state_dict()[piece.key].cpu()

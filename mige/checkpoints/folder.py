@@ -4,18 +4,21 @@ The libraries only warn about a missing weight and fill it with random numbers, 
 vocabulary: here both are errors.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SchedulerMixin
 from torch import nn
-from transformers import AutoTokenizer, Blip2QFormerModel, Blip2VisionModel, T5EncoderModel
+from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from mige.checkpoints.errors import CheckpointError
-from mige.checkpoints.weight_files import files_to_read, has_variant, header, mismatches, read_json
-from mige.diffusion.solver import DPMSolver2M
+from mige.checkpoints.weight_files import SUFFIXES, files_to_read, has_variant, header, mismatches, read_json
+from mige.diffusion.few_step import FewStepSolver
+from mige.diffusion.solver import DPMSolver2M, why_not
 from mige.models.fusion import MIGEFusion
 
 CLASSES: dict[str, type[nn.Module]] = {
@@ -27,10 +30,16 @@ CLASSES: dict[str, type[nn.Module]] = {
     "vae": AutoencoderKL,
 }
 OTHERS = ("tokenizer", "scheduler")
-_OWN = {"MIGEFusion": ("mige.models.fusion", "mige.fusion"), "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler")}
+_OWN = {
+    "MIGEFusion": ("mige.models.fusion", "mige.fusion"),
+    "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler"),
+    "FewStepSolver": ("mige.diffusion.few_step",),
+}
 """Our classes in model_index.json: where they live, and where version 0.1.0 had them."""
+_SCHEDULERS = {"DPMSolver2M": DPMSolver2M, "FewStepSolver": FewStepSolver}
 
-_PROBE = "follow the instruction to edit the image: a cat in the jungle"
+_PROBE = "follow the instruction to edit the image: a cat in the jungle and a photo of two dogs at night"
+"""Plain English, of which every model reads every word."""
 
 
 def verify(folder: Path, variant: str | None = None) -> None:
@@ -49,10 +58,12 @@ def verify(folder: Path, variant: str | None = None) -> None:
     if not index.is_file():
         raise CheckpointError(f"{folder}: not a checkpoint folder, it has no model_index.json (convert official files "
                               "with tools/convert_checkpoint.py)")  # fmt: skip
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise CheckpointError(f"{folder}: variant is {variant!r}, expected a word such as 'fp16', or None")
     listed = read_json(index)
     faults = [f"{name}: missing from {index.name} or from the folder" for name in (*CLASSES, *OTHERS)
               if name not in listed or not (folder / name).is_dir()]  # fmt: skip
-    faults += _index_faults(listed)
+    faults += _index_faults(listed) + _stray_faults(folder)
     with_variant = [
         name for name, cls in CLASSES.items() if variant and has_variant(folder / name, _stem(cls), variant)
     ]
@@ -63,7 +74,7 @@ def verify(folder: Path, variant: str | None = None) -> None:
             own = variant if name in with_variant else None
             faults += [f"{name}: {fault}" for fault in _part_faults(cls, folder / name, own)]
     if (folder / "tokenizer").is_dir():
-        faults += [f"tokenizer: {fault}" for fault in _tokenizer_faults(folder)]
+        faults += [f"tokenizer: {fault}" for fault in _tokenizer_faults(folder, listed.get("tokenizer"))]
     if (folder / "scheduler").is_dir():
         faults += [f"scheduler: {fault}" for fault in _scheduler_faults(folder / "scheduler", listed.get("scheduler"))]
     if faults:
@@ -96,6 +107,17 @@ def _index_faults(listed: dict[str, Any]) -> list[str]:
     return faults
 
 
+def _stray_faults(folder: Path) -> list[str]:
+    """Weight files where no part would read them: beside the parts, in folders that are none, below a part's own."""
+    faults = []
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).parts
+        beside_weights = len(place) == 2 and place[0] in CLASSES  # `files_to_read` judges these
+        if path.suffix in SUFFIXES and not beside_weights and not any(name.startswith(".") for name in place):
+            faults.append(f"{'/'.join(place)}: a weight file that nothing reads: remove it")
+    return faults
+
+
 def _part_faults(cls: type[nn.Module], folder: Path, variant: str | None) -> list[str]:
     if not (folder / "config.json").is_file():
         return ["expected config.json"]
@@ -106,14 +128,31 @@ def _part_faults(cls: type[nn.Module], folder: Path, variant: str | None) -> lis
         part = _build(cls, config)
     except CheckpointError as error:
         return [f"damaged: {error}"]
-    named = config.get("_class_name", cls.__name__), *(config.get("architectures") or [])
-    faults += [f"config.json is of {other}, expected {cls.__name__}" for other in named if other != cls.__name__]
+    faults += _config_faults(cls, config)
     if not files:
         return sorted(faults)
     tensors = dict(part.named_parameters()) | dict(part.named_buffers())  # a tied tensor by its first name
     saved = part.state_dict(keep_vars=True)
     expected = {key: tensor for key, tensor in tensors.items() if key in saved}
     return sorted([*faults, *mismatches(found, expected, saved.keys() - expected.keys())])
+
+
+def _config_faults(cls: type[nn.Module], config: dict) -> list[str]:
+    """What config.json says of the class, the kind of model or its storage that is not so."""
+    architectures = config.get("architectures") or []
+    named = [config.get("_class_name", cls.__name__)]
+    named += architectures if isinstance(architectures, list) else [architectures]
+    faults = [f"config.json is of {other}, expected {cls.__name__}" for other in named if other != cls.__name__]
+    kind = getattr(getattr(cls, "config_class", None), "model_type", None)
+    if kind is not None and config.get("model_type", kind) != kind:
+        faults.append(f"config.json is of a {config['model_type']!r} model, expected {kind!r}")
+    if "quantization_config" in config:
+        faults.append("config.json has a quantization_config, but only plain weights are read: save it unquantised")
+    for name in ("timestep_dtype", "vision_dtype") if cls is MIGEFusion else ():
+        dtype = getattr(torch, str(config.get(name, "float32")), None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            faults.append(f"config.json has {name} {config[name]!r}, expected a float dtype such as 'float32'")
+    return faults
 
 
 def _build(cls: type[nn.Module], config: dict) -> nn.Module:
@@ -126,27 +165,37 @@ def _build(cls: type[nn.Module], config: dict) -> nn.Module:
         raise CheckpointError(f"config.json: {cls.__name__} refuses it: {error}") from error
 
 
-def _tokenizer_faults(folder: Path) -> list[str]:
-    """A tokenizer that loads, knows words, and whose ids the text encoder has."""
+def _tokenizer_faults(folder: Path, listed: Any) -> list[str]:
+    """A tokenizer of a class of transformers that loads, knows words, and whose ids the text encoder has."""
     path = folder / "tokenizer"
+    if not (isinstance(listed, list) and len(listed) == 2):
+        return []  # told of model_index.json
+    cls = getattr(transformers, str(listed[1]), None)
+    if listed[0] != "transformers" or not (isinstance(cls, type) and issubclass(cls, PreTrainedTokenizerBase)):
+        return [f"model_index.json says {listed}, expected a tokenizer of transformers, such as 'T5Tokenizer'"]
     if not any((path / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         return ["expected tokenizer.json or spiece.model: without them every prompt becomes unknown tokens"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = cls.from_pretrained(path)  # the very class that the pipeline will open
         ids = tokenizer(_PROBE, add_special_tokens=False).input_ids
     except Exception as error:  # transformers and tokenizers raise anything
         return [f"cannot be loaded: {error}"]
     faults = []
     unknown = sum(token == tokenizer.unk_token_id for token in ids)
-    if not ids or 2 * unknown > len(ids):
+    if unknown or not ids:
         faults.append(f"{unknown} of {len(ids)} tokens of {_PROBE!r} are unknown: its vocabulary is not T5's")
     for name in ("eos_token_id", "pad_token_id", "unk_token_id"):
         if getattr(tokenizer, name) is None:
             faults.append(f"it has no {name}")
     try:
-        size = read_json(folder / "text_encoder" / "config.json").get("vocab_size")
+        config = read_json(folder / "text_encoder" / "config.json")
     except CheckpointError:
         return faults  # told of the text encoder
+    size = config.get("vocab_size")
+    for name in ("eos_token_id", "pad_token_id"):
+        own, wanted = getattr(tokenizer, name), config.get(name)
+        if None not in (own, wanted) and own != wanted:
+            faults.append(f"its {name} is {own}, the text encoder's is {wanted}")
     if isinstance(size, int) and len(tokenizer) > size:
         faults.append(f"{len(tokenizer)} tokens, but the text encoder has embeddings of {size}")
     return faults
@@ -161,7 +210,7 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
     if not (isinstance(listed, list) and len(listed) == 2):
         return []  # told of model_index.json
     library, name = listed
-    cls = DPMSolver2M if name == "DPMSolver2M" else getattr(diffusers, str(name), None)
+    cls = _SCHEDULERS.get(name) or getattr(diffusers, str(name), None)
     libraries = _OWN.get(name, ("diffusers",))
     if library not in libraries or not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         return [f"model_index.json says {listed}, expected a scheduler of diffusers or {_OWN['DPMSolver2M'][0]}"]
@@ -171,8 +220,15 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
         scheduler = cls.from_config(config)
     except Exception as error:  # diffusers raises anything
         return [f"scheduler_config.json: {name} refuses it: {error}"]
-    kind, betas = scheduler.config.get("prediction_type", "epsilon"), getattr(scheduler, "betas", None)
-    faults = [] if kind == "epsilon" else [f"it expects {kind} predictions, the model predicts epsilon"]
-    if betas is not None and not bool(((betas > 0) & (betas < 1)).all()):
-        faults.append(f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1")
-    return faults
+    if reason := why_not(scheduler):
+        return [reason]
+    betas = getattr(scheduler, "betas", None)
+    if betas is None:
+        return []
+    if len(betas) < 2:
+        return [f"its num_train_timesteps is {len(betas)}, expected at least 2"]
+    if not bool(((betas > 0) & (betas < 1)).all()):
+        return [f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1"]
+    if float(betas[-1]) < float(betas[0]):
+        return [f"its betas fall from {float(betas[0]):g} to {float(betas[-1]):g}, expected that noise grows"]
+    return []

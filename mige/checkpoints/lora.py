@@ -2,19 +2,21 @@
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mige.checkpoints.errors import CheckpointError
-from mige.checkpoints.weight_files import read_json
+from mige.checkpoints.weight_files import files_to_read, read_json
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
 _ADAPTER = "default"
@@ -27,7 +29,10 @@ _FOREIGN = {
     "unet.": "diffusers', of a U-Net",
     "text_encoder.": "diffusers', of a text encoder",
     "diffusion_model.": "ComfyUI's",
+    "lycoris_": "LyCORIS'",
+    "transformer_blocks.": "without a prefix, or diffusers' of before PEFT",
 }
+_BASE_KEYS = ("pos_embed.proj.weight", "proj_out.weight")
 
 
 def add_lora(transformer: PixArtTransformer2DModel, rank: int) -> None:
@@ -50,10 +55,29 @@ def save_lora(transformer: PixArtTransformer2DModel, folder: Path) -> None:
 
 def fingerprint(transformer: PixArtTransformer2DModel) -> str:
     """A digest of the DiT's weights in and out, as bfloat16: the same in whatever precision they were loaded."""
+    return _digest([transformer.get_parameter(key) for key in _BASE_KEYS])
+
+
+def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
-    for layer in (transformer.pos_embed.proj, transformer.proj_out):
-        digest.update(layer.weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_lora(model: Path, path: Path) -> None:
+    """Raise what `merge_lora` would raise for a (verified) model folder, before its weights are loaded."""
+    part = model / "transformer"
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel.from_config(read_json(part / "config.json"))
+    file, state, metadata = _open(path)
+    if "base" in metadata:
+        tensors = {}
+        for weights in files_to_read(part, "diffusion_pytorch_model", None)[0]:
+            with safe_open(weights, framework="pt") as stored:
+                tensors |= {key: stored.get_tensor(key) for key in stored.keys() if key in _BASE_KEYS}  # noqa: SIM118
+        _check_base(file, metadata, _digest([tensors[key] for key in _BASE_KEYS]))
+    _fit(transformer, file, state, metadata)
 
 
 def merge_lora(transformer: PixArtTransformer2DModel, path: Path) -> PixArtTransformer2DModel:
@@ -66,29 +90,59 @@ def merge_lora(transformer: PixArtTransformer2DModel, path: Path) -> PixArtTrans
     Raises CheckpointError if nothing of the kind lies there, a file is damaged, the layout is another program's, or
     the adapters and the model do not match: a key too many, a module without its adapter, sizes, the base.
     """
-    file = _find(path)
-    state, metadata = _read(file)
-    if "base" in metadata and metadata["base"] != fingerprint(transformer):
+    file, state, metadata = _open(path)
+    if "base" in metadata:
+        _check_base(file, metadata, fingerprint(transformer))
+    model, own = _fit(transformer, file, state, metadata)
+    set_peft_model_state_dict(model, own, adapter_name=_ADAPTER)
+    return model.merge_and_unload()
+
+
+def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    file = _find(Path(path))
+    return file, *_read(file)
+
+
+def _check_base(file: Path, metadata: dict[str, str], digest: str) -> None:
+    if metadata["base"] != digest:
         raise CheckpointError(f"{file}: trained on another base model; load the one it was trained on")
+
+
+def _fit(
+    transformer: PixArtTransformer2DModel, file: Path, state: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The model with the places for these adapters, and their tensors by PEFT's names, compared with each other."""
     config = _peft_config(file.parent) if file.name == _PEFT else _diffusers_config(file, state, metadata)
     state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
     _check_modules(file, state, transformer)
     try:
         model = get_peft_model(transformer, config, adapter_name=_ADAPTER)
         wanted = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
-        own = {f"{_PREFIXES[_PEFT]}{key}": value for key, value in state.items()}
-        _compare(file, own, wanted)
-        set_peft_model_state_dict(model, own, adapter_name=_ADAPTER)
-        return model.merge_and_unload()
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except Exception as error:  # PEFT raises anything, KeyError for one
         raise CheckpointError(f"{file}: these adapters do not fit the model: {error}") from error
+    own = {f"{_PREFIXES[_PEFT]}{key}": value for key, value in state.items()}
+    _compare(file, own, wanted)
+    _check_config(file, config, model)
+    return model, own
+
+
+def _check_config(file: Path, config: LoraConfig, model: PeftModel) -> None:
+    """Every target that the config names has adapters, and none is multiplied by nothing."""
+    scales = {name.removeprefix("base_model.model."): module.scaling[_ADAPTER]
+              for name, module in model.named_modules() if _ADAPTER in getattr(module, "scaling", {})}  # fmt: skip
+    for target in config.target_modules if not isinstance(config.target_modules, str) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in scales):
+            raise CheckpointError(f"{file}: its config names the target {target!r}, but the model has no such layer")
+    for name, scale in scales.items():
+        if not (math.isfinite(scale) and scale > 0):
+            raise CheckpointError(f"{file}: alpha / rank of {name} is {scale}, expected a number above 0")
 
 
 def _find(path: Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
+    if (path / _PEFT).is_file() and (path / _DIFFUSERS).is_file():
+        raise CheckpointError(f"{path}: holds both {_PEFT} and {_DIFFUSERS}; remove one, or name the file")
     if (path / _PEFT).is_file() and (path / "adapter_config.json").is_file():
         return path / _PEFT
     if (path / _DIFFUSERS).is_file():
@@ -108,6 +162,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{file}: damaged or cut off: {error}; copy it again") from error
     if not state:
         raise CheckpointError(f"{file}: holds no tensor, so it would change nothing")
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{file}: {key} is stored as {value.dtype}, expected a float dtype")
+        if not bool(value.float().isfinite().all()):
+            raise CheckpointError(f"{file}: {key} has values that are not finite; train or copy it again")
+        if key.endswith(".alpha") and value.numel() != 1:
+            raise CheckpointError(f"{file}: {key} has the shape {list(value.shape)}, expected one number")
     prefix = next((p for p in _PREFIXES.values() if all(key.startswith(p) for key in state)), None)
     if prefix is None:
         key = next(key for key in state if not key.startswith(tuple(_PREFIXES.values())))
@@ -133,21 +194,25 @@ def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, 
     ranks = {k.removesuffix(".lora_A.weight"): v.shape[0] for k, v in state.items() if k.endswith(".lora_A.weight")}
     alphas = {k.removesuffix(".alpha"): float(v) for k, v in state.items() if k.endswith(".alpha")}
     if not ranks:
-        raise CheckpointError(f"{file}: no key ends in .lora_A.weight, so it holds no LoRA adapters")
+        raise CheckpointError(f"{file}: no key ends in .lora_A.weight ({next(iter(state))} is another layout, such as "
+                              "diffusers' of before PEFT); expected PEFT's or diffusers' of today")  # fmt: skip
     told = {}
     if "lora_adapter_metadata" in metadata:
         try:
             given = json.loads(metadata["lora_adapter_metadata"])
             told = {key.removeprefix("transformer."): value for key, value in given.items()}
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: its metadata is not JSON: {error}") from error
+            own = dict(told.get("alpha_pattern") or {})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: its metadata is not a JSON object of a LoRA config: {error}") from error
+        alphas = {m: own[key] for m in ranks if (key := get_pattern_key(own, m)) in own} | alphas
     pattern = {module: alphas.get(module, told.get("lora_alpha", rank)) for module, rank in ranks.items()}
     return LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(pattern.values())),
         rank_pattern=ranks,
         alpha_pattern=pattern,
-        target_modules=sorted(ranks),
+        target_modules=told.get("target_modules") or sorted(ranks),
+        exclude_modules=told.get("exclude_modules"),
         use_rslora=bool(told.get("use_rslora", False)),
     )
 

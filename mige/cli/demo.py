@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{dtype} weights; the fresh case has --seed {args.seed}")
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    for folder in ("images", "inputs"):
+        (args.output / folder).mkdir(parents=True, exist_ok=True)
     cards = [answer(pipeline, one, args) for one in tqdm(chosen(args.seed), unit="picture")]
     rows = [{"id": c.one.id, "prompt": c.one.case.prompt, "scores": c.scores, "seconds": c.remark} for c in cards]
     write_text(args.output / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -60,17 +60,9 @@ class Diffusion:
         return self.at("sqrt_abar", t_B) * x0_BCHW + self.at("sqrt_one_minus_abar", t_B) * noise_BCHW
 
     def weight(self, t_B: Tensor, gamma: float | None = None, power: float = 0.0) -> Tensor:
-        """Weights of the samples' losses by their signal-to-noise ratio, float32 [B]; 1 by the defaults.
-
-        min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss,
-        times max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise
-        decides, namely what is drawn and where. At power 1 the error of the picture counts there.
-        """
+        """`snr_weight` at integer times [B], float32 [B]."""
         abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
-        snr = abar / (1 - abar)
-        little_noise = 1.0 if gamma is None else (gamma / snr).clamp(max=1)
-        much_noise = (snr**-power).clamp(min=1)
-        return (little_noise * much_noise).float()
+        return snr_weight(abar / (1 - abar), gamma, power)
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:
         """Hybrid loss of the network's output [B, 2C, h, w] (noise estimate, variance interpolation v). [iDDPM] eq. 16.
@@ -94,14 +86,36 @@ class Diffusion:
         return per_dimension.mean(dim=(1, 2, 3)) / math.log(2)
 
 
+def snr_weight(snr_B: Tensor, gamma: float | None = None, power: float = 0.0) -> Tensor:
+    """Weights of losses by the signal-to-noise ratio of their samples, float32 [B]; 1 by the defaults.
+
+    min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss, times
+    max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise decides,
+    namely what is drawn and where. At power 1 the error of the picture counts there.
+    """
+    little_noise = torch.ones_like(snr_B) if gamma is None else (gamma / snr_B).clamp(max=1)
+    much_noise = (snr_B**-power).clamp(min=1)
+    return (little_noise * much_noise).float()
+
+
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N(mean1, exp log_var1) || N(mean2, exp log_var2)) in nats, elementwise."""
+    """KL(N(mean1, exp log_var1) || N(mean2, exp log_var2)) in nats, elementwise ([DDPM] eq. 5, each of its terms).
+
+    All four are float tensors of shapes that broadcast; log_var is the natural logarithm of a variance. Returns a
+    tensor of the broadcast shape, at least 0 but for rounding.
+    """
     spread = torch.exp(log_var1 - log_var2) + (mean1 - mean2).square() * torch.exp(-log_var2)
     return 0.5 * (-1 + log_var2 - log_var1 + spread)
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log probability in nats of the bin of width 2/255 around x under a normal; the outermost bins are open.
+    """log probability in nats of the bin of width 2/255 around x under a normal, elementwise ([DDPM] eq. 13).
+
+    Args:
+        x: float, values in [-1, 1]; the outermost bins (beyond +-0.999) are open.
+        mean, log_std: of the normal, float, of shapes that broadcast with x; log_std is the natural logarithm.
+
+    Returns a tensor of the broadcast shape, between log 1e-12 and 0.
 
     The normal's cdf is taken by its tanh approximation and logarithms are clamped at 1e-12, as in training.
     """

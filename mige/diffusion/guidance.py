@@ -38,7 +38,15 @@ def branches(task: Task, guidance: float, source_guidance: float) -> list[Branch
 
 
 def stack(condition: Condition, chosen: list[Branch], null_LC: Tensor) -> Condition:
-    """The condition of every branch, one batch after the other: batch size B -> len(chosen) * B."""
+    """The condition of every branch, one batch after the other.
+
+    Args:
+        condition: of B samples: context float [B, L, C], mask int [B, L] or None, source float [B, 4, h, w].
+        chosen: from `branches`, at least one.
+        null_LC: the learnt context of a dropped text, float [max tokens, C], in the context's dtype, on its device.
+
+    Returns a condition of len(chosen) * B samples, branch by branch, as `combine` takes their estimates apart.
+    """
     return Condition.stack([condition.drop(null_LC, text=b.drop_text, source=b.drop_source) for b in chosen])
 
 

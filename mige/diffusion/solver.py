@@ -106,7 +106,17 @@ class DPMSolver2M(SchedulerMixin, ConfigMixin):
         self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
 
     def sample(self, denoise: Denoise, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
-        """`dpm_solver_pp_2m` from `noise` in `steps` steps."""
+        """Sample on this scheduler's own noise schedule (arXiv 2211.01095, algorithm 2).
+
+        Args:
+            denoise: the (guided) noise estimate of x, float [B, C, h, w], at a model time in 0..num_train_timesteps-1.
+            noise: standard normal, float32 [B, C, h, w]; the schedule is put on its device.
+            steps: network calls, at least 1.
+            on_step: called after every step; an exception of it stops sampling.
+
+        Returns the final latents, float32 [B, C, h, w], scaled as the VAE's latents are for the DiT.
+        Raises ValueError if steps < 1.
+        """
         return dpm_solver_pp_2m(denoise, noise, time_grid(steps, self.betas, noise.device), on_step)
 
 
@@ -123,9 +133,8 @@ def run_scheduler(
 
     `generators`, one a sample, feed the stochastic ones. Raises ValueError for another prediction type or steps < 1.
     """
-    wanted = scheduler.config.get("prediction_type")
-    if wanted != "epsilon":
-        raise ValueError(f"MIGE predicts epsilon, {type(scheduler).__name__} expects {wanted}")
+    if reason := why_not(scheduler):
+        raise ValueError(reason)
     _require_steps(steps)
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in accepted else {}
@@ -138,6 +147,24 @@ def run_scheduler(
         if on_step is not None:
             on_step(i, x, getattr(result, "pred_original_sample", x))
     return x
+
+
+def why_not(scheduler: SchedulerMixin) -> str | None:
+    """Why `run_scheduler` cannot sample with it; None if it can: a diffusion of epsilon, stepped by (eps, t, x)."""
+    name, wanted = type(scheduler).__name__, scheduler.config.get("prediction_type")
+    if wanted != "epsilon":
+        return f"MIGE predicts epsilon, {name} expects {wanted}"
+    if isinstance(scheduler, DPMSolver2M):
+        return None
+    lacks = [part for part in ("set_timesteps", "scale_model_input", "step", "init_noise_sigma")
+             if not hasattr(scheduler, part)]  # fmt: skip
+    if lacks:
+        return f"{name} has no {lacks[0]}: expected a diffusion scheduler, such as EulerDiscreteScheduler"
+    required = [p.name for p in inspect.signature(scheduler.step).parameters.values()
+                if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip
+    if len(required) > 3:
+        return f"{name}.step also asks for {', '.join(required[3:])}: expected one stepped by estimate, time and sample"
+    return None
 
 
 def _require_steps(steps: int) -> None:

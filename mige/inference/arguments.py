@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mige.diffusion.solver import why_not
 from mige.inference.samples import Sample, make_sample
 from mige.utils.images import as_image, image_key
 
@@ -36,6 +37,16 @@ def number(name: str, value: Any, *, whole: bool = False, least: float | None = 
 def optional(name: str, value: Any, **how: Any) -> int | float | None:
     """The same, or None."""
     return None if value is None else number(name, value, **how)
+
+
+def check_run(scheduler: Any, on_step: Any, reuse: int, compiled: bool) -> None:
+    """Raise ValueError for a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled."""
+    if reason := why_not(scheduler):
+        raise ValueError(reason)
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step is {on_step!r}, expected a function of (step, latent, estimate), or None")
+    if reuse > 1 and not compiled:
+        raise ValueError(f"reuse must be 1, or more with compile=True, got {reuse}")
 
 
 def seeds_of(seed: Any, prompts: int) -> list[int]:

@@ -2,9 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mige.checkpoints.errors import CheckpointError
 
@@ -18,11 +20,26 @@ LOADING = ("device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "
 
 def check_options(given: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
     """Raise TypeError for an option that would be dropped: neither the hub's, nor diffusers', nor a part."""
+    if given.get("use_safetensors", True) not in (True, None):
+        raise TypeError("use_safetensors is False, but MIGE reads *.safetensors files only; leave it out")
+    if absent := [name for name in parts if name in given and given[name] is None]:
+        raise TypeError(f"{absent[0]} is None, but a MIGE model needs it; give the part, or leave it out")
     known = {*HUB, *LOADING, *parts}
     if unknown := sorted(given.keys() - known):
         close = difflib.get_close_matches(unknown[0], known, 1)
         meant = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
         raise TypeError(f"from_pretrained() got the unknown option(s) {', '.join(unknown)}{meant}")
+
+
+def check_dtype(dtype: Any, parts: Iterable[str]) -> None:
+    """Raise TypeError for what diffusers would take as float32 in silence: no float dtype, a part that is none."""
+    by_part = dtype if isinstance(dtype, Mapping) else {None: dtype}
+    for name, value in by_part.items():
+        if name not in (None, "default", *parts):
+            raise TypeError(f"dtype names {name!r}, expected 'default' or one of {', '.join(sorted(parts))}")
+        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+            place = "dtype" if name is None else f"dtype[{name!r}]"
+            raise TypeError(f"{place} is {value!r}, expected a float dtype such as torch.bfloat16")
 
 
 def locate(path: str | Path, download: Callable[..., str], **hub: Any) -> Path:

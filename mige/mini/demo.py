@@ -42,6 +42,8 @@ def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
     """Generate one picture, save it and measure it."""
     drawn = draw(Scenes.stack([one.case.target, *one.case.references]))
     pictures, number = images.to_pil(drawn)[1:], one.case.source
+    for n, picture in enumerate(pictures, start=1):
+        images.save_image(picture, args.output / "inputs" / f"{one.id}-{n}.png")
     started = time.perf_counter()
     made = pipeline(
         one.case.prompt,

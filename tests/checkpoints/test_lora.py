@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mige.checkpoints.errors import CheckpointError
-from mige.checkpoints.lora import add_lora, merge_lora, save_lora
+from mige.checkpoints.lora import add_lora, check_lora, merge_lora, save_lora
+from mige.cli import infer
 from mige.inference.pipeline import MIGEPipeline
 
 PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -136,3 +137,100 @@ def test_a_folder_without_adapters_is_said(base, tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert "it holds notes.txt" in refused(base, tmp_path)
     assert "no such folder" in refused(base, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda value: value.to(torch.int8), "is stored as torch.int8, expected a float dtype"),
+        (lambda value: value * float("nan"), "has values that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_adapters_are_refused(base, adapter, change, said):
+    state = load_file(adapter / PEFT)
+    key = next(iter(state))
+    save_file(state | {key: change(state[key])}, adapter / PEFT)
+    assert f"{adapter / PEFT}: {key} {said}" in refused(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "nowhere"]}, "names the target 'nowhere'"),
+        ({"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "proj_out"]}, "missing base_model.model.proj_out"),
+        ({"target_modules": None}, "these adapters do not fit the model"),
+        ({"lora_alpha": 0}, "expected a number above 0"),
+        ({"lora_alpha": -4}, "expected a number above 0"),
+    ],
+)
+def test_a_config_that_says_another_thing_is_refused(base, adapter, changes, said):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert said in refused(base, adapter)
+
+
+def test_diffusers_metadata_is_read_whole(base, adapter, tmp_path):
+    """An alpha of one module, and targets that have no keys."""
+    file, key = as_diffusers(adapter, tmp_path / "other", None, False) / DIFFUSERS, "transformer_blocks.0.attn1.to_q"
+    state = load_file(file)
+    told = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {key: 12}}
+    save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(told)})
+    got, want = merge_lora(copy.deepcopy(base), file), merge_lora(copy.deepcopy(base), adapter)
+    for name, factor in ((key, 3), ("transformer_blocks.0.attn1.to_k", 1)):
+        a, b, before = (model.get_submodule(name).weight for model in (got, want, base))
+        torch.testing.assert_close(a - before, factor * (b - before), atol=1e-6, rtol=1e-4)
+    told["transformer.target_modules"] = ["to_q", "to_k", "to_v", "to_out.0"]
+    some = {name: value for name, value in state.items() if "blocks.0" in name}
+    save_file(some, file, metadata={"lora_adapter_metadata": json.dumps(told)})
+    assert "missing base_model.model.transformer_blocks.1" in refused(base, file)
+
+
+@pytest.mark.parametrize(
+    "rename, said",
+    [
+        (lambda key: key.removeprefix("transformer."), "without a prefix, or diffusers' of before PEFT"),
+        (lambda key: key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"), "no key ends in .lora_A.weight"),
+        (lambda key: f"lycoris_{key}", "LyCORIS'"),
+    ],
+)
+def test_older_layouts_are_refused_by_name(base, adapter, tmp_path, rename, said):
+    file = as_diffusers(adapter, tmp_path / "other", None, False) / DIFFUSERS
+    save_file({rename(key): value for key, value in load_file(file).items()}, file)
+    assert said in refused(base, file)
+
+
+def test_an_alpha_is_one_number(base, adapter, tmp_path):
+    file = as_diffusers(adapter, tmp_path / "other", 2, True) / DIFFUSERS
+    state = load_file(file)
+    key = next(name for name in state if name.endswith(".alpha"))
+    save_file(state | {key: torch.ones(2)}, file)
+    assert f"{key.removeprefix('transformer.')} has the shape [2], expected one number" in refused(base, file)
+
+
+def test_two_layouts_in_one_folder_are_refused(base, adapter, tmp_path):
+    other = as_diffusers(adapter, tmp_path / "other", None, False)
+    (other / DIFFUSERS).rename(adapter / DIFFUSERS)
+    assert f"holds both {PEFT} and {DIFFUSERS}" in refused(base, adapter)
+    merge_lora(copy.deepcopy(base), str(adapter / DIFFUSERS))  # named, and as text
+
+
+@pytest.mark.parametrize("fault", ["layout", "base"])
+def test_the_script_refuses_adapters_before_weights_load(lively, base, adapter, tmp_path, monkeypatch, fault):
+    if fault == "layout":
+        save_file({"lora_unet_a.lora_down.weight": torch.ones(4, 4)}, adapter / PEFT)
+    else:
+        save_file(load_file(adapter / PEFT), adapter / PEFT, metadata={"format": "pt", "base": "0" * 64})
+    monkeypatch.setattr(MIGEPipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    case = ["--prompt", "a cat", "--device", "cpu", "--lora", str(adapter), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as by_script:
+        infer.main(["--model", str(lively), *case])
+    assert refused(base, adapter) in str(by_script.value.code)
+
+
+def test_the_script_adds_good_adapters(lively, base, adapter, tmp_path):
+    args = infer.parse(["--model", str(lively), "--prompt", "a cat", "--output", str(tmp_path / "out"), "--device",
+                        "cpu", "--lora", str(adapter)])  # fmt: skip
+    args.dtype = "float32"
+    check_lora(lively, adapter)
+    got, want = infer.load(args, lively, "cpu").transformer, merge_lora(copy.deepcopy(base), adapter)
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))

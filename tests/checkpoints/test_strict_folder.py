@@ -179,3 +179,91 @@ def test_a_folder_of_version_0_1_0_loads(folder, lively):
     assert all(torch.equal(a, b) for a, b in zip(old.fusion.parameters(), new.fusion.parameters(), strict=True))
     listed = json.loads((lively / "model_index.json").read_text())
     assert listed["fusion"][0] == "mige.models.fusion" and listed["scheduler"][0] == "mige.diffusion.solver"
+
+
+def test_a_vocabulary_of_another_language_is_refused(folder):
+    """The words are read by another class: most become unknown."""
+    edit(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    edit(folder / "model_index.json", tokenizer=["transformers", "AutoTokenizer"])
+    assert "expected a tokenizer of transformers" in refused(folder)
+    edit(folder / "model_index.json", tokenizer=["transformers", "T5Tokenizer"])
+    data = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    data["model"]["vocab"] = [[f"x{n}" if n > 2 else piece, score] for n, (piece, score) in
+                              enumerate(data["model"]["vocab"])]  # fmt: skip
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(data))
+    assert "its vocabulary is not T5's" in refused(folder)
+
+
+def test_a_vocabulary_that_lacks_a_word_and_its_letters_is_refused(folder):
+    """One plain word unknown is enough: the task's own prefix would be read with a hole."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    data["model"]["vocab"] = [[f"?{n}", score] if "j" in piece else [piece, score] for n, (piece, score) in
+                              enumerate(vocabulary)]  # fmt: skip
+    path.write_text(json.dumps(data))
+    message = refused(folder)
+    assert "tokenizer: " in message and "are unknown: its vocabulary is not T5's" in message
+
+
+def test_a_tokenizer_without_its_special_tokens_is_refused(folder):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    edit(path, eos_token="<nope>")
+    assert "the text encoder's is 1" in refused(folder)
+    path.unlink()
+    edit(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    assert "tokenizer: it has no eos_token_id" in refused(folder)
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "tokenizer/model.bin", "vae/old/x.safetensors", "ema/a.ckpt"])
+def test_weight_files_where_nothing_reads_are_errors(folder, place):
+    (folder / place).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / place)
+    assert f"{place}: a weight file that nothing reads" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "part, changes, said",
+    [
+        ("text_encoder", {"architectures": 5}, "config.json is of 5, expected T5EncoderModel"),
+        ("text_encoder", {"architectures": "BertModel"}, "config.json is of BertModel, expected T5EncoderModel"),
+        ("text_encoder", {"model_type": "bert"}, "config.json is of a 'bert' model, expected 't5'"),
+        ("text_encoder", {"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config"),
+        ("fusion", {"vision_dtype": "int8"}, "vision_dtype 'int8', expected a float dtype"),
+        ("scheduler", {"num_train_timesteps": 0}, "its num_train_timesteps is 0, expected at least 2"),
+        ("scheduler", {"num_train_timesteps": 1}, "its num_train_timesteps is 1, expected at least 2"),
+        ("scheduler", {"beta_start": 0.02, "beta_end": 1e-4}, "its betas fall from 0.02 to 0.0001"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(folder, part, changes, said):
+    edit(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **changes)
+    message = refused(folder)
+    assert f"{part}: " in message and said in message
+
+
+def test_a_scheduler_that_cannot_sample_is_refused(folder):
+    name = "FlowMatchEulerDiscreteScheduler"
+    edit(folder / "model_index.json", scheduler=["diffusers", name])
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+    assert f"scheduler: MIGE predicts epsilon, {name} expects None" in refused(folder)
+
+
+@pytest.mark.parametrize("variant", ["", "../x", 5])
+def test_a_variant_is_a_word(folder, variant):
+    assert f"variant is {variant!r}, expected a word" in refused(folder, variant=variant)
+
+
+@pytest.mark.parametrize("name", ["mige-mini", "ablation-base"])
+def test_the_folders_that_ship_pass(name):
+    """They were saved by version 0.1.0: their model_index.json names mige.fusion and mige.sampler."""
+    folder = ROOT / "output" / "pretrained_models" / name
+    assert json.loads((folder / "model_index.json").read_text())["fusion"][0] == "mige.fusion"
+    verify(folder)
+
+
+def test_a_run_verifies_once(lively, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("mige.checkpoints.folder.verify", lambda *given: (calls.append(given), verify(*given)))
+    case = ["--prompt", "a<imagehere>", "--reference", str(CAT), "--device", "cpu", "--steps", "1"]
+    assert infer.main(["--model", str(lively), *case, "--output", str(tmp_path / "out")]) == 0
+    assert len(calls) == 1

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -172,3 +173,71 @@ def test_options_of_the_call_are_documented():
 def test_whole_numbers(value, plain):
     got = arguments.number("n", value, whole=True)
     assert got == plain and type(got) is int
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"on_step": 3}, "on_step is 3, expected a function"),
+        ({"reuse": 2}, "reuse must be 1, or more with compile=True, got 2"),
+    ],
+)
+def test_how_it_runs_is_checked_before_it_runs(pipe, monkeypatch, changes, said):
+    monkeypatch.setattr(type(pipe), "encode", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=said):
+        pipe("a<imagehere>", [CAT], **ONCE | changes)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("FlowMatchEulerDiscreteScheduler", "has no scale_model_input"),
+        ("RePaintScheduler", "step also asks for original_image, mask"),
+        ("KarrasVeScheduler", "step also asks for"),
+    ],
+)
+def test_a_scheduler_that_cannot_sample_is_named_before_it_runs(pipe, monkeypatch, name, said):
+    monkeypatch.setattr(type(pipe), "encode", lambda *_: pytest.fail("it ran"))
+    config = pipe.scheduler.config
+    monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, name).from_config(config))
+    with pytest.raises(ValueError, match=f"{name}.*{said}"):
+        pipe("a<imagehere>", [CAT], **ONCE)
+
+
+@pytest.mark.parametrize(
+    "dtype, said",
+    [
+        ("float16", "dtype is 'float16', expected a float dtype"),
+        ("auto", "dtype is 'auto'"),
+        (torch.int8, "dtype is torch.int8"),
+        (torch.complex64, "dtype is torch.complex64"),
+        ({"transformer": "bfloat16"}, r"dtype\['transformer'\] is 'bfloat16'"),
+        ({"unet": torch.bfloat16}, "dtype names 'unet', expected 'default' or one of"),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_would_be_dropped_is_refused(lively, dtype, said):
+    with pytest.raises(TypeError, match=said):
+        MIGEPipeline.from_pretrained(lively, torch_dtype=dtype)
+
+
+@pytest.mark.parametrize("options", [{"use_safetensors": False}, {"vae": None}], ids=str)
+def test_an_option_that_leaves_no_model_is_refused(lively, options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is {next(iter(options.values()))}"):
+        MIGEPipeline.from_pretrained(lively, **options)
+
+
+def test_the_hub_itself_is_asked_with_these(tmp_path, monkeypatch):
+    """Through diffusers' own download, to the one call that reaches out."""
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        raise OSError("offline")
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="the hub did not give it: offline"):
+        hub = dict(revision="v2", cache_dir=tmp_path / "c", token="t", local_files_only=True)
+        MIGEPipeline.from_pretrained("someone/mige", **hub)
+    assert asked["name"] == "someone/mige" and hub.items() <= asked.items()
