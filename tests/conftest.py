@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it later: the 
 
 import contextlib
 import io
+import multiprocessing.util
 import runpy
 import shutil
 import signal
@@ -41,6 +42,7 @@ FIRST = ("test_many_processes.py", "test_trainer.py", "test_ablation.py", "test_
 
 def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(processes.watch)
+    multiprocessing.util.spawnv_passfds = processes.spawnv_passfds
     if not hasattr(config, "workerinput"):  # not in xdist's workers
         folder = Path(tempfile.mkdtemp(prefix="mige-tests-"))
         os.environ[RUN] = str(folder)

@@ -213,7 +213,7 @@ def run(arguments: list[str], env: dict[str, str]) -> None:
     np.random.seed()
     torch.set_num_threads(1)
     subprocess._fork_exec = fork_exec
-    os.execve = execve
+    os.execve, multiprocessing.util.spawnv_passfds = execve, spawnv_passfds
     end(call(*command([argument for argument in arguments if argument != "-u"])))
 
 
@@ -296,6 +296,16 @@ def fork_exec(args, executables, close, keep, cwd, env, *others) -> int:
             os.chdir(cwd)
         pairs = os.environ.items() if env is None else (os.fsdecode(pair).split("=", 1) for pair in env)
         run(arguments[1:], dict(pairs))
+
+
+def spawnv_passfds(path, arguments, kept) -> int:
+    """In the place of multiprocessing's, which starts the server that its workers are forked from."""
+    pid = os.fork()
+    if pid == 0:
+        with _fatal():
+            atexit._clear()
+            run([os.fsdecode(argument) for argument in arguments[arguments.index("-c") :]], {**os.environ})
+    return pid
 
 
 _execve = os.execve
