@@ -142,6 +142,8 @@ def official_shapes(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]
 def read_weights(path: Path, *wrappers: str) -> dict[str, Tensor]:
     """The tensors of a .pth / .bin / .safetensors file, memory-mapped, below the given keys of its top dict.
 
+    Any shape and dtype, on the CPU.
+
     Raises CheckpointError for a missing or damaged file, a pickle that carries code, and anything that is no dict of
     tensors.
     """
@@ -166,7 +168,11 @@ def read_weights(path: Path, *wrappers: str) -> dict[str, Tensor]:
 def check_keys(
     state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], origin: str, surplus: str = r"(?!)"
 ) -> list[str]:
-    """Compare a file with what it should hold; `surplus`: a pattern of keys that may be left over, which are returned.
+    """Compare a file with what it should hold.
+
+    Args:
+        state: the file's tensors, any shape and dtype. expected: the shape of every key.
+        origin: what messages call the file. surplus: a pattern of keys that may be left over, which are returned.
 
     Raises CheckpointError naming every missing, unexpected and misshapen key.
     """
@@ -190,6 +196,8 @@ def check_keys(
 def fill(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
     """Put a checked, complete official state dict into the parts, which may be on the meta device.
 
+    Shapes are those that `check_keys` expects; dtypes stay the file's.
+
     Whole tensors stay views of `state` (of the file, if that is mapped); split and joined ones are copies.
     """
     filled: dict[str, dict[str, Tensor]] = {name: {} for name in _RULES}
@@ -207,7 +215,7 @@ def to_official(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         parts: every part that `pieces` asks for, by its name in a checkpoint folder.
 
     Returns tensors by official name, on the CPU, of the parts' dtypes and the official shapes; the computed tables
-    (positions float, position ids int64) are added. Raises KeyError for a part that is not given.
+    (positions float [1, N, C], position ids int64 [1, N]) are added. Raises KeyError for a part that is not given.
     """
     state: dict[str, Tensor] = {}
     for piece in pieces(parts):

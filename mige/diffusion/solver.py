@@ -23,7 +23,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Grid:
-    """The noise schedule at the steps + 1 time points of a run; float32 on purpose, as the released model sampled."""
+    """The noise schedule at the N + 1 time points of a run of N steps, float32 [N + 1]; float32 as released."""
 
     model_time: Tensor
     alpha: Tensor
@@ -131,7 +131,8 @@ def run_scheduler(
 ) -> Tensor:
     """Sample with any diffusers scheduler that predicts epsilon (Euler, DDIM, UniPC, ...) in place of our solver.
 
-    `generators`, one a sample, feed the stochastic ones. Raises ValueError for another prediction type or steps < 1.
+    `noise` float32 [B, C, h, w] -> latents of that shape. `generators`, one a sample, feed the stochastic ones.
+    Raises ValueError for another prediction type or steps < 1.
     """
     if reason := why_not(scheduler):
         raise ValueError(reason)

@@ -30,6 +30,13 @@ def draw_noise(
     batch_size: int | None,
     size: tuple[int, int],
 ) -> Iterator[Drawn]:
+    """The noise of what is left to make, task by task, drawn as if all of `records` were made in order.
+
+    Args:
+        records: of the run. todo: those among them that are not finished.
+        batch_size: images at a time; None: the official one of each task.
+        size: height and width of the output, px.
+    """
     for task in Task:
         every, pending = ([record for record in some if record.task is task] for some in (records, todo))
         yield from _draw(pipeline, settings, every, pending, batch_size or TASKS[task].batch_size, size)

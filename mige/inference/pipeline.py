@@ -167,7 +167,10 @@ class MIGEPipeline(DiffusionPipeline):
         return MIGEModel(self.image_encoder, self.qformer, self.fusion, self.text_encoder, self.transformer)
 
     def with_weights(self, state: Mapping[str, Tensor]) -> "MIGEPipeline":
-        """A pipeline of the same parts that holds a whole `MIGEModel` state dict (gathered, where it was sharded)."""
+        """A pipeline of the same parts that holds a `MIGEModel` state dict: whole tensors of the shapes of its keys.
+
+        What was sharded is gathered before.
+        """
         parts = {}
         for name, prefix in MODEL_PREFIXES.items():
             part = getattr(self, name)

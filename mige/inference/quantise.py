@@ -29,7 +29,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing but the dtype of the products: transformers' T5 asks its layers for it."""
+        """An empty tensor, [0], of the products' dtype: transformers' T5 asks its layers for it."""
         return self.step.new_empty(0)
 
     def widened(self) -> Tensor:
@@ -40,6 +40,7 @@ class QuantisedLinear(nn.Module):
         return (codes * self.step + self.low).flatten(1)[:, : self.columns]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of the weights' steps."""
         return F.linear(x, self.widened(), self.bias)
 
 

@@ -61,6 +61,12 @@ class MultimodalEncoder(nn.Module):
         self.text_encoder = text_encoder
         self.pad_to = 1
 
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of positions that contexts are padded to."""
+        limit = self.fusion.config.max_tokens
+        return [*range(self.pad_to, limit, self.pad_to), limit]
+
     def forward(
         self, instructions: Sequence[Instruction], vision_RCHW: Tensor, patches_RNC: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -76,6 +82,8 @@ class MultimodalEncoder(nn.Module):
         """
         pictures_RQC = self.see(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, pictures_RQC)
+        if not len(vision_RCHW) and self.training and self.fusion.config.num_queries:
+            embeds_BLC = embeds_BLC + self._unseen(patches_RNC)
         embeds_BLC = _in_dtype_of(self.text_encoder, embeds_BLC)
         context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=_additive(mask_BL, embeds_BLC.dtype))
         return context_BLC.last_hidden_state, mask_BL
@@ -89,6 +97,15 @@ class MultimodalEncoder(nn.Module):
         query_RQC = self.fusion.query_tokens.to(vision_RLC).expand(len(vision_RLC), -1, -1)
         tokens_RQC = self.qformer(query_embeds=query_RQC, encoder_hidden_states=vision_RLC).last_hidden_state
         return self.fusion(_in_dtype_of(self.fusion, tokens_RQC), _in_dtype_of(self.fusion, patches_RNC))
+
+    def _unseen(self, patches_RNC: Tensor) -> Tensor:
+        """Zero, from images that are not there: the parts that see have gradients in every batch of every process.
+
+        Where those of one process had none, it would wait for the others in another collective operation than they.
+        """
+        side = self.image_encoder.config.image_size
+        blank = patches_RNC.new_zeros(2, 3, side, side)  # two: kernels for any number are not those for one
+        return 0 * self.see(blank, patches_RNC.new_zeros(2, *patches_RNC.shape[1:])).sum()
 
     def look(self, vision_RCHW: Tensor) -> Tensor:
         """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408].

@@ -91,7 +91,7 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x_MC: Tensor) -> Tensor:
-        """GELU (tanh) of the product; on a GPU in the product's own kernel, before anything is written."""
+        """GELU (tanh) of the product, [M, in] -> [M, out]; on a GPU in the product's own kernel."""
         if x_MC.is_cuda:
             return torch._addmm_activation(self.bias, x_MC, self.weight.t(), use_gelu=True)
         return F.gelu(self(x_MC), approximate="tanh")
@@ -177,7 +177,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Recording:
-    """A captured step: replaying it fills `eps`."""
+    """A captured step: replaying it fills `eps`, [B, 4, h, w]."""
 
     graph: torch.cuda.CUDAGraph
     eps: Tensor
@@ -379,7 +379,14 @@ class FastDenoiser:
 
 @dataclass
 class Sampling:
-    """A `denoise` function over one run's condition and times."""
+    """A `denoise` function over one run's condition and times.
+
+    Attributes:
+        times_S: float32 [S]. modulation_SK6C, end_S2C: of the blocks [S, K, 6, C] and the last layer [S, 2, C] at them.
+        reuse: compute the middle blocks every so many calls. calls: how many there were.
+
+    Called with x [B, 4, h, w] and a time it returns the guided noise estimate of that shape.
+    """
 
     denoiser: FastDenoiser
     step: Step

@@ -134,15 +134,19 @@ class MIGEModel(nn.Module):
             self.encoder.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self, parts: Sequence[str]) -> None:
-        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block, soon compiled."""
+        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block and context width.
+
+        The number of images differs from batch to batch: the blocks that see them are compiled for any number.
+        """
         if not parts:
             return
-        torch._dynamo.config.recompile_limit = 64  # a graph a length of instruction
-        self.encoder.pad_to = 32
+        torch._dynamo.config.recompile_limit = 64  # of one kind of block
+        self.encoder.pad_to = 64
         # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
-        for block in self.blocks(parts):
-            block.compile()
+        for part in parts:
+            for block in self.blocks([part]):
+                block.compile(dynamic=part in ("image_encoder", "qformer"))
 
     def blocks(self, parts: Sequence[str] = PARTS) -> list[nn.Module]:
         """The repeated blocks of these parts."""

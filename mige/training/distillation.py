@@ -53,7 +53,7 @@ class Segments:
 
 
 def cut(points: Sequence[Tensor], solver: DPMSolver2M) -> Segments:
-    """The teacher's way at the N + 1 points of `time_grid(N)`, from the noise to the end -> N segments."""
+    """The teacher's way at the N + 1 points of `time_grid(N)`, noise first, [B, 4, h, w] each -> N segments."""
     steps, first = len(points) - 1, points[0]
     grid = time_grid(steps, solver.betas, first.device)
     targets = [x0_between(points[i], points[i + 1], grid, i) for i in range(steps)]
@@ -126,9 +126,9 @@ class DistillationTrainer(Trainer):
     Its checkpoints hold the student with its `FewStepSolver`: as `model/`, or with LoRA as `lora/`.
     """
 
-    def __init__(self, config: Config, run: Path):
+    def __init__(self, config: Config, run: Path, resume: Path | None = None):
         check(config)
-        super().__init__(config, run)
+        super().__init__(config, run, resume)
         if self.sharding != "none":
             raise ConfigError(f"a student is not sharded by {self.sharding}: launch it on one GPU or with DDP")
 

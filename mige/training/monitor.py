@@ -21,6 +21,7 @@ from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
 from mige.training.metrics import Metrics, StepMetrics
 from mige.training.objective import Judged, Objective
 from mige.training.optimizers import learning_rate
+from mige.training.warm_up import compiled_graphs
 from mige.utils.files import append_json_line
 
 
@@ -50,11 +51,15 @@ class Monitor:
         self.metrics = Metrics(objective.levels)
         self.pending: deque[StepMetrics] = deque()
         self.stop_everywhere, self.norm = False, None
+        self.warm_graphs: int | None = None  # compiled before the first step; None: nothing is compiled
         self.peak = measured_peak_flops(accelerator.device)
         self._work: dict[tuple[int, int], float] = {}
 
     def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
-        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
+        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them.
+
+        `norm`: the gradient's, [], in a micro-batch that ends a step.
+        """
         loss, tasks = judged.loss, batch.task_B.repeat(self.objective.levels)
         stopping = torch.full_like(loss.mse, stop)
         rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
@@ -113,6 +118,8 @@ class Monitor:
             lr=learning_rate(settings, step - 1, self.global_batch_size),
             grad_norm=self.norm,
         )
+        if self.warm_graphs is not None:
+            line["recompiles"] = compiled_graphs() - self.warm_graphs
         if self.peak is not None:
             line |= {"mfu": work / self.peak, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         if self.accelerator.is_main_process:

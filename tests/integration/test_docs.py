@@ -85,6 +85,24 @@ def test_links_lead_somewhere(page):
             assert anchor in names, f"{page.name} links to {link}; there are {sorted(names)}"
 
 
+def test_the_tree_of_the_architecture_is_that_of_the_files():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("## Files")[1].split("```")[1]
+    told, folder = set(), ""
+    for line in tree.splitlines():
+        if name := re.match(r"(\S+/) *", line):
+            folder = name[1]
+        elif name := re.match(r" +(\S+)( |$)", line):
+            told.add(folder + name[1])
+    code = ("mige", "benchmarks", "tools", "infer_scripts", "train_scripts", "configs")
+    there = {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.py")}
+    there |= {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.sh")}
+    mains = {path for path in there if path.startswith("mige/cli/")}  # of the scripts that are named
+    missing = {path for path in there - told - mains if not path.endswith("__init__.py")}
+    assert not missing, f"docs/architecture.md has no line for {sorted(missing)}"
+    gone = {path for path in told if path.startswith(tuple(f"{name}/" for name in code)) and not (ROOT / path).exists()}
+    assert not gone, f"docs/architecture.md names {sorted(gone)}, which are not there"
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
