@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ class Pipe:
     """Makes from a record's noise an image that no other record has; counts."""
 
     _execution_device = torch.device("cpu")
+    scheduler = SimpleNamespace(config={})
 
     def __init__(self):
         self.made = 0
