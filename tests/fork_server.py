@@ -304,6 +304,10 @@ def spawnv_passfds(path, arguments, kept) -> int:
     if pid == 0:
         with _fatal():
             atexit._clear()
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) >= KEPT and int(name) not in kept:
+                    with contextlib.suppress(OSError):  # that of the listing itself
+                        os.close(int(name))
             run([os.fsdecode(argument) for argument in arguments[arguments.index("-c") :]], {**os.environ})
     return pid
 
