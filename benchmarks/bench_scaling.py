@@ -40,6 +40,7 @@ class Mode:
 MODES = {
     "one": Mode(True, None, 16),
     "lora": Mode(True, None, 48, ("train.trainable=lora",), steps=60),
+    "lora_kept": Mode(True, None, 24, ("train.trainable=lora", "train.gradient_checkpointing=[]"), steps=60),
     "default": Mode(False, None, 16),
     "fsdp2_float32": Mode(False, "fsdp2", 16, ("train.precision=mixed",)),
     "fsdp2": Mode(False, "fsdp2", 16),

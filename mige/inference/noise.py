@@ -30,12 +30,13 @@ def draw_noise(
     batch_size: int | None,
     size: tuple[int, int],
 ) -> Iterator[Drawn]:
-    """The noise of what is left to make, task by task, drawn as if all of `records` were made in order.
+    """The records of `todo` in chunks of one task, task by task, each record with its noise.
 
     Args:
-        records: of the run. todo: those among them that are not finished.
-        batch_size: images at a time; None: the official one of each task.
-        size: height and width of the output, px.
+        records: of the whole run: the official noise is drawn for them all, whatever is finished.
+        todo: those that have no image yet.
+        batch_size: records of a chunk; None: the official one of each task.
+        size: height and width of the images, px.
     """
     for task in Task:
         every, pending = ([record for record in some if record.task is task] for some in (records, todo))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mige.config import Config
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
+from mige.models.vae import downscale
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
@@ -65,7 +65,7 @@ class Monitor:
         rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         queries = self.pipeline.fusion.config.num_queries
-        work = sum(self._flops(one.length(queries), one.pictures) for one in batch.instructions)
+        work = sum(self._flops(one.length(queries), one.num_images) for one in batch.instructions)
         self.pending.append(StepMetrics(step, micro, everyone, norm, work))
 
     def flush(self, all_but: int = 0) -> None:
@@ -114,7 +114,7 @@ class Monitor:
         line = self.metrics.pop_means(
             step=step,
             samples=step * self.global_batch_size,
-            epoch=step * self.global_batch_size / len(self.dataset),
+            epoch=self.dataset.epochs(step * self.global_batch_size),
             lr=learning_rate(settings, step - 1, self.global_batch_size),
             grad_norm=self.norm,
         )
@@ -129,7 +129,7 @@ class Monitor:
     def _flops(self, context: int, images: int) -> float:
         """Useful FLOPs of one sample of this process."""
         if (context, images) not in self._work:
-            side = self.config.data.size // latents.downscale(self.pipeline.vae)
+            side = self.config.data.size // downscale(self.pipeline.vae)
             tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
             forward = forward_flops(self.model, tokens, context, images)
             frozen = self.objective.frozen_passes * forward["transformer"]

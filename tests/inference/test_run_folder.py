@@ -22,6 +22,7 @@ from mige.data.records import Record
 from mige.inference import run as inference
 from mige.inference.run import RunError, Settings
 from mige.tasks import Task
+from mige.utils.images import to_pil
 
 SETTINGS = Settings(model="tiny", dtype="float32", steps=2)
 CAT = Path(__file__).parents[2] / "example_data" / "images" / "cat.jpg"
@@ -51,10 +52,7 @@ class Pipe:
 
     def run(self, samples, noise, **_):
         self.made += len(samples)
-        return torch.stack(noise)
-
-    def decode(self, latents):
-        return latents
+        return to_pil(torch.stack(noise))
 
 
 def record(name="a", prompt="a<imagehere>", path=CAT, where="x.jsonl, record 1"):
@@ -343,11 +341,11 @@ def test_paths_are_compared_as_files(tmp_path, monkeypatch):
         for path in more:
             assert run(tmp_path / "run", [record(path=Path(path))]) == (0, "")
     for path in (images / "other.jpg", CAT):
-        with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+        with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
             run(tmp_path / "run", [record(path=path)])
     (work / "images").mkdir()  # the same spelling, another file
     shutil.copy(CAT, work / "images" / "cat.jpg")
-    with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+    with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
         run(tmp_path / "run", [record(path=Path("images/cat.jpg"))])
 
 

@@ -203,6 +203,7 @@ def test_a_value_a_library_refuses_is_named(override):
         ("data.drop_text=1.5", "data.drop_text is 1.5, expected 0 to 1"),
         ("data.workers=-1", "data.workers is -1, expected at least 0"),
         ("data.sets=train.jsonl", "data.sets is 'train.jsonl', expected a list"),
+        ('data.sets=[dict(file="a.jsonl")]', 'expected a list of plain values; a dict is written {"file": "a.jsonl"}'),
         ("data.sets=['train.jsonl']", "data.sets[0] is 'train.jsonl', expected a dict"),
         ("data.sets=[{'file': 'a', 'weight': '1'}]", "data.sets[0].weight is '1', expected a number"),
         ("data.world={'add': 0} data.sets=[]", "data.world.add is 0, expected a number above 0"),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mige.data.latent_store.store import DTYPES, FeatureStore, FileFacts, Meta, PartWriter, StoreError, absolute
 from mige.data.records import Finding, Record
-from mige.models import vae as latents
+from mige.models.vae import encode
 from mige.utils import images
 from mige.utils.images import BadImageError
 
@@ -121,7 +121,7 @@ def _encode(vae: AutoencoderKL, batch: Sequence[_Picture], batch_size: int, meta
     for place, picture in zip(pixels[: len(batch)], batch, strict=True):
         place.copy_(picture.pixels)
     try:
-        moments = [latents.encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
+        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
     except torch.OutOfMemoryError as error:
         raise StoreError(f"out of memory with {batch_size} pictures at a time: give a smaller batch size") from error
     rows = torch.cat([torch.stack([m.mean, m.std], dim=1) for m in moments])[: len(batch)].float().cpu().numpy()

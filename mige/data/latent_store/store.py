@@ -28,8 +28,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from mige.models import vae as latents
-from mige.models.vae import Moments
+from mige.models.vae import Moments, downscale
 from mige.utils.errors import UserError
 
 VERSION = 1
@@ -150,7 +149,7 @@ class Meta:
 
 def _make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
     height, width = (size, size) if isinstance(size, int) else size
-    cell = latents.downscale(vae)
+    cell = downscale(vae)
     if min(height, width) < cell or height % cell or width % cell:
         raise StoreError(f"pictures of {height} x {width} pixels, expected multiples of {cell}; give another size")
     shape = (vae.config.latent_channels, height // cell, width // cell)
