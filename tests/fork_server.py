@@ -304,7 +304,7 @@ def spawnv_passfds(path, arguments, kept) -> int:
     if pid == 0:
         with _fatal():
             atexit._clear()
-            for name in os.listdir("/proc/self/fd"):
+            for name in [path.name for path in Path("/proc/self/fd").iterdir()]:
                 if int(name) >= KEPT and int(name) not in kept:
                     with contextlib.suppress(OSError):  # that of the listing itself
                         os.close(int(name))
