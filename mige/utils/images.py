@@ -130,10 +130,9 @@ def _from_pil(image: Image.Image, ignore_profiles: bool, max_pixels: int) -> Ima
 
 def _upright_rgb(name: Path | str, image: Image.Image, ignore_profiles: bool) -> Image.Image:
     """A new image; `image` stays as it is. Turned last, when it takes least memory, and in one step."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
     image.load()
-    # Only now are the tags complete: some formats keep them behind the pixels.
-    orientation = image.getexif().get(ExifTags.Base.Orientation, orientation)
+    # Asked only now: PNG may keep its tags behind the pixels, and Pillow turns a TIFF itself and drops the tag.
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
     rgb = to_rgb(name, image, ignore_profiles)
     if orientation in range(2, 9):
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
