@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mige.data.latent_store.store import DTYPES, FeatureStore, FileFacts, Meta, PartWriter, StoreError, absolute
+from mige.data.latent_store.entries import FileFacts
+from mige.data.latent_store.errors import StoreError
+from mige.data.latent_store.meta import DTYPES, Meta
+from mige.data.latent_store.part import PartWriter
+from mige.data.latent_store.store import FeatureStore
 from mige.data.records import Finding, Record
 from mige.models import vae as latents
 from mige.utils import images
+from mige.utils.files import absolute
 from mige.utils.images import BadImageError
 
 _AT_ONCE = 8  # pictures through the VAE: fixed, as a network's last bits depend on the shape of its input
