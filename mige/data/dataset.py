@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from mige.data.crops import Crop, training_crops
 from mige.data.records import Record
 from mige.models.instruction import Instruction, tokenize, training_text
 from mige.models.vae import Moments, encode, scale
@@ -28,8 +29,8 @@ from mige.utils import images
 class Features(Protocol):
     """A store of pre-extracted moments."""
 
-    def read(self, paths: Sequence) -> Moments:
-        """Moments [len(paths), 4, h, w] of the pictures at these paths."""
+    def read(self, crops: Sequence[Crop]) -> Moments:
+        """Moments [len(crops), 4, h, w] of images, cropped so."""
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,10 @@ class JointDataset(Dataset):
 
     def __getitem__(self, counter: int) -> TrainingSample:
         record = self.record(counter)
-        paths = [record.target, *record.references]
+        crops = training_crops(record)
         chance = draw_chance(
             sample_generator(self.seed, counter),
-            len(paths),
+            len(crops),
             self.latent_shape,
             self.dropout,
             self.noise_levels,
@@ -260,9 +261,10 @@ class JointDataset(Dataset):
         pictures = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
         pixels = moments = None
         if self.features is not None:
-            moments = self.features.read(paths)
+            moments = self.features.read(crops)
         else:
-            pixels = torch.stack([self._pixels(pictures.get(path) or images.open_image(path)) for path in paths])
+            opened = {record.target: pictures.get(record.target) or images.open_image(record.target)} | pictures
+            pixels = torch.stack([self._pixels(opened[path], opened[like or path].size) for path, like in crops])
         return TrainingSample(
             record.id,
             record.task,
@@ -274,8 +276,8 @@ class JointDataset(Dataset):
             **chance,
         )
 
-    def _pixels(self, picture: images.Image.Image) -> Tensor:
-        return images.to_pixels(images.center_crop(picture, self.size, self.size))
+    def _pixels(self, picture: images.Image.Image, like: tuple[int, int]) -> Tensor:
+        return images.to_pixels(images.center_crop(picture, self.size, self.size, like=like))
 
 
 def draw_chance(

@@ -10,9 +10,11 @@ from diffusers import AutoencoderKL
 
 from mige.data.latent_store.errors import StoreError
 from mige.models import vae as latents
+from mige.utils.files import read_json_object
 
-VERSION = 1
-FIT = "center_crop"  # training crops every picture so: targets, sources and references
+VERSION = 2
+OUTDATED = {1: "it holds sources cropped by their own shape instead of their target's"}
+FIT = "center_crop"  # training crops every image so; a source like its target (see data/crops.py)
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
@@ -44,7 +46,7 @@ def make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
     height, width = (size, size) if isinstance(size, int) else size
     cell = latents.downscale(vae)
     if min(height, width) < cell or height % cell or width % cell:
-        raise StoreError(f"pictures of {height} x {width} pixels, expected multiples of {cell}; give another size")
+        raise StoreError(f"images of {height} x {width} pixels, expected multiples of {cell}; give another size")
     shape = (vae.config.latent_channels, height // cell, width // cell)
     return Meta(VERSION, height, width, FIT, fingerprint(vae), shape, "float32", "")
 
@@ -52,15 +54,22 @@ def make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
 def read_meta(folder: Path) -> Meta:
     path = folder / "meta.json"
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json_object(path)
         if values["version"] != VERSION:
-            raise StoreError(f"{path}: version {values['version']}, expected {VERSION}; extract again")
+            why = f" ({OUTDATED[values['version']]})" if values["version"] in OUTDATED else ""
+            raise StoreError(
+                f"{path}: version {values['version']}, expected {VERSION}{why}; "
+                "run tools/extract_features.py on the same records again, with another --output"
+            )
         meta = Meta(**values | {"shape": tuple(values["shape"])})
-        if meta.dtype not in DTYPES or meta.row_bytes <= 0:
-            raise ValueError(f"dtype {meta.dtype!r}, shape {meta.shape}")
+        sides = (meta.height, meta.width, *meta.shape)
+        if [type(side) for side in sides] != [int] * 5 or min(sides) < 1:
+            raise ValueError(f"height {meta.height!r}, width {meta.width!r}, shape {meta.shape!r}")
+        if meta.dtype not in DTYPES or not isinstance(meta.root, str):
+            raise ValueError(f"dtype {meta.dtype!r}, root {meta.root!r}")
+    except StoreError:
+        raise
     except (TypeError, KeyError, ValueError) as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{path}: damaged ({error!r}); restore it or extract again into another folder") from error
     return meta
 

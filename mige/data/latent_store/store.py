@@ -1,4 +1,4 @@
-"""The store of pre-extracted VAE moments, so that training need not encode the same pictures at every step.
+"""The store of pre-extracted VAE moments, so that training need not encode the same images at every step.
 
 A store is a folder of one `meta.json` (what decides the moments: size, fit, VAE) and any number of parts. A part is
 written by one process in one go and has two files: `<name>.rows`, the moments one after the other, and `<name>.index`,
@@ -6,17 +6,17 @@ an entry a row in the same order. Nobody writes into another's part, so no locks
 machines may be copied into one folder. An entry is written after its row has reached the disk, and counts only if both
 are whole: what a kill cut off is extracted again.
 
-The official layout (`NpyFolder`: a .npy file a picture) is read through the same two methods, `read` and `missing`.
+The official layout (`NpyFolder`: a .npy file an image) is read through the same two methods, `read` and `missing`.
 
-Letters: B pictures, C latent channels (4); moments are [B, C, h, w].
+Letters: B images, C latent channels (4); moments are [B, C, h, w].
 """
 
 import hashlib
 import json
 import os
 import secrets
-import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from mige.data.latent_store.entries import ENTRY, PLACED, is_unchanged, newest
+from mige.data.crops import Crop, as_crops
+from mige.data.latent_store.entries import ENTRY, PLACED, checksum, is_unchanged, newest
 from mige.data.latent_store.errors import StoreError
 from mige.data.latent_store.meta import DTYPES, Meta, fingerprint, make_meta, read_meta, require_equal
 from mige.data.latent_store.npy_folder import NpyFolder
 from mige.models.vae import Moments
 from mige.utils.files import absolute
+from mige.utils.pixels import covering
 
 __all__ = ["DTYPES", "ENTRY", "FeatureStore", "NpyFolder", "StoreError", "create_store", "fingerprint", "open_store"]
 
@@ -41,8 +43,8 @@ def open_store(
 
     Args:
         vae: the one that training uses; it must be the one that made the store (a .npy folder cannot tell).
-        size: of training's pictures in pixels, a side or (height, width).
-        root: the folder that paths are taken relative to, if the pictures have moved since they were extracted.
+        size: of training's images in pixels, a side or (height, width).
+        root: the folder that paths are taken relative to, if the images have moved since they were extracted.
 
     Raises StoreError if there is no store, if it is damaged, and if it was made with another VAE, size or fit.
     """
@@ -52,7 +54,7 @@ def open_store(
         require_equal(folder, meta, replace(expected, dtype=meta.dtype))
         return FeatureStore(folder, meta, root)
     if next(folder.glob("*.npy"), None):
-        return NpyFolder(folder, expected.shape)
+        return NpyFolder(folder, expected.shape, (expected.height, expected.width))
     raise StoreError(f"{folder}: no meta.json and no .npy file, so no store; make one with tools/extract_features.py")
 
 
@@ -81,10 +83,11 @@ def create_store(
 
 
 class FeatureStore:
-    """Moments by the path of their picture. Holds no open file, so it may be forked and pickled.
+    """Moments by the path of their image and by its crop. Holds no open file, so it may be forked and pickled.
 
-    A picture is known by its path relative to the root (`root`, by default the one in meta.json), compared as text:
-    links are not followed and the disk is not touched. What is added after opening is not seen.
+    An image is known by its path relative to the root (`root`, by default the one in meta.json), compared as text:
+    links are not followed and the disk is not touched. Cropped like another image, it has a row of its own, known by
+    its path and by the shape that both are scaled to. What is added after opening is not seen.
 
     Raises StoreError if the root in meta.json is no folder any more and none is given.
     """
@@ -92,7 +95,7 @@ class FeatureStore:
     def __init__(self, folder: Path, meta: Meta, root: Path | None = None):
         if root is None and not Path(meta.root).is_dir():
             raise StoreError(
-                f"{folder}: its pictures lay below {meta.root}, which is gone; if they moved, "
+                f"{folder}: its images lay below {meta.root}, which is gone; if they moved, "
                 'open the store with their new root or write it to "root" in meta.json'
             )
         self.folder, self.meta = folder, meta
@@ -102,7 +105,7 @@ class FeatureStore:
         self._keys = np.ascontiguousarray(self._entries["key"])  # searchsorted would copy a field at every call
 
     def __len__(self) -> int:
-        """How many pictures it holds."""
+        """How many rows it holds, one an image and crop."""
         return len(self._keys)
 
     @property
@@ -110,38 +113,55 @@ class FeatureStore:
         """Of all files, replaced and half-written rows included."""
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
-    def read(self, paths: Sequence[Path]) -> Moments:
-        """The moments of these pictures, float32 [B, C, h, w], in the order given.
+    def read(self, images: Sequence[Path | Crop]) -> Moments:
+        """The moments of these images, float32 [B, C, h, w], in the order given.
 
-        Raises StoreError naming the picture if one is not there or its row is damaged, OSError if reading fails.
+        Raises StoreError naming the image if one is not there or its row is damaged, OSError if reading fails.
         """
-        found = self._find(paths)
+        crops = as_crops(images)
+        found = self._find(crops)
         if (found < 0).any():
-            absent = [path for path, at in zip(paths, found, strict=True) if at < 0]
+            absent = [crop for crop, at in zip(crops, found, strict=True) if at < 0]
             raise StoreError(
-                f"{self.folder} lacks {len(absent)} of {len(paths)} pictures, the first {absent[0]} "
-                f"({self._relative(absent[0])!r} from the root {self.root}): run tools/extract_features.py on the "
-                "same records again, or give the root that the pictures moved to"
+                f"{self.folder} lacks {len(absent)} of {len(crops)} images, the first {absent[0]} "
+                f"({self._relative(absent[0].path)!r} from the root {self.root}): run tools/extract_features.py on the "
+                "same records again, or give the root that the images moved to"
             )
-        rows = np.empty((len(paths), *self.meta.row), DTYPES[self.meta.dtype])
-        for path, entry, row in zip(paths, self._entries[found], rows, strict=True):
-            self._read_row(path, entry, row)
+        rows = np.empty((len(crops), *self.meta.row), DTYPES[self.meta.dtype])
+        for crop, entry, row in zip(crops, self._entries[found], rows, strict=True):
+            self._read_row(crop.path, entry, row)
         return Moments(*torch.from_numpy(rows).float().unbind(1))
 
-    def missing(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of the pictures that are not in the store; touches no file."""
-        paths = list(paths)
-        return [path for path, at in zip(paths, self._find(paths), strict=True) if at < 0]
+    def missing(self, images: Iterable[Path | Crop]) -> list[Path | Crop]:
+        """Those of the images that are not in the store, so cropped; touches no file."""
+        images = list(images)
+        return [image for image, at in zip(images, self._find(as_crops(images)), strict=True) if at < 0]
 
-    def changed(self, paths: Iterable[Path]) -> list[Path]:
+    def changed(self, images: Iterable[Path | Crop]) -> list[Path | Crop]:
         """Those in the store whose file is gone or holds something else than when it was extracted.
 
-        Asks the disk for every picture's size and time, and reads the content only where the time alone differs (the
-        data was copied).
+        Asks the disk for every image's size and time, in threads, and reads the content only where the time alone
+        differs (the data was copied).
         """
-        paths = list(paths)
-        there = [(path, self._entries[at]) for path, at in zip(paths, self._find(paths), strict=True) if at >= 0]
-        return [path for path, entry in there if not is_unchanged(path, entry)]
+        images = list(images)
+        found = self._find(as_crops(images))
+        there = [(image, self._entries[at]) for image, at in zip(images, found, strict=True) if at >= 0]
+        paths = [image.path if isinstance(image, Crop) else image for image, _ in there]
+        with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many at once
+            same = list(pool.map(is_unchanged, paths, [entry for _, entry in there], chunksize=256))
+        return [image for (image, _), kept in zip(there, same, strict=True) if not kept]
+
+    def image_sizes(self, paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+        """Width and height, px, of those of the images that are in the store, cropped by their own shape."""
+        found = zip(paths, self._search([self.key(path) for path in paths]), strict=True)
+        return {path: self._size_of(self._entries[at]) for path, at in found if at >= 0}
+
+    def key(self, path: Path, like: tuple[int, int] | None = None) -> bytes:
+        """The 16 bytes that stand for an image and its crop in the index; two of them share them by chance once in
+        10^25 stores of five million. like: width and height of the image that it is cropped like."""
+        # Keyed by the shape that both are scaled to: images of several sizes and one ratio share a row.
+        crop = b"" if like is None else b"\0%d x %d" % covering(like, self.meta.height, self.meta.width)
+        return hashlib.blake2b(os.fsencode(self._relative(path)) + crop, digest_size=16).digest()
 
     def _read_row(self, path: Path, entry: np.void, row: np.ndarray) -> None:
         # Not memory-mapped: from a cold disk that is 12 times slower (a fault a few pages), and an I/O error kills.
@@ -149,24 +169,34 @@ class FeatureStore:
         with file.open("rb") as rows:
             rows.seek(int(entry["row"]) * row.nbytes)
             got = rows.readinto(row)
-        if got != row.nbytes or zlib.crc32(row) != entry["crc"]:
+        if got != row.nbytes or checksum(entry, row) != entry["crc"]:
             raise StoreError(
-                f"{file}, row {entry['row']}, of picture {path}: damaged; delete this file and its .index, then run "
+                f"{file}, row {entry['row']}, of image {path}: damaged; delete this file and its .index, then run "
                 "tools/extract_features.py again"
             )
 
-    def _find(self, paths: Sequence[Path]) -> np.ndarray:
-        """Positions in the sorted index, int64 [B]; -1 for a picture that is not there."""
-        keys = np.array([self.key(path) for path in paths], self._keys.dtype)
-        if not len(self._keys):
-            return np.full(len(keys), -1)
-        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, at, -1)
+    def _find(self, crops: Sequence[Crop]) -> np.ndarray:
+        """Positions in the sorted index, int64 [B]; -1 for an image that is not there."""
+        sizes = self.image_sizes(list({crop.like for crop in crops if crop.like is not None}))
+        known = np.array([like is None or like in sizes for _, like in crops], bool)
+        return np.where(known, self._search([self.key(path, sizes.get(like)) for path, like in crops]), -1)
 
-    def key(self, path: Path) -> bytes:
-        """The 16 bytes that stand for a picture in the index; two pictures share them by chance once in 10^25 stores
-        of five million."""
-        return hashlib.blake2b(os.fsencode(self._relative(path)), digest_size=16).digest()
+    def _search(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Where keys are in the sorted index, int64 [len(keys)], or -1."""
+        wanted = np.array(keys, self._keys.dtype)
+        if not len(self._keys):
+            return np.full(len(wanted), -1)
+        at = np.searchsorted(self._keys, wanted).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[at] == wanted, at, -1)
+
+    def _size_of(self, entry: np.void) -> tuple[int, int]:
+        size = int(entry["width"]), int(entry["height"])
+        if min(size) < 1:
+            raise StoreError(
+                f"{self._parts[entry['part']]}, entry {entry['row']}: damaged (an image of {size[0]} x {size[1]}); "
+                "delete this file and its .rows, then run tools/extract_features.py again"
+            )
+        return size
 
     def _relative(self, path: Path) -> str:
         whole, prefix = absolute(path), self.root.rstrip("/") + "/"
