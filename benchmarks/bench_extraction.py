@@ -1,21 +1,21 @@
-"""Speed of feature extraction: pictures/s from JPEG files into the store, and through the VAE alone.
+"""Speed of feature extraction: images/s from JPEG files into the store, and through the VAE alone.
 
     python benchmarks/bench_extraction.py                                             # one GPU; needs no weights
-    python benchmarks/bench_extraction.py --config configs/tiny.py --pictures 32      # tries it on a CPU
+    python benchmarks/bench_extraction.py --config configs/tiny.py --images 32      # tries it on a CPU
 
-The VAE has the released size and random weights, in float32 as `tools/extract_features.py` runs it. The pictures are
+The VAE has the released size and random weights, in float32 as `tools/extract_features.py` runs it. The images are
 the example photographs at 768 px, each a file of its own.
 """
 
 import argparse
 import itertools
-import json
 import os
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from harness import ROOT, Machine, Report, parser
 from PIL import Image
 
 from mige import config
@@ -24,10 +24,10 @@ from mige.data.latent_store.store import create_store
 from mige.models import vae as latents
 from mige.models.build import build_parts
 
-ROOT = Path(__file__).parent.parent
+AT_ONCE = 8  # images that extraction gives to the VAE at once
 
 
-def write_pictures(folder: Path, many: int) -> list[Path]:
+def write_images(folder: Path, many: int) -> list[Path]:
     """Photographs of 768 px on the shorter side, in turn."""
     photos = []
     for path in sorted((ROOT / "example_data" / "images").glob("*.jpg")):
@@ -40,35 +40,34 @@ def write_pictures(folder: Path, many: int) -> list[Path]:
     return paths
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
+    made.add_argument("--images", type=int, default=1000)
+    made.add_argument("--batch", type=int, default=32, help="images at a time (%(default)s)")
+    made.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 2) - 2), help="(%(default)s)")
+    return made.parse_args(argv)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 2) - 2), help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parse()
+    machine = Machine(args.device)
     torch.manual_seed(0)
     sizes = config.load(args.config)
     vae = build_parts(sizes.model, device=args.device, only=("vae",))["vae"]
     side = sizes.data.size
-    pixels = torch.rand(8, 3, side, side, device=args.device) * 2 - 1  # as many as extraction takes at once
-    latents.encode(vae, pixels).mean.cpu()
-    started, rounds = time.perf_counter(), 5
-    for _ in range(rounds):
-        moments = latents.encode(vae, pixels)
-    moments.mean.cpu()  # waits for the device
-    alone = 8 * rounds / (time.perf_counter() - started)
+    pixels = torch.rand(AT_ONCE, 3, side, side, device=args.device) * 2 - 1
+    alone = AT_ONCE / machine.median_seconds(lambda: latents.encode(vae, pixels), repeats=5)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = {path: "benchmark" for path in write_pictures(Path(folder), args.pictures)}
+        images = {path: "benchmark" for path in write_images(Path(folder), args.images)}
         store = create_store(Path(folder) / "store", vae=vae, size=side, root=Path(folder))
-        started = time.perf_counter()
-        failed = extract(store, vae, pictures, batch_size=args.batch, workers=args.workers)
-        seconds = time.perf_counter() - started
+        failed = []
+        seconds = machine.seconds(
+            lambda: failed.extend(extract(store, vae, images, batch_size=args.batch, workers=args.workers))
+        )
     assert not failed, failed
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    row = {"device": name, "cpu_cores": os.cpu_count(), "workers": args.workers, "side": side}
-    print(json.dumps(row | {"vae_alone_per_s": round(alone, 1), "from_files_per_s": round(args.pictures / seconds, 1)}))
+    report = Report(machine, args.output, workers=args.workers, side=side)
+    report.add({"vae_alone_per_s": round(alone, 1), "from_files_per_s": round(args.images / seconds, 1)})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""The store of moments: bytes a picture, rates of writing and reading, a large index, what float16 does to the loss.
+"""The store of moments: bytes an image, rates of writing and reading, a large index, what float16 does to the loss.
 
     python benchmarks/bench_features.py --folder output/bench    # needs no weights; a CPU is enough
 
-Rows are those of 512 px pictures; the VAE in front of them is a tiny one, so the rate of writing is no VAE's.
+Rows are those of 512 px images; the VAE in front of them is a tiny one, so the rate of writing is no VAE's.
 """
 
 import argparse
-import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import ROOT, Machine, Report, parser
 from PIL import Image
 
 from mige import config
@@ -22,23 +23,18 @@ from mige.data.latent_store.store import ENTRY, FeatureStore, create_store, open
 from mige.diffusion.gaussian import Diffusion
 from mige.models.build import build_parts
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
+CONFIG = ROOT / "configs" / "tiny.py"
+CPU = Machine("cpu")
 SIZE = 512
 
 
-def draw_pictures(folder: Path, count: int) -> list[Path]:
+def draw_images(folder: Path, count: int) -> list[Path]:
     """Small JPEGs of noise."""
     folder.mkdir(parents=True)
     rng, paths = np.random.default_rng(0), [folder / f"{number:06d}.jpg" for number in range(count)]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     return paths
-
-
-def seconds(act, *args) -> float:
-    started = time.perf_counter()
-    act(*args)
-    return time.perf_counter() - started
 
 
 def forget_pages(store: FeatureStore) -> None:
@@ -54,25 +50,25 @@ def resident_bytes() -> int:
 
 
 def measure_store(folder: Path, vae, paths: list[Path], dtype: str) -> dict:
-    """Write a store of these pictures, then read each once in random order, one at a time and 16 at a time."""
+    """Write a store of these images, then read each once in random order, one at a time and 16 at a time."""
     store = create_store(folder, vae=vae, size=SIZE, root=folder.parent, dtype=dtype)
-    written = seconds(extract, store, vae, dict.fromkeys(paths, "benchmark"))
+    written = CPU.seconds(lambda: extract(store, vae, dict.fromkeys(paths, "benchmark")))
     store = open_store(folder, vae=vae, size=SIZE)
     order = [paths[at] for at in np.random.default_rng(1).permutation(len(paths))]
-    result = {"dtype": dtype, "pictures": len(store), "bytes_a_picture": round(store.bytes_on_disk / len(store), 1)}
+    result = {"dtype": dtype, "images": len(store), "bytes_an_image": round(store.bytes_on_disk / len(store), 1)}
     result["written_a_second"] = round(len(paths) / written, 1)
     for batch in (1, 16):
         chunks = [order[first : first + batch] for first in range(0, len(order), batch)]
         for state in ("cold", "warm"):
             if state == "cold":
                 forget_pages(store)
-            took = seconds(lambda chunks=chunks: [store.read(chunk) for chunk in chunks])
+            took = CPU.seconds(lambda chunks=chunks: [store.read(chunk) for chunk in chunks])
             result[f"read_a_second_{state}_batch_{batch}"] = round(len(paths) / took)
     return result
 
 
 def measure_index(folder: Path, vae, count: int) -> dict:
-    """Open a store of `count` entries (random ones, over a sparse file of rows) and look pictures up."""
+    """Open a store of `count` entries (random ones, over a sparse file of rows) and look images up."""
     store = create_store(folder, vae=vae, size=SIZE, root=folder.parent)
     (folder / "a.index").write_bytes(np.random.default_rng(0).bytes(count * ENTRY.itemsize))
     with (folder / "a.rows").open("wb") as file:
@@ -82,19 +78,19 @@ def measure_index(folder: Path, vae, count: int) -> dict:
     store = open_store(folder, vae=vae, size=SIZE)
     opened = time.perf_counter() - started
     held = resident_bytes() - before
-    paths = [folder / f"{number}.jpg" for number in range(100_000)]
+    paths = [folder / f"{number}.jpg" for number in range(min(count, 100_000))]
     return {"entries": len(store), "seconds_to_open": round(opened, 2), "memory_bytes_an_entry": round(held / count),
-            "lookups_a_second": round(len(paths) / seconds(store.missing, paths))}  # fmt: skip
+            "lookups_a_second": round(len(paths) / CPU.seconds(lambda: store.missing(paths)))}  # fmt: skip
 
 
-def measure_loss(sizes, pictures: int = 16) -> dict:
+def measure_loss(sizes, images: int = 16) -> dict:
     """Relative change of the hybrid loss from rounding the moments; means of size 5.5, std e^-9 to e^-4."""
     torch.manual_seed(0)
     transformer = build_parts(sizes, only=["transformer"])["transformer"]
-    shape = (pictures, 4, sizes.transformer["sample_size"], sizes.transformer["sample_size"])
+    shape = (images, 4, sizes.transformer["sample_size"], sizes.transformer["sample_size"])
     mean, std = 5.5 * torch.randn(shape), torch.empty(shape).uniform_(-9, -4).exp()
     posterior, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(1000, shape[:1])
-    context = torch.randn(pictures, 8, sizes.transformer["caption_channels"])
+    context = torch.randn(images, 8, sizes.transformer["caption_channels"])
     diffusion = Diffusion()
 
     @torch.inference_mode()
@@ -110,20 +106,25 @@ def measure_loss(sizes, pictures: int = 16) -> dict:
             for dtype in (torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.set_defaults(device="cpu")
+    made.add_argument("--folder", type=Path, required=True, help="a new folder, removed at the end")
+    made.add_argument("--images", type=int, default=500)
+    made.add_argument("--entries", type=int, default=5_000_000, help="of the large index")
+    return made.parse_args(argv)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="a new folder, removed at the end")
-    parser.add_argument("--pictures", type=int, default=500)
-    parser.add_argument("--entries", type=int, default=5_000_000, help="of the large index")
-    args = parser.parse_args()
-    sizes = config.load(CONFIG).model
+    args = parse()
+    report, sizes = Report(CPU, args.output), config.load(CONFIG).model
     vae = build_parts(sizes, only=["vae"])["vae"]
-    paths = draw_pictures(args.folder / "pictures", args.pictures)
+    paths = draw_images(args.folder / "images", args.images)
     try:
         for dtype in ("float32", "float16"):
-            print(json.dumps(measure_store(args.folder / dtype, vae, paths, dtype)), flush=True)
-        print(json.dumps(measure_index(args.folder / "index", vae, args.entries)), flush=True)
-        print(json.dumps(measure_loss(sizes)))
+            report.add(measure_store(args.folder / dtype, vae, paths, dtype))
+        report.add(measure_index(args.folder / "index", vae, args.entries))
+        report.add(measure_loss(sizes))
     finally:
         shutil.rmtree(args.folder)
 

@@ -2,20 +2,20 @@
 
     python benchmarks/bench_kernels.py --batch 2 16 50       # samples of all branches together
 
-Sizes of the full model at 512 px in bfloat16, 64 context positions. Milliseconds by the GPU's clock; a kernel that
-refuses the shape says so. `mige/denoiser.py` names the fastest first.
+Sizes of the full model at 512 px in bfloat16, 64 context positions. Medians by the GPU's clock; a kernel that
+refuses the shape says so. `mige/models/fast_dit.py` names the fastest first.
 
-A context with padding needs "cross attention, mask", or wider heads as `mige/denoiser.py` has them: then the gain is
+A context with padding needs "cross attention, mask", or wider heads as that file has them: then the gain is
 that of "cross attention, wide heads" less what "wide q" and "wide out" take more than two of "q". TFLOP/s of wide heads
 count what the narrow ones need.
 """
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from harness import Machine, Report, parser
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,19 +24,6 @@ from mige.models.fast_dit import Linear, add_modulate, widened
 HEADS, HEAD_SIZE, TOKENS, CONTEXT = 16, 72, 1024, 64
 WIDTH, WIDE = HEADS * HEAD_SIZE, HEADS * widened(HEAD_SIZE)
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-
-
-def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """Of one call, the mean of many after a warm-up."""
-    for _ in range(3):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
 
 
 def random(*size: int) -> Tensor:
@@ -89,19 +76,28 @@ def products(batch: int) -> list[dict]:
 
 def measure(what: str, how: str, work: Callable[[], object], flops: int) -> dict:
     try:
-        ms = milliseconds(work)
+        ms = Machine("cuda").median_ms(work)
     except RuntimeError as error:
         return {"what": what, "how": how, "refused": str(error).splitlines()[0]}
     return {"what": what, "how": how, "ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--batch", type=int, nargs="+", default=[2, 16, 50])
+    args = made.parse_args(argv)
+    if args.device == "cpu":
+        made.error("the kernels are a GPU's; --device is cpu")
+    return args
+
+
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[2, 16, 50])
-    for batch in parser.parse_args().batch:
+    args = parse()
+    report = Report(Machine(args.device), args.output)
+    for batch in args.batch:
         for line in attention(batch) + products(batch):
-            print(json.dumps({"batch": batch, **line}), flush=True)
+            report.add({"batch": batch, **line})
 
 
 if __name__ == "__main__":

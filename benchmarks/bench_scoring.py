@@ -1,19 +1,20 @@
-"""Speed of scoring: pictures/s through each backbone at full size, from files and from pixels in memory.
+"""Speed of scoring: images/s through each backbone at full size, from files and from pixels in memory.
 
-python benchmarks/bench_scoring.py                      # random weights, pictures drawn by the script
-python benchmarks/bench_scoring.py --pictures 2000 --batch 128
+    python benchmarks/bench_scoring.py                      # random weights, images drawn by the script
+    python benchmarks/bench_scoring.py --images 2000 --batch 128
+
+In float32.
 """
 
 import argparse
-import json
-import os
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from harness import Machine, Report, parser
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
@@ -44,37 +45,36 @@ def random_dino(device: str) -> backbones.Dino:
     return dino
 
 
+def draw_images(folder: Path, many: int) -> list[Path]:
+    """Smooth noise of 512 x 512 px."""
+    paths = [folder / f"{n}.png" for n in range(many)]
+    for n, path in enumerate(paths):
+        noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
+    return paths
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--images", type=int, default=512, help="of 512 x 512 px (%(default)s)")
+    made.add_argument("--batch", type=int, default=64, help="(%(default)s)")
+    return made.parse_args(argv)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=512, help="of 512 x 512 px (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{name}, {os.cpu_count()} CPU cores, torch {torch.__version__}, batch {args.batch}, float32")
+    args = parse()
+    machine = Machine(args.device)
+    report = Report(machine, args.output, batch=args.batch)
     networks = [random_clip(size, args.device) for size in VISION] + [random_dino(args.device)]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{n}.png" for n in range(args.pictures)]
-        for n, path in enumerate(paths):
-            noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
+        paths = draw_images(Path(folder), args.images)
         for network in networks:
             pixels = torch.randn(args.batch, 3, 224, 224)
-            network.encode(pixels)
-            started = time.perf_counter()
-            for _ in range(5):
-                network.encode(pixels)  # ends with a copy to the CPU, which waits for the device
-            in_memory = 5 * args.batch / (time.perf_counter() - started)
+            alone = machine.median_seconds(lambda: network.encode(pixels), repeats=5)  # noqa: B023
             features = Features(network, Path(folder) / "cache", args.batch)
-            started = time.perf_counter()
-            features.compute(paths)
-            from_files = args.pictures / (time.perf_counter() - started)
-            row = {
-                "backbone": network.name,
-                "from_files_per_s": round(from_files, 1),
-                "network_per_s": round(in_memory, 1),
-            }
-            print(json.dumps(row), flush=True)
+            from_files = machine.seconds(lambda: features.compute(paths))  # noqa: B023
+            report.add({"backbone": network.name, "from_files_per_s": round(args.images / from_files, 1),
+                        "network_per_s": round(args.batch / alone, 1)})  # fmt: skip
 
 
 if __name__ == "__main__":

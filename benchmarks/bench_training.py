@@ -5,21 +5,19 @@
     python benchmarks/bench_training.py --config configs/tiny.py --tokens 20 --batches 2 --steps 2   # on a CPU
 
 One reference a sample. MFU is the useful work (no recomputation; the frozen vision tower forward only) over the card's
-bfloat16 matrix rate, measured first. Every line splits a step by phase, as the GPU's clock sees it (`gpu_ms`, its idle
-time included) and as the time the host takes to enqueue it (`host_ms`): where the host needs longer, it is the limit.
-A variant that runs out of memory says so.
+bfloat16 matrix rate, measured first. Medians over the steps. Every line splits a step by phase, as the GPU's clock sees
+it (`gpu_ms`, its idle time included) and as the time the host takes to enqueue it (`host_ms`): where the host needs
+longer, it is the limit. A variant that fails says so.
 """
 
 import argparse
 import dataclasses
-import gc
-import itertools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from harness import ROOT, Machine, PhaseClock, Report, parser
 from torch import Tensor, nn
 
 from mige import config
@@ -30,10 +28,9 @@ from mige.models.build import build_parts
 from mige.models.encoder import set_product_dtype
 from mige.models.instruction import Instruction
 from mige.models.mige import PARTS, MIGEModel
-from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
+from mige.training.flops import forward_flops, useful_flops
 from mige.training.optimizers import build_optimizer
 
-ROOT = Path(__file__).parent.parent
 MODEL_PARTS = ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")
 CHECKPOINTED = {"none": [], "dit": ["transformer"], "t5": ["text_encoder"], "both": ["transformer", "text_encoder"]}
 CHOICES = {
@@ -76,8 +73,9 @@ TABLE = [
 
 def make_optimizer(settings: TrainConfig, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     if name != "torchao":
-        ours = "adamw" if name == "fused" else "adamw_bf16"
-        chosen = dataclasses.replace(settings, optimizer=ours, param_dtype="bfloat16")
+        ours, dtype = ("adamw", "float32") if name == "fused" else ("adamw_bf16", "bfloat16")
+        # Of the config, which refuses AdamW for bfloat16 parameters: here its speed alone is asked, not what it learns.
+        chosen = dataclasses.replace(settings, optimizer=ours, param_dtype=dtype)
         return build_optimizer(chosen, parameters, parameters[0].device)
     from torchao.optim import _AdamW
 
@@ -85,41 +83,12 @@ def make_optimizer(settings: TrainConfig, name: str, parameters: Sequence[nn.Par
     return _AdamW(parameters, lr=settings.learning_rate, bf16_stochastic_round=True, **options)
 
 
-class Clock:
-    """Marks between the phases of a step, on the GPU's clock and on the host's."""
-
-    def __init__(self, on_gpu: bool):
-        self.on_gpu, self.marks = on_gpu, []
-
-    def mark(self, ended: str) -> None:
-        """`ended`: the phase before this mark."""
-        event = None
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.marks.append((ended, time.perf_counter(), event))
-
-    def split(self, steps: int) -> dict[str, dict[str, float]]:
-        """Mean milliseconds a step by phase; call when the GPU is done."""
-        clocks = {"host_ms": lambda a, b: 1000 * (b[1] - a[1])}
-        if self.on_gpu:
-            clocks["gpu_ms"] = lambda a, b: a[2].elapsed_time(b[2])
-        result = {}
-        for name, between in clocks.items():
-            phases = result[name] = {}
-            for before, mark in itertools.pairwise(self.marks):
-                if mark[0] != "start":
-                    phases[mark[0]] = phases.get(mark[0], 0.0) + between(before, mark) / steps
-            result[name] = {phase: round(ms, 1) for phase, ms in phases.items()}
-        return result
-
-
 class Bench:
     """One variant: model, optimiser and a batch, built once, stepped many times."""
 
-    def __init__(self, args: argparse.Namespace, variant: Variant, batch: int):
-        self.device, self.sizes, self.batch = torch.device(args.device), config.load(args.config), batch
-        self.variant, self.on_gpu = variant, self.device.type == "cuda"
+    def __init__(self, args: argparse.Namespace, machine: Machine, variant: Variant, batch: int):
+        self.device, self.on_gpu, self.sizes = machine.device, machine.on_gpu, config.load(args.config)
+        self.variant, self.batch = variant, batch
         torch.manual_seed(0)
         self.model = self._model()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -144,7 +113,7 @@ class Bench:
         return model.train()
 
     def _inputs(self, tokens: int) -> dict:
-        """Instructions of exactly `tokens` positions with one picture, and random latents."""
+        """Instructions of exactly `tokens` positions with one image, and random latents."""
         model, b, device = self.model, self.batch, self.device
         queries, cell = self.sizes.model.fusion["num_queries"], self.sizes.model.transformer["sample_size"]
         side = self.sizes.model.image_encoder["image_size"]
@@ -163,7 +132,7 @@ class Bench:
         output = self.model(x_t, i["t"].float(), i["instructions"], i["vision"], i["references"], i["source"])
         return self.diffusion.loss(output, i["x0"], x_t, i["noise"], i["t"]).total.mean()
 
-    def step(self, clock: Clock) -> None:
+    def step(self, clock: PhaseClock) -> None:
         clock.mark("start")
         loss = self.forward()
         clock.mark("forward")
@@ -181,73 +150,50 @@ class Bench:
         clock.mark("optimizer")
 
 
-def measure(args: argparse.Namespace, variant: Variant, batch: int, rate: float | None) -> dict:
-    """Mean seconds a step over `args.steps` after three warm-up steps."""
+def measure(args: argparse.Namespace, machine: Machine, variant: Variant, batch: int) -> dict:
+    """Medians of `args.steps` steps after three that do not count."""
     started = time.perf_counter()
-    bench = Bench(args, variant, batch)
+    bench = Bench(args, machine, variant, batch)
     latent_tokens = (bench.sizes.model.transformer["sample_size"] // bench.model.transformer.config.patch_size) ** 2
     flops = useful_flops(forward_flops(bench.model, latent_tokens, args.tokens, pictures=1), variant.trainable)
     for _ in range(3):
-        bench.step(Clock(bench.on_gpu))
-    if bench.on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        bench.step(PhaseClock(machine))
+    machine.wait()
     warm = time.perf_counter() - started
-    started, clock = time.perf_counter(), Clock(bench.on_gpu)
+    machine.reset_peak()
+    clock = PhaseClock(machine)
     for _ in range(args.steps):
         bench.step(clock)
-    if bench.on_gpu:
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / args.steps
-    peak = torch.cuda.max_memory_allocated() / 2**30 if bench.on_gpu else None
+    medians = clock.medians()
+    rate = batch / medians["seconds"]
     if args.profile:
-        print_kernels(bench)
-    return {"variant": str(variant), "batch": batch, "tokens": args.tokens, "seconds": round(seconds, 4),
-            "samples_per_second": round(batch / seconds, 2), "tflop_a_sample": round(flops / 1e12, 3),
-            "mfu": rate and round(batch / seconds * flops / rate, 3),
-            "peak_gib": peak and round(peak, 1), "warm_up_seconds": round(warm, 1),
-            **clock.split(args.steps)}  # fmt: skip
+        machine.print_kernels(lambda: bench.step(PhaseClock(machine)), f"one step of {variant}")
+    return {"samples_per_second": round(rate, 2), "tflop_a_sample": round(flops / 1e12, 3),
+            "mfu": machine.peak_flops and round(rate * flops / machine.peak_flops, 3),
+            "peak_gib": machine.peak_gib(reserved=False), "warm_up_seconds": round(warm, 1), **medians}  # fmt: skip
 
 
-def print_kernels(bench: Bench, rows: int = 25) -> None:
-    """The kernels (on a CPU the operators) that take the longest in one step."""
-    kind = torch.profiler.ProfilerActivity.CUDA if bench.on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profiler:
-        bench.step(Clock(bench.on_gpu))
-        if bench.on_gpu:
-            torch.cuda.synchronize()
-    spent = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-    events = [e for e in profiler.key_averages() if not getattr(e, "is_user_annotation", False)]
-    events.sort(key=lambda e: -getattr(e, spent))
-    total = sum(getattr(e, spent) for e in events)
-    print(f"{total / 1000:9.2f} ms, {sum(e.count for e in events)} calls in one step of {bench.variant}")
-    for e in events[:rows]:
-        print(f"{getattr(e, spent) / 1000:9.2f} ms {getattr(e, spent) / total:6.1%} {e.count:6d} x {e.key[:110]}")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
+    grammar = "; ".join(f"{name}: {', '.join(known)}" for name, known in CHOICES.items())
+    made.add_argument("--variants", nargs="+", type=lambda text: Variant(*text.split("/")), default=TABLE,
+                      metavar="/".join(CHOICES), help=grammar)  # fmt: skip
+    made.add_argument("--batches", type=int, nargs="+", default=[16])
+    made.add_argument("--tokens", type=int, default=256, help="positions of every instruction")
+    made.add_argument("--steps", type=int, default=10)
+    made.add_argument("--profile", action="store_true", help="print the kernels that take the longest")
+    return made.parse_args(argv)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    grammar = "; ".join(f"{name}: {', '.join(known)}" for name, known in CHOICES.items())
-    parser.add_argument("--variants", nargs="+", type=lambda text: Variant(*text.split("/")), default=TABLE,
-                        metavar="/".join(CHOICES), help=grammar)  # fmt: skip
-    parser.add_argument("--batches", type=int, nargs="+", default=[16])
-    parser.add_argument("--tokens", type=int, default=256, help="positions of every instruction")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take the longest")
-    args = parser.parse_args()
-    rate = measured_peak_flops(torch.device(args.device))
-    print(json.dumps({"matrix_tflops": rate and round(rate / 1e12, 1)}), flush=True)
+    args = parse()
+    machine = Machine(args.device)
+    report = Report(machine, args.output, matrix_tflops=machine.peak_flops and round(machine.peak_flops / 1e12, 1))
     for variant in args.variants:
         for batch in args.batches:
-            try:
-                print(json.dumps(measure(args, variant, batch, rate)), flush=True)
-            except torch.OutOfMemoryError:
-                print(json.dumps({"variant": str(variant), "batch": batch, "out_of_memory": True}), flush=True)
-            gc.collect()
-            if args.device != "cpu":
-                torch.cuda.empty_cache()
+            case = {"variant": str(variant), "batch": batch, "tokens": args.tokens}
+            report.attempt(case, lambda variant=variant, batch=batch: measure(args, machine, variant, batch))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,33 @@
-"""How fast the VAE can be on this GPU: pictures/s of encoding and decoding, and the difference from plain float32.
+"""How fast the VAE can be on this GPU: images/s of encoding and decoding, and the difference from plain float32.
 
     python benchmarks/bench_vae.py                    # the SD VAE at 512 px, random weights
     python benchmarks/bench_vae.py --config configs/tiny.py --size 64 --batch 2 --repeats 1 --device cpu
 
 Variants: "plain"; "channels last"; "fused norms", which has the VAE's norms and the SiLU after them in one pass over
-channels-last pictures (a few small kernels to compile); "compiled", the whole encoder and decoder. In float32 and
+channels-last images (a few small kernels to compile); "compiled", the whole encoder and decoder. In float32 and
 bfloat16. A line of JSON each.
 """
 
 import argparse
 import copy
-import json
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
+from harness import ROOT, Machine, Report, digits, parser
 from torch import Tensor, nn
 
 from mige import config
 from mige.models.build import build_parts
 
-ROOT = Path(__file__).parent.parent
 VARIANTS = ["plain", "channels last", "fused norms", "compiled"]
 
 
 def _norm_silu(x_BCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    """SiLU of a group norm, from sums a channel, which channels-last pictures are read in order for.
+    """SiLU of a group norm, from sums a channel, which channels-last images are read in order for.
 
     The sums are of differences from a pixel, or the variance of a channel far from zero would cancel.
     """
@@ -79,42 +78,42 @@ def variant(vae: AutoencoderKL, name: str, dtype: torch.dtype) -> AutoencoderKL:
     return vae
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
+    made.add_argument("--size", type=int, default=512, help="pixels a side (%(default)s)")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
+    return made.parse_args(argv)
+
+
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mige_512.py")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device, wait = torch.device(args.device), torch.cuda.synchronize if args.device != "cpu" else lambda: None
+    args = parse()
+    machine = Machine(args.device)
+    report = Report(machine, args.output)
     torch.manual_seed(0)
-    vae = build_parts(config.load(args.config).model, device=device, dtype=torch.float32, only=("vae",))["vae"].eval()
-    pictures = torch.rand(args.batch, 3, args.size, args.size, device=device) * 2 - 1
-    latents = vae.encode(pictures).latent_dist.mode()
+    vae = build_parts(config.load(args.config).model, device=machine.device, only=("vae",))["vae"].eval()
+    images = torch.rand(args.batch, 3, args.size, args.size, device=machine.device) * 2 - 1
+    latents = vae.encode(images).latent_dist.mode()
     exact = {"encode": latents, "decode": vae.decode(latents).sample}
+
+    def measure(name: str, dtype: torch.dtype) -> dict:
+        changed, line = variant(vae, name, dtype), {}
+        x, z = (t.to(dtype, memory_format=torch.channels_last) for t in (images, latents))
+        works = {"encode": lambda: changed.encode(x).latent_dist.mode(), "decode": lambda: changed.decode(z).sample}
+        for what, work in works.items():
+            line[f"{what}_first_s"] = round(machine.seconds(work), 1)
+            line[f"{what}_per_s"] = round(args.batch / machine.median_seconds(work, args.repeats, warm_up=0), 1)
+            error = (work().float() - exact[what]).norm() / exact[what].norm()
+            line[f"{what}_error"] = digits(error.item(), 2)
+        return line
+
     for dtype in (torch.float32, torch.bfloat16):
         for name in args.variants:
-            changed, line = variant(vae, name, dtype), {"variant": name, "dtype": str(dtype).removeprefix("torch.")}
-            x, z = (t.to(dtype, memory_format=torch.channels_last) for t in (pictures, latents))
-            for what, work in (
-                ("encode", lambda: changed.encode(x).latent_dist.mode()),  # noqa: B023
-                ("decode", lambda: changed.decode(z).sample),  # noqa: B023
-            ):
-                started = time.perf_counter()
-                result = work()
-                wait()
-                line[f"{what}_first_s"] = round(time.perf_counter() - started, 1)
-                started = time.perf_counter()
-                for _ in range(args.repeats):
-                    work()
-                wait()
-                line[f"{what}_per_s"] = round(args.repeats * args.batch / (time.perf_counter() - started), 1)
-                error = (result.float() - exact[what]).norm() / exact[what].norm()
-                line[f"{what}_error"] = float(f"{error.item():.2g}")
-            print(json.dumps(line), flush=True)
+            case = {"variant": name, "dtype": str(dtype).removeprefix("torch.")}
+            report.attempt(case, lambda name=name, dtype=dtype: measure(name, dtype))
 
 
 if __name__ == "__main__":

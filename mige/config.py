@@ -116,7 +116,7 @@ class TrainConfig:
     max_grad_norm: float  # largest gradient norm
     optimizer: str  # adamw; adamw_bf16 (stochastic rounding); adamw_8bit (bitsandbytes); muon (and adamw)
     param_dtype: str  # dtype of the trained weights: float32, bfloat16
-    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); all
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; dit; lora (adapters in the DiT); all
     noise_levels: int  # of every sample a step: the encoder's work is shared by them
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
@@ -162,7 +162,7 @@ class TrainConfig:
         one_of("train.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         if self.trainable == "scratch":
             raise ConfigError("train.trainable: 'scratch' is now 'all'")
-        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora", "all"))
+        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "dit", "lora", "all"))
         for part in self.gradient_checkpointing:
             one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
         for part in self.compile:
@@ -188,12 +188,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Whom a few-step student follows (train_scripts/distill.py); `train.pretrained` is its teacher."""
+
+    steps: int  # of the student
+    teacher_steps: int  # of the teacher's solver, a multiple of them
+    guidance: float  # of the teacher, towards the instruction; inside the student from then on
+    source_guidance: float  # ... towards the edited image
+
+    def __post_init__(self):
+        check_types(self, "distillation")
+        at_least("distillation.steps", self.steps, 1)
+        at_least("distillation.guidance", self.guidance, 0)
+        at_least("distillation.source_guidance", self.source_guidance, 0)
+        if self.teacher_steps < self.steps or self.teacher_steps % self.steps:
+            raise ConfigError(
+                f"distillation.teacher_steps is {self.teacher_steps}, expected a multiple of distillation.steps, "
+                f"which is {self.steps}: the student is asked at points of the teacher's way"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole config file."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    distillation: DistillationConfig | None = None
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts, for JSON."""
@@ -214,6 +236,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(data, override, str(path))
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    if "distillation" in data:
+        sections["distillation"] = DistillationConfig
     _refuse_unknown(data.keys() - sections.keys(), str(path), sections.keys())
     _refuse_missing(sections.keys() - data.keys(), str(path))
     return Config(**{name: _section(cls, data[name], f"{path}: {name}") for name, cls in sections.items()})

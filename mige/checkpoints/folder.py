@@ -17,6 +17,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 
 from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.weight_files import SUFFIXES, files_to_read, has_variant, header, mismatches, read_json
+from mige.diffusion.few_step import FewStepSolver
 from mige.diffusion.solver import DPMSolver2M, why_not
 from mige.models.fusion import MIGEFusion
 
@@ -29,8 +30,13 @@ CLASSES: dict[str, type[nn.Module]] = {
     "vae": AutoencoderKL,
 }
 OTHERS = ("tokenizer", "scheduler")
-_OWN = {"MIGEFusion": ("mige.models.fusion", "mige.fusion"), "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler")}
+_OWN = {
+    "MIGEFusion": ("mige.models.fusion", "mige.fusion"),
+    "DPMSolver2M": ("mige.diffusion.solver", "mige.sampler"),
+    "FewStepSolver": ("mige.diffusion.few_step",),
+}
 """Our classes in model_index.json: where they live, and where version 0.1.0 had them."""
+_SCHEDULERS = {"DPMSolver2M": DPMSolver2M, "FewStepSolver": FewStepSolver}
 
 _PROBE = "follow the instruction to edit the image: a cat in the jungle and a photo of two dogs at night"
 """Plain English, of which every model reads every word."""
@@ -204,7 +210,7 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
     if not (isinstance(listed, list) and len(listed) == 2):
         return []  # told of model_index.json
     library, name = listed
-    cls = DPMSolver2M if name == "DPMSolver2M" else getattr(diffusers, str(name), None)
+    cls = _SCHEDULERS.get(name) or getattr(diffusers, str(name), None)
     libraries = _OWN.get(name, ("diffusers",))
     if library not in libraries or not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         return [f"model_index.json says {listed}, expected a scheduler of diffusers or {_OWN['DPMSolver2M'][0]}"]

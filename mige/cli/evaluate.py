@@ -40,14 +40,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
     group = parser.add_argument_group("mini")
     group.add_argument("--model", help="checkpoint folder")
+    group.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
     group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
-    group.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
-    group.add_argument("--guidance", type=float, default=2.0, help="towards the instruction (%(default)s)")
-    group.add_argument("--source-guidance", type=float, default=1.0, help="towards the edited picture (%(default)s)")
+    group.add_argument("--steps", type=int, help="of the sampler (default: the few-step student's own, else 20)")
+    group.add_argument("--guidance", type=float, help="towards the instruction (default: 2; a student's is inside it)")
+    group.add_argument("--source-guidance", type=float, help="towards the edited picture (default: 1)")
     group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
                        help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.batch < 1 or args.steps < 1 or args.per_kind < 2 or args.per_kind % 2:
+    if args.batch < 1 or (args.steps is not None and args.steps < 1) or args.per_kind < 2 or args.per_kind % 2:
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
                      "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
     if (args.benchmark == "mini") != (args.model is not None):
@@ -64,13 +65,17 @@ def mini(args: argparse.Namespace) -> None:
     import torch
 
     from mige.data.synthetic.cases import make_cases
+    from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
     from mige.mini import bench, bench_report
 
     chosen = make_cases(args.per_kind, kinds=args.kinds)
-    pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32)
+    if args.lora:
+        add_adapters(pipeline, Path(args.lora))
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
-    bench.run(pipeline, chosen, args.results, model=args.model, batch=args.batch, **settings)
+    model = args.model if args.lora is None else f"{args.model} + {args.lora}"
+    bench.run(pipeline.to(args.device), chosen, args.results, model=model, batch=args.batch, **settings)
     chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
     written = bench_report.write(chosen, rows, args.results)
     print(bench_report.text_table(rows))

@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output", type=command.folder_to_write, default=Path("output/infer"), help="run folder (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="default: 50 subject-driven, 60 edits")
+    parser.add_argument("--steps", type=int, help="default: the few-step student's own, else 50 or 60 (edits)")
     parser.add_argument("--guidance", type=float, help="text guidance (default: 7 subject-driven, 5 edits)")
     parser.add_argument("--source-guidance", type=float, help="default: 1")
     parser.add_argument("--height", type=int, help="multiple of 16 px (default: the model's)")
@@ -163,12 +163,12 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     """The pipeline in the mode asked for."""
     import torch
 
-    from mige.checkpoints.lora import merge_lora
+    from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
 
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
     if args.lora:
-        pipeline.transformer = merge_lora(pipeline.transformer, Path(args.lora))
+        add_adapters(pipeline, Path(args.lora))
     if args.vae_dtype == "bfloat16":
         pipeline.halve_vae()
     if args.t5_bits:

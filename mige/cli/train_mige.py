@@ -14,8 +14,8 @@ from pathlib import Path
 from mige.cli import command
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
+def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argparse.Namespace:
+    parser = command.parser(doc)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")

@@ -28,7 +28,7 @@ from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenize
 import mige.fusion
 import mige.sampler  # noqa: F401 - folders of version 0.1.0 name these two, and diffusers opens only imported ones
 from mige.checkpoints import folder as checkpoint
-from mige.diffusion import guidance
+from mige.diffusion import few_step, guidance, settings  # noqa: F401 - diffusers opens a scheduler's imported module
 from mige.diffusion import solver as sampler
 from mige.diffusion.conditioning import Condition
 from mige.inference import arguments, loading
@@ -214,7 +214,8 @@ class MIGEPipeline(DiffusionPipeline):
             source: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or tensors
                 (`as_image`); a source that equals a reference is that reference.
             height, width: of the output in pixels, multiples of 16; the native size by default.
-            num_inference_steps, guidance_scale, source_guidance_scale: the official ones of the task by default.
+            num_inference_steps, guidance_scale, source_guidance_scale: by default the official ones of the task; a
+                few-step student has its own, and no guidance beside the one in its weights.
             seed: of the noise; for several prompts one each, or one that all samples share.
             output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
             on_step: called after every step with (step, latent, estimate of the final latent).
@@ -299,17 +300,13 @@ class MIGEPipeline(DiffusionPipeline):
         on_step: sampler.OnStep | None = None,
         reuse: int = 1,
     ) -> Tensor:
-        """Samples of one task -> final latents, float32 [B, 4, h, w]. The settings default to the official ones."""
+        """Samples of one task -> final latents, float32 [B, 4, h, w]; the settings default as in the call."""
         task = samples[0].task
         if any(sample.task is not task for sample in samples):
             raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
-        official = TASKS[task]
-        text_guidance = official.guidance if text_guidance is None else text_guidance
-        source_guidance = official.source_guidance if source_guidance is None else source_guidance
-        chosen = guidance.branches(task, text_guidance, source_guidance)
+        how = settings.resolve(self.scheduler.config, task, steps, text_guidance, source_guidance)
         condition = self.encode(samples, noise)  # once: it does not depend on the timestep
-        steps = official.steps if steps is None else steps
-        return self.denoise(condition, chosen, noise, steps, on_step, reuse)
+        return self.denoise(condition, how.branches, noise, how.steps, on_step, reuse)
 
     @torch.no_grad()
     def denoise(

@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 from mige.checkpoints import folder as checkpoint
 from mige.data.checks import check_images, check_lengths
 from mige.data.records import Record, Report
+from mige.diffusion.settings import resolve
+from mige.inference.adapters import scheduler_config
 from mige.inference.folder import RunError, check_folder, claim, merge_results, open_folder, write_failures
 from mige.inference.noise import Drawn, draw_noise, record_generator
 from mige.inference.pages import write_pages
@@ -29,7 +31,7 @@ from mige.inference.results import ResultsWriter, read_finished
 from mige.inference.samples import Sample, SampleNoise
 from mige.inference.settings import Settings, check_size, image_size
 from mige.models.fusion import MIGEFusion
-from mige.tasks import TASKS, Task
+from mige.tasks import Task
 from mige.utils import images
 
 __all__ = [
@@ -50,10 +52,12 @@ def check(report: Report, model: Path, settings: Settings) -> Report:
 
     Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
     inference and not opened. Returns a report whose records are all fit to run. Raises CheckpointError if the model
-    folder is not whole, ValueError for a size that it cannot make.
+    folder is not whole, ValueError for a size that it cannot make and for a guidance that it does not take.
     """
     checkpoint.verify(model)
     check_size(settings, model)
+    scheduler = scheduler_config(model, settings.lora and Path(settings.lora))
+    resolve(scheduler, Task.EDIT, settings.steps, settings.guidance, settings.source_guidance)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     findings = list(report.findings)
@@ -159,16 +163,16 @@ def _run_chunk(
     """Records with their pictures and further facts."""
     task = chunk[0].task
     names = ", ".join(record.id for record in chunk)
-    steps = settings.steps or TASKS[task].steps
+    how = resolve(pipeline.scheduler.config, task, settings.steps, settings.guidance, settings.source_guidance)
     started = time.perf_counter()
     try:
         final = pipeline.run(
             opened.result(),
             noise,
-            steps=steps,
-            text_guidance=settings.guidance,
-            source_guidance=settings.source_guidance,
-            on_step=lambda *_: bar.update(len(chunk) / steps),
+            steps=how.steps,
+            text_guidance=how.guidance,
+            source_guidance=how.source_guidance,
+            on_step=lambda *_: bar.update(len(chunk) / how.steps),
             reuse=settings.reuse,
         )
         pictures = images.to_pil(pipeline.decode(final))
@@ -182,7 +186,8 @@ def _run_chunk(
         raise RunError(f"{names}: {error}") from error
     pipeline.maybe_free_model_hooks()
     seconds = round((time.perf_counter() - started) / len(chunk), 3)
-    facts = {**_resolved(settings, task), "seconds": seconds}
+    facts = {"seed": settings.seed, "steps": how.steps, "guidance": how.guidance}
+    facts |= {"source_guidance": how.source_guidance, "seconds": seconds}
     return [(record, picture, facts | {"size": picture.size}) for record, picture in zip(chunk, pictures, strict=True)]
 
 
@@ -203,13 +208,3 @@ def _load(record: Record, ignore_profiles: bool) -> Sample:
     source = None if record.source is None else opened[record.source]
     references = tuple(opened[path] for path in record.references)
     return Sample(record.task, record.prompt, references, source, record.edit_type)
-
-
-def _resolved(settings: Settings, task: Task) -> dict[str, Any]:
-    official = TASKS[task]
-    return {
-        "seed": settings.seed,
-        "steps": settings.steps or official.steps,
-        "guidance": official.guidance if settings.guidance is None else settings.guidance,
-        "source_guidance": official.source_guidance if settings.source_guidance is None else settings.source_guidance,
-    }

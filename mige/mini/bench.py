@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.cases import SEED, BenchCase, make_cases
 from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
+from mige.diffusion.settings import WORLD, Sampling, resolve
 from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
@@ -229,21 +230,24 @@ def run(
     *,
     model: str,
     batch: int = 16,
-    steps: int = 20,
-    guidance: float = 2.0,
-    source_guidance: float = 1.0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    source_guidance: float | None = None,
 ) -> list[dict]:
     """Generate and measure the cases that `out` has not finished; return the rows of all of them, in order.
 
+    Steps and guidance are by default a few-step student's own, else 20 and 2, the source's 1.
     Every picture becomes out/images/ID.png, then its case a line of out/cases.jsonl. Raises BenchError if `out` holds a
-    run with other settings, ValueError for a batch size below 1.
+    run with other settings, ValueError for a batch size below 1 and a guidance that the model does not take.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    how = resolve(pipeline.scheduler.config, Task.EDIT, steps, guidance, source_guidance, WORLD)  # alike for all tasks
     (out / "images").mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": steps, "guidance": guidance}
-        _settle(out / "settings.json", settings | {"source_guidance": source_guidance})
+        settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": how.steps}
+        settings |= {"guidance": how.guidance, "source_guidance": how.source_guidance}
+        _settle(out / "settings.json", settings)
         done, faults = _finished(out)
         for fault in faults:
             print(f"warning: {fault}; its case is made again", file=sys.stderr)
@@ -252,7 +256,7 @@ def run(
         pipeline.set_progress_bar_config(disable=True)
         with tqdm(total=len(todo), unit="case") as bar:
             for part in _batches(todo, batch):
-                rows = _answer(pipeline, part, out, steps, guidance, source_guidance)
+                rows = _answer(pipeline, part, out, how)
                 append_json_lines(out / "cases.jsonl", rows)
                 done |= {row["id"]: row for row in rows}
                 bar.update(len(part))
@@ -314,9 +318,7 @@ def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase
 
 
 @torch.no_grad()
-def _answer(
-    pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, steps: int, guidance: float, source_guidance: float
-) -> list[dict]:
+def _answer(pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, how: Sampling) -> list[dict]:
     """Generate one batch, save its pictures, measure them and the two bounds."""
     device = pipeline._execution_device
     drawn = [draw(Scenes.stack([one.case.target, *one.case.references]), device) for one in part]
@@ -328,9 +330,9 @@ def _answer(
         sources,
         height=SIDE,
         width=SIDE,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        source_guidance_scale=source_guidance,
+        num_inference_steps=how.steps,
+        guidance_scale=how.guidance,
+        source_guidance_scale=how.source_guidance,
         seed=[one.seed for one in part],
     ).images
     targets = torch.stack([pixels[0] for pixels in drawn])

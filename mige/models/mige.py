@@ -49,20 +49,24 @@ class MIGEModel(nn.Module):
         self,
         x_t_BCHW: Tensor,
         t_B: Tensor,
-        instructions: Sequence[Instruction],
-        vision_RCHW: Tensor,
-        references_RCHW: Tensor,
-        source_BCHW: Tensor,
+        instructions: Sequence[Instruction] = (),
+        vision_RCHW: Tensor | None = None,
+        references_RCHW: Tensor | None = None,
+        source_BCHW: Tensor | None = None,
         drop_text_B: Tensor | bool = False,
         drop_source_B: Tensor | bool = False,
+        *,
+        condition: Condition | None = None,
     ) -> Tensor:
         """One training pass: encode, drop conditions, denoise -> [K B, 8, h, w]; arguments as in `encode`, `denoise`.
 
         `x_t_BCHW`, `t_B`: K noise levels of every sample, the first of all samples first: [K B, 4, h, w] and [K B].
+        `condition`: one that is made already, in place of all that it would be made of.
         """
-        condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
-        condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
-        levels = len(t_B) // len(instructions)
+        if condition is None:
+            condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
+            condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
+        levels = len(t_B) // len(condition.context_BLC)
         return self.denoise(x_t_BCHW, t_B, Condition.stack([condition] * levels))
 
     def encode(
@@ -104,7 +108,7 @@ class MIGEModel(nn.Module):
 
     def freeze(self, trainable: str) -> None:
         """Choose what trains: "all" all, "full" all but the vision tower, "text_encoder_frozen" neither
-        that nor T5, "lora" nothing.
+        that nor T5, "dit" the DiT but for its patch convolution, which the encoder reads too, "lora" nothing.
 
         The tower's last norm trains with "full", as in the released weights. What nothing reads does not train: where
         pictures take no positions, the parts that see them. Call before the optimiser is built.
@@ -115,6 +119,9 @@ class MIGEModel(nn.Module):
         tower.encoder.requires_grad_(trainable == "all")
         if trainable == "text_encoder_frozen":
             self.encoder.text_encoder.requires_grad_(False)
+        if trainable == "dit":
+            self.encoder.requires_grad_(False)
+            self.transformer.pos_embed.requires_grad_(False)
         if self.encoder.fusion.config.num_queries == 0:
             for part in (tower, self.encoder.qformer, self.encoder.fusion):
                 part.requires_grad_(False)

@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 
 from mige.config import Config
 from mige.data.dataset import TrainingBatch
-from mige.diffusion.gaussian import Loss
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
 from mige.training.metrics import Metrics, StepMetrics
+from mige.training.objective import Judged, Objective
 from mige.training.optimizers import learning_rate
 from mige.utils.files import append_json_line
 
@@ -39,23 +39,25 @@ class Monitor:
         pipeline: MIGEPipeline,
         dataset: Dataset,
         timesteps: int,
+        objective: Objective,
     ):
         self.accelerator, self.config, self.run = accelerator, config, run
         self.pipeline, self.model, self.dataset, self.timesteps = pipeline, pipeline.model, dataset, timesteps
+        self.objective = objective
         settings = config.train
         self.micro_batch = settings.batch_size * accelerator.num_processes  # samples of all processes
         self.global_batch_size = self.micro_batch * settings.gradient_accumulation_steps
-        self.metrics = Metrics(settings.noise_levels)
+        self.metrics = Metrics(objective.levels)
         self.pending: deque[StepMetrics] = deque()
         self.stop_everywhere, self.norm = False, None
         self.peak = measured_peak_flops(accelerator.device)
         self._work: dict[tuple[int, int], float] = {}
 
-    def add(self, step: int, micro: int, batch: TrainingBatch, loss: Loss, norm: Tensor | None, stop: bool) -> None:
+    def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
         """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
-        tasks = batch.task_B.repeat(self.config.train.noise_levels)
+        loss, tasks = judged.loss, batch.task_B.repeat(self.objective.levels)
         stopping = torch.full_like(loss.mse, stop)
-        rows = torch.stack([loss.mse, loss.vb, tasks.float(), batch.time_B.float(), stopping]).detach()
+        rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         queries = self.pipeline.fusion.config.num_queries
         work = sum(self._flops(one.length(queries), one.pictures) for one in batch.instructions)
@@ -88,7 +90,7 @@ class Monitor:
 
     def _not_finite(self, micro: int, losses: Tensor) -> list[int]:
         """Places in the global batch of the samples with such a loss; they lie as process, noise level, sample."""
-        levels, size = self.config.train.noise_levels, self.config.train.batch_size
+        levels, size = self.objective.levels, self.config.train.batch_size
         bad = (~losses.isfinite()).reshape(-1, levels, size).any(1).flatten()
         return [micro * self.micro_batch + place for place in bad.nonzero().flatten().tolist()]
 
@@ -123,8 +125,9 @@ class Monitor:
             side = self.config.data.size // latents.downscale(self.pipeline.vae)
             tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
             forward = forward_flops(self.model, tokens, context, images)
-            forward["transformer"] *= self.config.train.noise_levels
-            self._work[context, images] = useful_flops(forward, self.config.train.trainable)
+            frozen = self.objective.frozen_passes * forward["transformer"]
+            forward["transformer"] *= self.objective.levels
+            self._work[context, images] = useful_flops(forward, self.config.train.trainable) + frozen
         return self._work[context, images]
 
 

@@ -4,6 +4,7 @@ Everything that decides which sample comes when, what is done with it, or what t
 is written into each checkpoint under the names below, which do not follow renamings in the code or the config.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ def resume_invariants(
             "digest": _digest(records),
         }
     facts["sets"] = len(data.sets)
+    if config.distillation is not None:
+        facts["distillation"] = dataclasses.asdict(config.distillation)
     if sharding == "ZeRO-2":
         facts["processes"] = processes
     return facts

@@ -20,12 +20,13 @@ from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
 from mige.data.dataset import Counters, TrainingBatch, collate
 from mige.data.synthetic.stream import collate_world
-from mige.diffusion.gaussian import Diffusion, Loss
+from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, sampling
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
 from mige.training.monitor import Monitor
+from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
 from mige.training.prepare import prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
@@ -64,6 +65,7 @@ class Trainer:
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
         self.vae = prepare_vae(config, self.pipeline, self.accelerator)
+        self.objective = self._make_objective()
         self.model, self.optimizers = prepare_model(settings, self.plain, self.accelerator)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
@@ -71,10 +73,17 @@ class Trainer:
             self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)
         timesteps = len(self.diffusion.tables["log_beta"])
-        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps)
+        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective)
         self.global_batch_size = self.monitor.global_batch_size
         many = sum(p.numel() for p in self.trained)
         log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
+
+    def _make_objective(self) -> Objective:
+        """What is trained, made before the model is frozen and wrapped."""
+        settings = self.config.train
+        if self.config.distillation is not None:
+            raise ConfigError("the config has a section distillation: train it by train_scripts/distill.py")
+        return NoiseObjective(self.diffusion, settings.noise_levels, settings.snr_gamma, settings.snr_power)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -129,15 +138,14 @@ class Trainer:
             batch = self._next(batches, micro).to(self.device)
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
-                loss, norm = self._loss(batch), None
-                weight = self.diffusion.weight(batch.time_B, settings.snr_gamma, settings.snr_power)
-                self.accelerator.backward((loss.total * weight).mean())
+                judged, norm = self._loss(batch), None
+                self.accelerator.backward((judged.loss.total * judged.weight_B).mean())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                self.monitor.add(self.step, micro, batch, loss, norm, self.stop.given)
+                self.monitor.add(self.step, micro, batch, judged, norm, self.stop.given)
         if self.ema is not None:
             self.ema.step(self.trained)
 
@@ -153,22 +161,8 @@ class Trainer:
         number = (self.step * settings.gradient_accumulation_steps + micro) * accelerator.num_processes
         torch.manual_seed((settings.seed << 32) + number + accelerator.process_index)
 
-    def _loss(self, batch: TrainingBatch) -> Loss:
-        x0, references, source = batch.latents(self.vae)
-        x0 = x0.repeat(self.config.train.noise_levels, 1, 1, 1)
-        x_t = self.diffusion.add_noise(x0, batch.noise_BCHW, batch.time_B)
-        with self.accelerator.autocast():
-            output = self.model(
-                x_t,
-                batch.time_B.float(),
-                batch.instructions,
-                batch.vision_RCHW,
-                references,
-                source,
-                batch.drop_text_B,
-                batch.drop_source_B,
-            )
-        return self.diffusion.loss(output, x0, x_t, batch.noise_BCHW, batch.time_B)
+    def _loss(self, batch: TrainingBatch) -> Judged:
+        return self.objective(self.model, self.vae, batch, self.accelerator.autocast)
 
     # ---- samples and checkpoints -------------------------------------------------------------------------------------
 

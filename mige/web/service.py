@@ -22,11 +22,12 @@ from torch import Tensor
 from mige.data.checks import check_lengths
 from mige.data.records import Record
 from mige.data.synthetic.scenes import SIDE
+from mige.diffusion.settings import WORLD, resolve
 from mige.diffusion.solver import OnStep
 from mige.inference.pipeline import MIGEPipeline
 from mige.models import vae as latents
 from mige.models.instruction import MAX_WORDS, full_text
-from mige.tasks import MOST_REFERENCES, TASKS, Task
+from mige.tasks import MOST_REFERENCES, Task
 from mige.utils import images
 from mige.web.instructions import Reading, RefusedError, read
 
@@ -101,10 +102,9 @@ class GenerationService:
         return self.pipeline.native_size <= SIDE
 
     def defaults(self, task: Task) -> Defaults:
-        """The official settings of a task; for a miniature model those that the mini-bench scores it with."""
-        if self.is_miniature:
-            return Defaults(steps=20, guidance=2.0, source_guidance=1.0)
-        return Defaults(TASKS[task].steps, TASKS[task].guidance, TASKS[task].source_guidance)
+        """A few-step student's own; else the official settings of a task, of a miniature model the mini-bench's."""
+        how = resolve(self.pipeline.scheduler.config, task, usual=WORLD if self.is_miniature else None)
+        return Defaults(how.steps, how.guidance, how.source_guidance)
 
     @property
     def sides(self) -> tuple[int, int, int]:
@@ -147,6 +147,11 @@ class GenerationService:
         check_range("guidance", request.guidance, GUIDANCE)
         check_range("source guidance", request.source_guidance, SOURCE_GUIDANCE)
         check_range("number of pictures", len(request.seeds), (1, MAX_AT_ONCE))
+        try:
+            given = request.steps, request.guidance, request.source_guidance
+            resolve(self.pipeline.scheduler.config, request.task, *given)
+        except ValueError as error:
+            raise RefusedError(f"{error}.") from error
         for seed in request.seeds:
             check_range("seed", seed, SEEDS)
         return self.explain(request.task, request.instruction, [path is not None for path in request.pictures])[0]

@@ -11,7 +11,7 @@ HEAVY = {"torch", "transformers", "diffusers", "gradio", "datasets", "timm", "pe
 SCRIPTS = sorted(
     path for folder in ("tools", "train_scripts", "infer_scripts") for path in (ROOT / folder).glob("*.py")
 )
-STARTS = {str(path) for path in SCRIPTS if path.stem in ("demo", "web_demo")}  # without any argument
+STARTS = {str(path) for path in SCRIPTS if path.stem in ("demo", "download_weights", "web_demo")}  # need no argument
 LOOK = f"""
 import contextlib, io, json, runpy, sys
 told = {{}}

@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_names_its_record_alone(tiny_model, tmp_path):
 
     def poisoned(batch):
         found = loss(batch)
-        found.mse.data[4] = float("nan")  # the second sample at the second noise level
+        found.loss.mse.data[4] = float("nan")  # the second sample at the second noise level
         return found
 
     trainer._loss = poisoned

@@ -76,7 +76,7 @@ def losses(trainer: Trainer, change=lambda batch: batch) -> torch.Tensor:
     assert (batch.pixels_PCHW is None) == (trainer.config.data.features is not None)
     trainer._seed_dropout(0)
     with torch.no_grad():
-        loss = trainer._loss(batch)
+        loss = trainer._loss(batch).loss
     return torch.stack([loss.mse, loss.vb])
 
 

@@ -176,7 +176,7 @@ def test_a_value_a_library_refuses_is_named(override):
         ("data.world={'add': 1.0} data.sets=[] data.features=store", "data.world draws its own pictures"),
         ("train.optimizer=adam", "train.optimizer is 'adam', expected one of adamw, adamw_bf16, adamw_8bit"),
         ("train.param_dtype=float16", "train.param_dtype is 'float16', expected one of float32, bfloat16"),
-        ("train.trainable=most", "train.trainable is 'most', expected one of full, text_encoder_frozen, lora, all"),
+        ("train.trainable=most", "trainable is 'most', expected one of full, text_encoder_frozen, dit, lora, all"),
         (
             "train.gradient_checkpointing=['transformer','vae']",
             "train.gradient_checkpointing is 'vae', expected one of transformer, text_encoder",

@@ -1,6 +1,6 @@
 """The world's tasks: a seed -> pictures, an instruction for them, and the one picture that answers it.
 
-Text to image and subject-driven scenes, ten edits, three edits with a subject. What an instruction adds stands upright
+Text to image and subject-driven scenes, nine edits, three edits with a subject. What an instruction adds stands upright
 in the middle of its place, so that the answer is exact; what is there already is scattered and turned.
 """
 

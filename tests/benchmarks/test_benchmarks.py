@@ -1,0 +1,233 @@
+"""The benchmarks of speed: every one runs on the tiny model; their clocks, the table, what they refuse."""
+
+import argparse
+import copy
+import importlib
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_here
+from diffusers import AutoencoderKL
+from processes import start_python
+
+sys.path.append(str(ROOT / "benchmarks"))  # as Python finds a script's neighbours
+
+from harness import Machine, PhaseClock, Report, table
+
+BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+TINY = ["--config", ROOT / "configs" / "tiny.py"]
+
+
+def start(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    with torch.compiler.set_stance("force_eager"):  # what is compiled, without the compiler's minutes
+        return run_here(f"benchmarks/{name}", *arguments)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the harness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds that every later look at the host's clock gives, to be filled in."""
+    times: list[float] = []
+    monkeypatch.setattr("harness.time.perf_counter", lambda: times.pop(0))
+    return times
+
+
+def test_medians_leave_out_the_warm_up_and_outliers(clock):
+    calls = []
+    clock += [0, 5, 10, 11, 20, 22]  # three timed calls of 5, 1 and 2 s
+    assert Machine("cpu").median_seconds(lambda: calls.append(1), repeats=3, warm_up=2) == 2
+    assert len(calls) == 5
+    clock += [0, 0.004, 1, 1.002, 2, 2.003]
+    assert Machine("cpu").median_ms(lambda: None, rounds=3, warm_up=0) == pytest.approx(3)
+
+
+def test_a_step_is_split_by_phase(clock):
+    phases = PhaseClock(Machine("cpu"))
+    clock += [0, 1, 3, 10, 12, 20, 30, 37, 40]
+    for _ in range(3):
+        for mark in ("start", "forward", "backward"):
+            phases.mark(mark)
+    found = phases.medians()  # forward 1, 2, 7; backward 2, 8, 3; steps 0 to 10, 10 to 30, 30 to 40
+    assert found == {"seconds": 10, "host_ms": {"forward": 2000, "backward": 3000}}
+
+
+def test_a_case_that_fails_says_so_and_the_next_one_runs(tmp_path, capsys):
+    report = Report(Machine("cpu"), tmp_path / "lines.jsonl", dtype="float32")
+    report.attempt({"case": "a"}, lambda: 1 / 0)
+    report.attempt({"case": "b"}, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    report.attempt({"case": "c"}, lambda: {"ms": 3})
+    report.skip({"case": "d"}, "time limit")
+    machine, *lines = read(tmp_path / "lines.jsonl")
+    assert capsys.readouterr().out == (tmp_path / "lines.jsonl").read_text()
+    assert (
+        machine["device"] == "cpu" and torch.__version__.startswith(machine["torch"]) and machine["dtype"] == "float32"
+    )
+    assert lines == [{"case": "a", "failed": "ZeroDivisionError: division by zero"},
+                     {"case": "b", "failed": "out of memory"}, {"case": "c", "ms": 3},
+                     {"case": "d", "skipped": "time limit"}]  # fmt: skip
+    assert report.lines == [{"case": "c", "ms": 3}]
+
+
+def test_the_table_shows_what_there_is():
+    lines = [{"case": "a", "ms": 3, "more": 1}, {"case": "b", "ms": None}]
+    assert table(lines, ("case", "ms")) == "| case | ms |\n| --- | --- |\n| a | 3 |\n| b | - |"
+
+
+# ---- every benchmark -------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
+    "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
+    "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
+                          "full/eager/fused", "text_encoder_frozen/eager/stochastic", "lora/eager/fused/none"],
+    "bench_vae.py": [*TINY, "--size", 32, "--batch", 1, "--repeats", 1, "--variants", "plain", "fused norms"],
+}  # fmt: skip
+ELSEWHERE = {
+    "bench_inference.py": "test_cases_of_the_speed_benchmark_may_have_their_own_steps",
+    "bench_kernels.py": "test_kernels_need_a_gpu",
+    "bench_scaling.py": "test_scaling_measures_the_trainer_itself",
+    "bench_scoring.py": "test_scoring_runs_on_small_networks",
+}
+
+
+def test_none_is_left_out():
+    assert [*sorted(SMALL | ELSEWHERE)] == BENCHMARKS and all(name in globals() for name in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_it_runs_on_a_cpu(name, tmp_path, monkeypatch):
+    module = importlib.import_module(name.removesuffix(".py"))
+    if name == "bench_features.py":
+        monkeypatch.setattr(module, "SIZE", 64)  # of the images
+    arguments = [tmp_path / "folder" if word == "FOLDER" else word for word in SMALL[name]]
+    words = [name, *arguments, "--device", "cpu", "--output", tmp_path / "lines.jsonl"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with torch.compiler.set_stance("force_eager"):
+        module.main()
+    machine, *lines = read(tmp_path / "lines.jsonl")
+    assert machine["device"] == "cpu" and lines
+    assert not any("failed" in line for line in lines), lines
+    rates = [number for line in lines for key, number in line.items() if "_per_s" in key or "_a_second" in key]
+    assert all(rate > 0 for rate in rates) and (rates or name == "bench_features.py")
+
+
+def test_kernels_need_a_gpu():
+    done = start("bench_kernels.py", "--device", "cpu")
+    assert done.returncode == 2 and "a GPU's" in done.stderr
+
+
+@pytest.mark.processes
+def test_scaling_measures_the_trainer_itself(tmp_path, monkeypatch):
+    """What it starts is started as our own fork; the table is made of the lines that it has written."""
+    module = importlib.import_module("bench_scaling")
+
+    def start(command, *, cwd, env, stdout, stderr):
+        own = {name: value for name, value in env.items() if name != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}  # torchrun's
+        return start_python(*command[1:], cwd=cwd, env=own, stdout=stdout, stderr=stderr)
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    words = ["bench_scaling.py", tmp_path, *TINY, "--cpu", "--processes", 1, "--modes", "one", "--tokens", 20,
+             "--steps", 5, "--batch", 2, "--warm-up", 1]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    module.main()
+    lines = read(tmp_path / "results.jsonl")
+    assert [line.get("steps") for line in lines] == [1, 2, 5, None], (tmp_path / "one.log").read_text()
+    (row,) = module.rows(tmp_path)
+    assert row["complete"] and row["exit_code"] == 0 and row["tokens"] == 20
+    assert row["a_card"] == pytest.approx(2 / row["seconds"], rel=0.01) and row["recompiles"] == 0
+
+
+def test_scoring_runs_on_small_networks(tmp_path, monkeypatch):
+    import bench_scoring
+
+    monkeypatch.setattr(bench_scoring, "VISION", {"ViT-B/32": (32, 1, 2, 32, 16)})
+    monkeypatch.setattr(bench_scoring, "random_dino", lambda device: bench_scoring.random_clip("ViT-B/32", device))
+    monkeypatch.setattr(sys, "argv", ["bench_scoring.py", "--images", "2", "--batch", "1", "--device", "cpu",
+                                      "--output", str(tmp_path / "lines.jsonl")])  # fmt: skip
+    bench_scoring.main()
+    _, *lines = read(tmp_path / "lines.jsonl")
+    assert len(lines) == 2 and all(line["from_files_per_s"] > 0 and line["network_per_s"] > 0 for line in lines)
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+
+
+def test_cases_of_the_speed_benchmark_may_have_their_own_steps(tmp_path):
+    path, cases = (
+        tmp_path / "inference.jsonl",
+        [
+            "edit/1/plain+t5-8",
+            "edit/1/plain@2",
+            "edit/1/plain",
+            "dit/1/plain",
+            "subject/2/naive",
+            "edit/1/compiled+vae16+reuse2",
+        ],
+    )
+    settings = ["--tiny", "--device", "cpu", "--repeats", 1, "--steps", 3, "--output", path]
+    done = start("bench_inference.py", *settings, "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    device, *lines = read(path)
+    assert device["device"] == "cpu" and not [line for line in lines if "failed" in line]
+    assert [(line["case"], line.get("steps")) for line in lines] == [
+        ("edit/1/plain", 2),
+        ("edit/1/plain", 3),
+        ("dit/1/plain", None),
+        ("subject/2/naive", 3),
+        ("edit/1/compiled+vae16+reuse2", 3),
+        ("edit/1/plain+t5-8", 3),  # rebuilds the pipeline: last
+    ]
+    assert ["latent_error" in line for line in lines] == [False, False, False, False, True, True]
+    assert "| edit/1/plain | 2 |" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["edit/1", "edit/1/plain@", "edit/1/plain@0", "dit/1/plain@2", "edit/0/plain"])
+def test_an_unknown_case_is_refused(case):
+    read = runpy.run_path(str(ROOT / "benchmarks" / "bench_inference.py"))["Case"].read
+    assert str(read("edit/25/compiled+vae16@20")) == "edit/25/compiled+vae16@20"
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(case))):
+        read(case)
+
+
+def test_the_fused_norms_of_the_vae_are_its_norms():
+    fuse_norms = runpy.run_path(str(ROOT / "benchmarks" / "bench_vae.py"))["fuse_norms"]
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, **blocks).eval()
+    with torch.no_grad():
+        for weight in vae.parameters():  # weights and shifts of every channel its own
+            weight += 0.1 * torch.randn_like(weight)
+        vae.encoder.conv_in.bias += 30  # a mean far from zero, from which a sum of squares would cancel
+        fused, x = copy.deepcopy(vae), torch.randn(2, 3, 16, 16)
+        fuse_norms(fused)
+        with torch.compiler.set_stance("force_eager"):
+            got, want = (one.encode(x).latent_dist.mean for one in (fused, vae))
+            assert (got - want).norm() < 1e-4 * want.norm()
+            got, want = (one.decode(want).sample for one in (fused, vae))
+            assert (got - want).norm() < 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("torch.OutOfMemoryError: no room\nFatal Python error: Aborted\n", "torch.OutOfMemoryError: no room"),
+        ("Fatal Python error: Aborted\n", "Fatal Python error: Aborted"),
+        ("1 step\n", "no error in run.log: too slow or stuck"),
+    ],
+)
+def test_a_run_that_failed_says_why(log, said, tmp_path):
+    (tmp_path / "run.log").write_text(log)
+    failure = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["failure"]
+    assert re.fullmatch(said, failure(tmp_path / "run.log"))
