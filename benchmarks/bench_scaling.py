@@ -24,9 +24,6 @@ from harness import ROOT, table
 
 from mige.training import launch
 
-COMPILED = ("train.compile=['transformer','text_encoder','image_encoder','qformer']",)
-BF16 = ("train.param_dtype=bfloat16", "train.optimizer=adamw_bf16")
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -35,18 +32,20 @@ class Mode:
     one_card: bool
     launch: str | None  # LAUNCH of train_mige.sh; None: its default
     batch: int  # samples a card
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     tokens: int = 256  # positions of every prompt; 0: of varied length
     steps: int | None = None  # None: as asked for
 
 
 MODES = {
-    "one": Mode(True, None, 16, (*COMPILED, *BF16)),
-    "lora": Mode(True, None, 48, (*COMPILED, "train.param_dtype=bfloat16", "train.trainable=lora"), steps=60),
-    "default": Mode(False, "ddp", 16, (*COMPILED, *BF16)),
-    "fsdp2_float32": Mode(False, "fsdp2", 16, COMPILED),
-    "one_24": Mode(True, None, 24, (*COMPILED, *BF16), steps=20),
-    "varied": Mode(True, None, 16, (*COMPILED, *BF16), tokens=0),
+    "one": Mode(True, None, 16),
+    "lora": Mode(True, None, 48, ("train.trainable=lora",), steps=60),
+    "lora_kept": Mode(True, None, 24, ("train.trainable=lora", "train.gradient_checkpointing=[]"), steps=60),
+    "default": Mode(False, None, 16),
+    "fsdp2_float32": Mode(False, "fsdp2", 16, ("train.precision=mixed",)),
+    "fsdp2": Mode(False, "fsdp2", 16),
+    "one_24": Mode(True, None, 24, steps=20),
+    "varied": Mode(True, None, 16, tokens=0),
 }
 COMMON = ("train.warmup=0", "train.sample_every=0", "train.trackers=[]", "train.steps=1000000",
           "train.checkpoint_every=1000000", "data.features='memory'")  # fmt: skip
@@ -57,8 +56,6 @@ def start(args: argparse.Namespace, name: str, cards: list[int]) -> subprocess.P
     mode, output = MODES[name], args.folder / "results.jsonl"
     batch = args.batch or mode.batch
     overrides = (*COMMON, f"train.batch_size={batch}", f"data.workers={0 if args.cpu else 4}", *mode.overrides)
-    if args.cpu:
-        overrides = [o for o in overrides if o not in (*COMPILED, *BF16, "train.param_dtype=bfloat16")]
     asked = {"PROCESSES": str(len(cards))} | ({"LAUNCH": mode.launch} if mode.launch and not args.cpu else {})
     arguments = [str(args.config), "--output", str(args.folder / "runs" / name), *overrides]
     plan = launch.plan(arguments, asked, 0 if args.cpu else len(cards))

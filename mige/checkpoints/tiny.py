@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 
 from mige import config
-from mige.checkpoints import convert
+from mige.checkpoints.key_map import to_official
 from mige.models.build import build_parts
 from mige.utils.files import whole_folder
 
@@ -64,7 +64,7 @@ def write_official(folder: Path, config_file: Path, seed: int) -> None:
     torch.manual_seed(seed)
     parts = build_parts(sizes)
     with whole_folder(folder) as made:
-        released = dict(state_dict=convert.to_official(parts), optimizer={}, scheduler={}, epoch=0)
+        released = dict(state_dict=to_official(parts), optimizer={}, scheduler={}, epoch=0)
         torch.save(released, made / "model.pth")
         parts["vae"].save_pretrained(made / "vae")
         parts["text_encoder"].save_pretrained(made / "t5")

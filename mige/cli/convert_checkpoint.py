@@ -8,7 +8,7 @@
         --blip2 blip2_pretrained_flant5xxl.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl \\
         --output output/pretrained_models/start
 
-Prints a line a key (official name -> ours); a file with a missing, unexpected or misshapen key is refused.
+Prints a line a key (official name -> ours); a file with a key missing, unexpected or of another shape is refused.
 --t5 needs only the tokenizer for `release`.
 """
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from mige import config
     from mige.training.distillation import DistillationTrainer
 
-    return DistillationTrainer(config.load(args.config, args.overrides), args.output).run(args.resume)
+    return DistillationTrainer(config.load(args.config, args.overrides), args.output, args.resume).run(args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,14 +48,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
     """The checkpoint's VAE in float32, and the side of the images the model was trained on."""
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    from diffusers import AutoencoderKL
 
     from mige.checkpoints import folder as checkpoint
-    from mige.models import vae as latents
+    from mige.inference.sizes import SizeGrid
 
     checkpoint.verify(model)
-    vae = AutoencoderKL.from_pretrained(model / "vae").float().eval()
-    return vae, PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * latents.downscale(vae)
+    return AutoencoderKL.from_pretrained(model / "vae").float().eval(), SizeGrid.of_folder(model).native
 
 
 def run(args: argparse.Namespace) -> int:

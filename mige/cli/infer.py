@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
-    report = inference.check(read(args), model, settings)
+    opened = inference.OpenedRecords(ignore_profiles=settings.ignore_profiles)
+    report = inference.check(read(args), model, settings, opened)
     if args.lora:
         check_lora(model, Path(args.lora))
     if report.findings and main_process:
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             "note": args.note,
             "sheets": args.contact_sheets or None,
             "state": state,
+            "opened": opened,
         }
         inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:
@@ -170,7 +172,7 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     if args.lora:
         add_adapters(pipeline, Path(args.lora))
     if args.vae_dtype == "bfloat16":
-        pipeline.halve_vae()
+        pipeline.vae_to_bfloat16()
     if args.t5_bits:
         pipeline.quantise_text_encoder(args.t5_bits)
     pipeline.offload_encoders(device) if args.offload else pipeline.to(device)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from mige import config
     from mige.training.trainer import Trainer
 
-    return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
+    return Trainer(config.load(args.config, args.overrides), args.output, args.resume).run(args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

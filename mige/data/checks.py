@@ -4,15 +4,17 @@ Nothing here loads torch.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from mige.data.records import Finding, Record, count
-from mige.models.instruction import MAX_WORDS, full_text, tokenize, training_text, unspelled
+from mige.models.instruction import MAX_WORDS, Instruction, read_prompt, training_text, unspelled
 from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
 from mige.utils.images import BadImageError, check_shape, image_key, open_image
 
@@ -38,18 +40,19 @@ def check_images(
     *,
     size: tuple[int, int] = (512, 512),
     training: bool = False,
-    ignore_profiles: bool = False,
+    opener: Callable[[Path], Image.Image] | None = None,
 ) -> list[Finding]:
     """Decode each distinct image of the records once, in threads; one fatal finding a record and bad file.
 
     size: height and width that the images will be fitted to, px; what is too long for that is a fault.
     training: fitted as in training (never letterboxed).
+    opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
     Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
     with ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(files, pool.map(partial(_look, ignore_profiles=ignore_profiles), files), strict=True))
+        seen = dict(zip(files, pool.map(partial(_look, opener=opener or open_image), files), strict=True))
     findings = []
     for record, own in files_of:
         for file in own:
@@ -63,9 +66,9 @@ def _files(record: Record) -> list[Path]:
     return list(dict.fromkeys((*record.references, *filter(None, (record.source, record.target)))))
 
 
-def _look(path: Path, ignore_profiles: bool) -> _Seen:
+def _look(path: Path, opener: Callable[[Path], Image.Image]) -> _Seen:
     try:
-        image = open_image(path, ignore_profiles=ignore_profiles)
+        image = opener(path)
     except BadImageError as error:
         return _Seen(error=error)
     return _Seen(image.size, image_key(image))
@@ -147,16 +150,16 @@ def check_lengths(
     Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
     tokens over the limit) are notes; a marker or a whole image that is cut is a fault.
     """
-    return [f for record in records for f in _check_length(record, tokenizer, num_queries, max_tokens)]
+    read = [(r, read_prompt(r.task, r.prompt, r.edit_type, tokenizer)) for r in records]
+    return [f for record, one in read for f in check_instruction(record, one, tokenizer, num_queries, max_tokens)]
 
 
-def _check_length(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
+def check_instruction(
+    record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
 ) -> list[Finding]:
-    text = full_text(record.task, record.prompt, record.edit_type)
-    instruction = tokenize(text, tokenizer)
-    findings = check_markers(record) + check_spelling(record, tokenizer)
-    read, given = instruction.pictures, len(record.references)
+    """`check_lengths` of one record whose prompt has been read (`read_prompt`)."""
+    findings = check_markers(record) + check_spelling(record, instruction, tokenizer)
+    read, given = instruction.num_images, len(record.references)
     if read < given:
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
         findings.append(Finding(record.where, problem, "shorten the prompt", fatal=True))
@@ -166,7 +169,7 @@ def _check_length(
     length = instruction.length(num_queries)
     if length > max_tokens:
         last_picture_starts = length - len(instruction.segments[-1]) - num_queries
-        lost = instruction.pictures > 0 and last_picture_starts >= max_tokens
+        lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         findings.append(
             Finding(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
@@ -174,9 +177,9 @@ def _check_length(
     return findings
 
 
-def check_spelling(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
     """Notes on tokens of the prompt that the tokenizer does not know, and on special tokens written out in it."""
-    unknown, special = unspelled(record.prompt, tokenizer)
+    unknown, special = unspelled(record.prompt, instruction, tokenizer)
     findings = []
     if special:
         problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"

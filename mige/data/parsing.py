@@ -19,7 +19,7 @@ from typing import Any
 
 from mige.data.json_rows import read_rows, type_name
 from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Finding, Record, Report, count
-from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, near_markers, placeholders
+from mige.tasks import MAX_REFERENCES, PLACEHOLDER, Task, can_pair, is_rewritten, near_markers, placeholders
 
 
 def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task | None = None) -> Report:
@@ -135,13 +135,12 @@ def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, reference
     found = f"{asked} {PLACEHOLDER} in the prompt, {count(given, 'reference')}"
     if near := near_markers(prompt):
         found += f" ({', '.join(map(repr, near))} is read as words)"
-    rewritten_later = task is Task.EDIT and asked == 0
     if asked == 0 and given == 0:
         reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
-    elif asked != given and not rewritten_later:
+    elif not is_rewritten(task, prompt) and not can_pair(task, prompt, asked, given):
         reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
-    if given > MOST_REFERENCES:
-        reader.note(count(given, "reference"), f"the model was trained with at most {MOST_REFERENCES}")
+    if given > MAX_REFERENCES:
+        reader.note(count(given, "reference"), f"the model was trained with at most {MAX_REFERENCES}")
 
 
 class _RowReader:

@@ -20,7 +20,7 @@ class Loss:
 
     @property
     def total(self) -> Tensor:
-        """mse + vb, with no 1/1000 on vb and no SNR weighting: as the released model was trained."""
+        """mse + vb, [B], with no 1/1000 on vb and no SNR weighting: as the released model was trained."""
         return self.mse + self.vb
 
 

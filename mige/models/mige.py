@@ -1,6 +1,6 @@
 """The trainable whole: multimodal encoder and DiT as one module.
 
-Letters: B samples, R pictures of all samples, L context positions, N patches, C channels; latents are [B, 4, h, w].
+Letters: B samples, R images of all samples, L context positions, N patches, C channels; latents are [B, 4, h, w].
 """
 
 from collections.abc import Sequence
@@ -79,10 +79,10 @@ class MIGEModel(nn.Module):
         """Everything that does not depend on the timestep.
 
         Args:
-            instructions: B of them, with R pictures in all.
-            vision_RCHW: float [R, 3, 224, 224], the pictures for the vision tower.
-            references_RCHW: float [R, 4, h', w'], *unscaled* VAE latents of the same pictures.
-            source_BCHW: float [B, 4, h, w], *scaled* latents of the source pictures, zeros for none.
+            instructions: B of them, with R images in all.
+            vision_RCHW: float [R, 3, 224, 224], the images for the vision tower.
+            references_RCHW: float [R, 4, h', w'], *unscaled* VAE latents of the same images.
+            source_BCHW: float [B, 4, h, w], *scaled* latents of the source images, zeros for none.
         """
         patches_RNC = self.patchify(references_RCHW)
         context_BLC, mask_BL = self.encoder(instructions, vision_RCHW, patches_RNC)
@@ -111,7 +111,7 @@ class MIGEModel(nn.Module):
         that nor T5, "dit" the DiT but for its patch convolution, which the encoder reads too, "lora" nothing.
 
         The tower's last norm trains with "full", as in the released weights. What nothing reads does not train: where
-        pictures take no positions, the parts that see them. Call before the optimiser is built.
+        images take no positions, the parts that see them. Call before the optimiser is built.
         """
         self.requires_grad_(trainable != "lora")
         tower = self.encoder.image_encoder
@@ -134,15 +134,20 @@ class MIGEModel(nn.Module):
             self.encoder.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self, parts: Sequence[str]) -> None:
-        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block, soon compiled."""
+        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block and context width.
+
+        The number of images differs from batch to batch: the blocks that see them are compiled for any number.
+        """
         if not parts:
             return
-        torch._dynamo.config.recompile_limit = 64  # a graph a length of instruction
-        self.encoder.pad_to = 32
+        torch._dynamo.config.recompile_limit = 64  # of one kind of block
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks at DDP's buckets; they are small enough
+        self.encoder.pad_to = 64
         # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
-        for block in self.blocks(parts):
-            block.compile()
+        for part in parts:
+            for block in self.blocks([part]):
+                block.compile(dynamic=part in ("image_encoder", "qformer"))
 
     def blocks(self, parts: Sequence[str] = PARTS) -> list[nn.Module]:
         """The repeated blocks of these parts."""

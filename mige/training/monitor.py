@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mige.config import Config
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
+from mige.models.vae import downscale
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
 from mige.training.metrics import Metrics, StepMetrics
 from mige.training.objective import Judged, Objective
 from mige.training.optimizers import learning_rate
+from mige.training.warm_up import compiled_graphs
 from mige.utils.files import append_json_line
 
 
@@ -50,17 +51,21 @@ class Monitor:
         self.metrics = Metrics(objective.levels)
         self.pending: deque[StepMetrics] = deque()
         self.stop_everywhere, self.norm = False, None
+        self.warm_graphs: int | None = None  # compiled before the first step; None: nothing is compiled
         self.peak = measured_peak_flops(accelerator.device)
         self._work: dict[tuple[int, int], float] = {}
 
     def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
-        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
+        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them.
+
+        `norm`: the gradient's, [], in a micro-batch that ends a step.
+        """
         loss, tasks = judged.loss, batch.task_B.repeat(self.objective.levels)
         stopping = torch.full_like(loss.mse, stop)
         rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         queries = self.pipeline.fusion.config.num_queries
-        work = sum(self._flops(one.length(queries), one.pictures) for one in batch.instructions)
+        work = sum(self._flops(one.length(queries), one.num_images) for one in batch.instructions)
         self.pending.append(StepMetrics(step, micro, everyone, norm, work))
 
     def flush(self, all_but: int = 0) -> None:
@@ -109,10 +114,12 @@ class Monitor:
         line = self.metrics.pop_means(
             step=step,
             samples=step * self.global_batch_size,
-            epoch=step * self.global_batch_size / len(self.dataset),
+            epoch=self.dataset.epochs(step * self.global_batch_size),
             lr=learning_rate(settings, step - 1, self.global_batch_size),
             grad_norm=self.norm,
         )
+        if self.warm_graphs is not None:
+            line["recompiles"] = compiled_graphs() - self.warm_graphs
         if self.peak is not None:
             line |= {"mfu": work / self.peak, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         if self.accelerator.is_main_process:
@@ -122,7 +129,7 @@ class Monitor:
     def _flops(self, context: int, images: int) -> float:
         """Useful FLOPs of one sample of this process."""
         if (context, images) not in self._work:
-            side = self.config.data.size // latents.downscale(self.pipeline.vae)
+            side = self.config.data.size // downscale(self.pipeline.vae)
             tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
             forward = forward_flops(self.model, tokens, context, images)
             frozen = self.objective.frozen_passes * forward["transformer"]

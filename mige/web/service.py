@@ -25,9 +25,8 @@ from mige.data.synthetic.scenes import SIDE
 from mige.diffusion.settings import WORLD, resolve
 from mige.diffusion.solver import OnStep
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
 from mige.models.instruction import MAX_WORDS, full_text
-from mige.tasks import MOST_REFERENCES, Task
+from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
 from mige.web.instructions import Reading, RefusedError, read
 
@@ -109,14 +108,13 @@ class GenerationService:
     @property
     def sides(self) -> tuple[int, int, int]:
         """Smallest and largest side of a result and the step between sizes, px: half to twice the native size."""
-        grid = latents.downscale(self.pipeline.vae) * self.pipeline.transformer.config.patch_size
-        native = self.pipeline.native_size
+        grid, native = self.pipeline.sizes.step, self.pipeline.sizes.native
         return max(grid, native // 2 // grid * grid), 2 * native, grid
 
     @property
     def capacity(self) -> int:
         """Most pictures that an instruction has room for."""
-        return min(MOST_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
+        return min(MAX_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
 
     def explain(self, task: Task, text: str, given: Sequence[bool]) -> tuple[Reading, str, list[str]]:
         """How the model reads a numbered instruction: the reading, the whole text it is given, and what is odd.

@@ -21,7 +21,7 @@ from mige.data.crops import Crop
 from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.data.parsing import read_records
-from mige.models import vae as latents
+from mige.models.vae import encode
 from mige.utils.images import center_crop, open_image, to_pixels
 
 SIZE = 32  # pixels; latents are 4 x 4 x 4
@@ -79,7 +79,7 @@ def encoded(vae, paths, size=(SIZE, SIZE)):
     pixels = [to_pixels(center_crop(open_image(path), *size)) for path in paths]
     pixels += [torch.zeros_like(pixels[0])] * (-len(paths) % 8)
     with torch.inference_mode():
-        moments = [latents.encode(vae, part) for part in torch.stack(pixels).split(8)]
+        moments = [encode(vae, part) for part in torch.stack(pixels).split(8)]
     return [torch.cat(values)[: len(paths)] for values in zip(*((m.mean, m.std) for m in moments), strict=True)]
 
 

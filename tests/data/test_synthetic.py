@@ -10,8 +10,8 @@ import torch
 from conftest import run_here
 from transformers import AutoTokenizer
 
-from mige.data.dataset import Dropout
 from mige.data.parsing import read_records
+from mige.data.randomness import Dropout
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.scenes import SIDE, SWAPS, Placed, Scene, Scenes, draw
 from mige.data.synthetic.stream import WorldBatch, WorldDataset, collate_world
@@ -267,7 +267,7 @@ def test_the_stream_is_a_function_of_seed_and_counter(stream):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     assert one.ids == two.ids and one.instructions == two.instructions
     assert one.noise_BCHW.shape == (2 * 8, 4, 8, 8) and one.time_B.shape == (16,)
-    pictures = 8 + sum(instruction.pictures for instruction in one.instructions)
+    pictures = 8 + sum(instruction.num_images for instruction in one.instructions)
     assert one.pixels_PCHW.shape == (pictures, 3, 64, 64)
     assert one.vision_RCHW.shape == (pictures - 8, 3, 28, 28)
     assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(pictures))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mige.data.records import Record
 from mige.inference import run as inference
 from mige.inference.run import RunError, Settings
 from mige.tasks import Task
+from mige.utils.images import to_pil
 
 SETTINGS = Settings(model="tiny", dtype="float32", steps=2)
 CAT = Path(__file__).parents[2] / "example_data" / "images" / "cat.jpg"
@@ -31,6 +33,7 @@ class Pipe:
     """Makes from a record's noise an image that no other record has; counts."""
 
     _execution_device = torch.device("cpu")
+    scheduler = SimpleNamespace(config={})
 
     def __init__(self):
         self.made = 0
@@ -49,10 +52,7 @@ class Pipe:
 
     def run(self, samples, noise, **_):
         self.made += len(samples)
-        return torch.stack(noise)
-
-    def decode(self, latents):
-        return latents
+        return to_pil(torch.stack(noise))
 
 
 def record(name="a", prompt="a<imagehere>", path=CAT, where="x.jsonl, record 1"):
@@ -342,11 +342,11 @@ def test_paths_are_compared_as_files(tmp_path, monkeypatch):
         for path in more:
             assert run(tmp_path / "run", [record(path=Path(path))]) == (0, "")
     for path in (images / "other.jpg", CAT):
-        with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+        with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
             run(tmp_path / "run", [record(path=path)])
     (work / "images").mkdir()  # the same spelling, another file
     shutil.copy(CAT, work / "images" / "cat.jpg")
-    with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+    with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
         run(tmp_path / "run", [record(path=Path("images/cat.jpg"))])
 
 

@@ -605,8 +605,8 @@ def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_pa
 
 
 def test_the_published_scores_can_be_gone_on_with(monkeypatch):
-    """The shipped start, the config and the defaults give the settings that docs/ablation was made with."""
-    published, base = ROOT / "docs" / "ablation", ROOT / "output" / "pretrained_models" / "ablation-base"
+    """The shipped start, the config and the defaults give the settings that mige/mini/published was made with."""
+    published, base = ROOT / "mige" / "mini" / "published", ROOT / "output" / "pretrained_models" / "ablation-base"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # they were made in bf16
     script = ROOT / "train_scripts" / "train_mige.py"
     made = Plan(Path("unused"), ROOT / "configs" / "ablation.py", (), base, script)

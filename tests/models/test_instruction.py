@@ -1,4 +1,4 @@
-"""Prompt text -> the text the model reads -> token ids around pictures."""
+"""Prompt text -> the text the model reads -> token ids around images."""
 
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def test_segments_are_tokenised_alone(tokenizer):
 
     got = tokenize("a cat<imagehere>in the snow<imagehere>at night", tokenizer)
     assert got.segments == (ids("a cat"), ids("in the snow"), (*ids("at night"), tokenizer.eos_token_id))
-    assert got.pictures == 2
+    assert got.num_images == 2
     assert got.length(num_queries=3) == 6 + len(ids("a cat")) + len(ids("in the snow")) + len(ids("at night")) + 1
 
 
@@ -132,7 +132,7 @@ def test_empty_segments_have_no_tokens(tokenizer):
     assert tokenize("<imagehere>", tokenizer).segments == ((), (1,))
     assert tokenize("<imagehere> <imagehere>\n ", tokenizer).segments == ((), (), (1,))
     assert tokenize("", tokenizer) == Instruction(((1,),))
-    assert tokenize("", tokenizer).pictures == 0
+    assert tokenize("", tokenizer).num_images == 0
 
 
 def test_outer_blanks_of_a_segment_vanish(tokenizer):
@@ -173,7 +173,7 @@ def test_tokens_over_the_limit_are_a_note_that_counts_them(tokenizer):
     assert f"takes {length} tokens, the last 2 are cut (limit {length - 2})" in note.problem
 
 
-def test_a_whole_picture_over_the_limit_is_fatal(tokenizer):
+def test_a_whole_image_over_the_limit_is_fatal(tokenizer):
     row = record(Task.SUBJECT, "a<imagehere>in the snow")
     instruction = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer)
     start = len(instruction.segments[0])
@@ -198,6 +198,6 @@ def test_the_appended_placeholder_of_a_long_edit_is_lost_too(tokenizer):
     assert findings(tokenizer, record(Task.EDIT, " ".join(["word"] * (MAX_WORDS - 1)))) == []
 
 
-def test_a_second_mention_of_the_picture_is_a_note(tokenizer):
+def test_a_second_mention_of_the_image_is_a_note(tokenizer):
     (note,) = findings(tokenizer, record(Task.EDIT, "make the image like this photo"))
     assert not note.fatal and "mentions the picture 2 times; 1 mention(s) read an empty picture" in note.problem

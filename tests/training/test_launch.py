@@ -116,8 +116,8 @@ def test_two_machines_are_one_training(launch, tmp_path):
     [
         ({}, 0, None, False),
         ({}, 1, None, False),
-        ({}, 2, "accelerate_config.yaml", True),
-        ({"MACHINES": "2", "RANK": "1"}, 1, "accelerate_config.yaml", True),  # by GPUs x machines, not by GPUs
+        ({}, 2, "configs/accelerate/ddp.yaml", True),
+        ({"MACHINES": "2", "RANK": "1"}, 1, "configs/accelerate/ddp.yaml", True),  # by GPUs x machines, not by GPUs
         ({"MACHINES": "2"}, 0, None, True),
         ({"LAUNCH": "zero2"}, 1, "accelerate_config.yaml", True),
         ({"LAUNCH": "fsdp2", "MACHINES": "4", "RANK": "3"}, 8, "configs/accelerate/fsdp2.yaml", True),

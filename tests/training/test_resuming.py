@@ -256,7 +256,7 @@ def test_a_failing_sample_loses_nothing(tiny_model, tmp_path, monkeypatch):
 
 
 def test_adapters_over_bfloat16_are_float32(tiny_model, tmp_path):
-    trainer = build(tiny_model, tmp_path / "run", "train.trainable=lora", "train.param_dtype=bfloat16", *SHORT)
+    trainer = build(tiny_model, tmp_path / "run", "train.trainable=lora", "train.precision=bfloat16", *SHORT)
     assert {p.dtype for p in trainer.trained} == {torch.float32}
     assert trainer.plain.transformer.proj_out.weight.dtype is torch.bfloat16
 

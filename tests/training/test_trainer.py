@@ -37,11 +37,11 @@ def overrides(model: Path, *more: str) -> list[str]:
     return [f"train.pretrained={str(model)!r}", f"data.sets=[dict(file={str(TRAIN)!r}, weight=1.0)]", *BASE, *more]
 
 
-def build(model: Path, run: Path, *more: str) -> Trainer:
+def build(model: Path, run: Path, *more: str, resume: Path | None = None) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     text = [o.replace("dict(file=", "{'file': ").replace(", weight=1.0)", ", 'weight': 1.0}") for o in
             overrides(model, *more)]  # fmt: skip
-    return Trainer(config.load(ROOT / "configs" / "tiny.py", text), run)
+    return Trainer(config.load(ROOT / "configs" / "tiny.py", text), run, resume)
 
 
 def command(model: Path, run: Path, *more: str) -> list[str]:

@@ -18,7 +18,7 @@ from mige.data.latent_store.meta import DTYPES, Meta
 from mige.data.latent_store.part import PartWriter
 from mige.data.latent_store.store import FeatureStore
 from mige.data.records import Finding, Record
-from mige.models import vae as latents
+from mige.models.vae import encode
 from mige.utils import images
 from mige.utils.files import absolute
 from mige.utils.images import BadImageError
@@ -199,7 +199,7 @@ def _encode(vae: AutoencoderKL, batch: Sequence[_Image], batch_size: int, meta: 
     for place, image in zip(pixels[: len(batch)], batch, strict=True):
         place.copy_(image.pixels)
     try:
-        moments = [latents.encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
+        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
     except torch.OutOfMemoryError as error:
         raise StoreError(f"out of memory with {batch_size} images at a time: give a smaller batch size") from error
     rows = torch.cat([torch.stack([m.mean, m.std], dim=1) for m in moments])[: len(batch)].float().cpu().numpy()

@@ -9,7 +9,7 @@ import numpy as np
 from diffusers import AutoencoderKL
 
 from mige.data.latent_store.errors import StoreError
-from mige.models import vae as latents
+from mige.models.vae import downscale
 from mige.utils.files import read_json_object
 
 VERSION = 2
@@ -44,7 +44,7 @@ class Meta:
 
 def make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
     height, width = (size, size) if isinstance(size, int) else size
-    cell = latents.downscale(vae)
+    cell = downscale(vae)
     if min(height, width) < cell or height % cell or width % cell:
         raise StoreError(f"images of {height} x {width} pixels, expected multiples of {cell}; give another size")
     shape = (vae.config.latent_channels, height // cell, width // cell)

@@ -99,6 +99,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class Picture:
+    """An image of the set that is made: its file and size in pixels."""
+
     path: str  # relative to the output folder
     width: int  # upright
     height: int
@@ -289,6 +291,7 @@ class ParquetRows:
             yield row
 
     def position(self) -> dict[str, Any]:
+        """Rows taken, and the state of the stream, which holds for this version of `datasets`."""
         return {"rows": self.taken, "datasets": datasets.__version__, "state": self.stream.state_dict()}
 
 
@@ -335,6 +338,7 @@ class SeedRows:
                         yield {"line": line, "where": where, "images": str(_seed_images(file))}
 
     def position(self) -> dict[str, Any]:
+        """Rows taken; the files are read from the start to get there."""
         return {"rows": self.taken}
 
 
@@ -351,6 +355,8 @@ def _seed_images(annotation: Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
+    """A public data set: where it is, how its rows are read and what samples they give."""
+
     hub: str | None  # what is read where no input is given
     splits: tuple[str, ...]
     columns: tuple[str, ...]

@@ -57,9 +57,11 @@ class Scene:
     subjects: tuple[Placed, ...] = ()
 
     def without(self, subject: Placed) -> "Scene":
+        """The scene but for that very subject."""
         return replace(self, subjects=tuple(s for s in self.subjects if s is not subject))
 
     def with_(self, *subjects: Placed) -> "Scene":
+        """The scene with these in front of its subjects."""
         return replace(self, subjects=self.subjects + subjects)
 
     def exchange(self, old: Placed, new: Placed) -> "Scene":

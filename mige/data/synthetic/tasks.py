@@ -170,6 +170,7 @@ class _Author:
 
 
 def name(subject: Placed) -> str:
+    """What an instruction calls a subject."""
     return sprites.names()[subject.sprite]
 
 
