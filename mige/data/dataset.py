@@ -124,6 +124,7 @@ class JointDataset(Dataset):
             pixels = torch.stack([self._pixels(opened.get(path) or images.open_image(path)) for path in paths])
         return TrainingSample(
             record.id,
+            record.where,
             record.task,
             None if record.source is None else record.references.index(record.source),
             tokenize(training_text(record.task, record.prompt, record.edit_type), self.tokenizer),
