@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 
 from mige.cli import train_mige
 from mige.config import Config
-from mige.data.dataset import Dropout, TrainingSample, draw_chance, sample_generator
+from mige.data.batch import TrainingSample
+from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
@@ -64,7 +65,7 @@ class Samples(Dataset):
 
     def __getitem__(self, number: int) -> TrainingSample:
         generator = sample_generator(self.seed, number)
-        chance = draw_chance(generator, 2, self.shape, self.dropout, self.levels, 1000)
+        chance = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
         least = min(self.queries + 8, self.limit - 1)
         tokens = BENCH["tokens"] or int(torch.randint(least, self.limit + 1, (), generator=generator))
         words = torch.randint(3, self.vocabulary, (tokens - self.queries - 3,), generator=generator).tolist()

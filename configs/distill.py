@@ -1,7 +1,7 @@
 """A student of MIGE-mini in 4 steps of one branch: train_scripts/distill.py, docs/training.md.
 
-Of the methods tried on MIGE-mini (docs/notes/few_steps.md), pieces of the teacher's way beat guided consistency (LCM,
-arXiv 2310.04378) at either of two rates, with a quarter of the samples; so it is the one that is here.
+Of the methods tried on MIGE-mini (docs/notes/few_steps.md), segments of the teacher's path beat guided consistency
+(LCM, arXiv 2310.04378) at either of two rates, with a quarter of the samples; so it is the one that is here.
 """
 
 _base_ = "mini.py"

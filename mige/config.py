@@ -13,7 +13,17 @@ from typing import Any
 
 import mmengine
 
-from mige.utils.settings import ConfigError, agree, at_least, check_type, check_types, one_of, positive, within
+from mige.utils.settings import (
+    ConfigError,
+    agree,
+    at_least,
+    check_type,
+    check_types,
+    one_of,
+    positive,
+    positive_fraction,
+    within,
+)
 
 RENAMED = {
     "accumulate": "gradient_accumulation_steps",
@@ -65,7 +75,7 @@ class ModelConfig:
 class DataConfig:
     """What is trained on."""
 
-    sets: Sequence[Mapping[str, Any]]  # file, weight (views of each record an epoch), and if need be root, task
+    sets: Sequence[Mapping[str, Any]]  # file, weight (views of a record an epoch, also "1/3"), if need be root, task
     world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
     size: int  # side of the square pictures, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
@@ -91,7 +101,7 @@ class DataConfig:
             known = {"file", "weight", "root", "task"}
             _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
             _refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
-            positive(f"data.sets[{number}].weight", one["weight"])
+            positive_fraction(f"data.sets[{number}].weight", one["weight"])
             for key in one.keys() - {"weight"}:
                 if one[key] is not None or key == "file":
                     check_type(f"data.sets[{number}].{key}", one[key], str)
@@ -215,7 +225,7 @@ class DistillationConfig:
         if self.teacher_steps < self.steps or self.teacher_steps % self.steps:
             raise ConfigError(
                 f"distillation.teacher_steps is {self.teacher_steps}, expected a multiple of distillation.steps, "
-                f"which is {self.steps}: the student is asked at points of the teacher's way"
+                f"which is {self.steps}: the student is asked at points of the teacher's path"
             )
 
 

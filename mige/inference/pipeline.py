@@ -5,8 +5,7 @@
     image = pipe("make the sky night in<imagehere>", source=photo).images[0]
     image = pipe("replace the pencil in<imagehere>with<imagehere>", [photo, pen], source=photo).images[0]
 
-What happens, in order, is `MIGEPipeline.run`. Letters: B prompts, L context positions; latents are [B, 4, h, w], images
-a side of 8 h.
+What happens is `MIGEPipeline.run`. Letters: B prompts, L context positions; latents are [B, 4, h, w], images 8 h high.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +44,8 @@ from mige.utils import images
 class MIGEPipeline(Modes, DiffusionPipeline):
     """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
 
-    The scheduler may be replaced by any diffusers scheduler that predicts epsilon.
+    The scheduler may be replaced by any diffusers scheduler that predicts epsilon. The class is longer than others as
+    diffusers wants loading, the call and its steps in one; what a step does stands in a file of its own.
     """
 
     model_cpu_offload_seq = "image_encoder->qformer->fusion->text_encoder->transformer->vae"

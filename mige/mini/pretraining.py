@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mige.config import Config
-from mige.data.dataset import Counters, Dropout
+from mige.data.order import ResumableBatchSampler
+from mige.data.randomness import Dropout
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.scenes import SIDE, Scene, Scenes, draw
 from mige.data.synthetic.stream import Drawn, WorldBatch, WorldDataset, collate_world, vision_pixels
@@ -182,8 +183,8 @@ def pretrain(
         dropout=Dropout(0, 0, 0),
         noise_levels=1,
     )
-    counters = Counters(batch=batch, processes=1, rank=0, accumulate=1, start=0)
-    loader = DataLoader(dataset, batch_sampler=counters, collate_fn=collate_answered, num_workers=workers)
+    indices = ResumableBatchSampler(batch=batch, processes=1, rank=0, accumulate=1, start=0)
+    loader = DataLoader(dataset, batch_sampler=indices, collate_fn=collate_answered, num_workers=workers)
     torch.manual_seed(seed)
     patches, values = (tower.image_size // tower.patch_size) ** 2, 3 * tower.patch_size**2
     reader = Reader(pipeline.fusion.config.text_width, patches, values).to(device)

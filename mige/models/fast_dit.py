@@ -20,7 +20,7 @@ head, S steps; K blocks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,42 +44,13 @@ from mige.models.fast_blocks import (
     modulate,
     padded_head_dim,
 )
+from mige.models.fast_state import Inputs, Recording, Step
 
 LENGTHS = (32, 64, 96, 128, 192, 256)
 """Context lengths that a step is captured for; a shorter context is padded."""
 
 _OUTER = 7  # a step that reuses the middle computes the first and the last K / 7 blocks
 MAX_CAPTURED = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
-
-
-@dataclass
-class Inputs:
-    """What a step reads, at fixed addresses: a captured step is replayed over whatever they hold."""
-
-    x_BCHW: Tensor  # float32 [samples, 4, h, w], the noisy latents of one branch
-    source_BCHW: Tensor  # [B, 4, h, w]
-    modulation_K6C: Tensor  # of the current time: shift, scale, gate around attention; the same around the MLP
-    end_2C: Tensor  # of the current time: shift and scale before the last projection
-    kv_K2BLHD: Tensor  # keys and values of the context, of every block; D is `padded_head_dim` if any is padding
-    position_NC: Tensor
-    change_2MC: Tensor | None  # what the middle blocks added last time, and the time before; None: never reused
-    extrapolation: Tensor  # float32 [1], how far past the last time, in distances of the last two
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A captured step: replaying it fills `eps`, [B, 4, h, w]."""
-
-    graph: torch.cuda.CUDAGraph
-    eps: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of one shape: its inputs and, on a GPU, its recordings (True: the one that reuses the middle blocks)."""
-
-    inputs: Inputs
-    recordings: dict[bool, Recording] = field(default_factory=dict)
 
 
 class FastDenoiser:

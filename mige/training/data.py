@@ -10,10 +10,11 @@ from torch.utils.data import Dataset
 
 from mige.config import Config, DataConfig
 from mige.data.checks import check_images, check_repeats, check_training_text
-from mige.data.dataset import Dropout, JointDataset, Mixture
+from mige.data.dataset import JointDataset, Mixture
 from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
-from mige.data.records import Finding, Record, Report
+from mige.data.randomness import Dropout
+from mige.data.records import BadRecordsError, Finding, Record, Report
 from mige.data.synthetic.stream import WorldDataset
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
@@ -66,7 +67,13 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
         root = None if one.get("root") is None else Path(one["root"])
         report = read_records([Path(one["file"])], root=root, task=task)
         good = check_set(report, data)
-        sets.append(PackedRecords(good if store is None else stored(good, store, data)))
+        kept = good if store is None else stored(good, store, data)
+        if not kept:
+            raise BadRecordsError(
+                f"data.sets[{len(sets)}], {one['file']}: no record is left to train on; correct what the log names, or "
+                "leave the set out"
+            )
+        sets.append(PackedRecords(kept))
     return JointDataset(
         Mixture(sets, [one["weight"] for one in data.sets]),
         pipeline.tokenizer,

@@ -1,12 +1,12 @@
 """A few-step student of guided sampling, trained by the trainer like any other model.
 
-The teacher, a frozen copy of the DiT, goes its whole way from noise: guided, `teacher_steps` steps of its own solver.
-The student is asked at N points of that way, at equal distances of time, without guidance, and its estimate of x0 is
+The teacher, a frozen copy of the DiT, samples from noise: guided, `teacher_steps` steps of its own solver.
+The student is asked at N points of that path, at equal distances of time, without guidance, and its estimate of x0 is
 pulled to the one whose first-order step lands on the next of the N points. So N steps of one branch follow the
-teacher's way of many steps of two. The encoder is shared and frozen, and the target images are not looked at.
+teacher's path of many steps of two. The encoder is shared and frozen, and the target images are not looked at.
 
 It is progressive distillation (Salimans and Ho, arXiv 2202.00512, appendix G) with the guidance inside (Meng et al.,
-arXiv 2210.03142), from the teacher's many steps to N at once and on the teacher's own ways from noise, as Luhman and
+arXiv 2210.03142), from the teacher's many steps to N at once and on the teacher's own paths from noise, as Luhman and
 Luhman (arXiv 2101.02388) do for a single step and PeRFlow (arXiv 2405.07510) for pieces that start at noised data.
 
 Letters: B samples, N steps of the student; latents are [B, 4, h, w].
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from mige.checkpoints.lora import fingerprint
 from mige.config import Config, ConfigError
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.few_step import FewStepSolver, x0_between
 from mige.diffusion.gaussian import Loss, snr_weight
-from mige.diffusion.guidance import Branch, branches
+from mige.diffusion.guidance import Guidance, branches
 from mige.diffusion.solver import DPMSolver2M, time_grid
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import SampleNoise
@@ -42,7 +42,7 @@ class Segments:
     """The student's questions about a batch, the first step of all samples first: [N B, ...].
 
     Attributes:
-        x_BCHW: points of the teacher's way, float32. x0_BCHW: the estimates of x0 that lead from each to the next.
+        x_BCHW: points of the teacher's path, float32. x0_BCHW: the estimates of x0 that lead from each to the next.
         time_B: model times. ratio_B: alpha / sigma there, the root of the signal-to-noise ratio.
     """
 
@@ -53,7 +53,7 @@ class Segments:
 
 
 def cut(points: Sequence[Tensor], solver: DPMSolver2M) -> Segments:
-    """The teacher's way at the N + 1 points of `time_grid(N)`, noise first, [B, 4, h, w] each -> N segments."""
+    """The teacher's path at the N + 1 points of `time_grid(N)`, noise first, [B, 4, h, w] each -> N segments."""
     steps, first = len(points) - 1, points[0]
     grid = time_grid(steps, solver.betas, first.device)
     targets = [x0_between(points[i], points[i + 1], grid, i) for i in range(steps)]
@@ -62,11 +62,11 @@ def cut(points: Sequence[Tensor], solver: DPMSolver2M) -> Segments:
 
 
 class SegmentObjective:
-    """The losses of a student at the N points of its teacher's ways; no chance but the batch's own noise.
+    """The losses of a student at the N points of its teacher's paths; no chance but the batch's own noise.
 
     Args:
         teacher: the teacher's pipeline. encoder: the student as a whole, whose encoder is the teacher's too.
-        steps: N. teacher_steps: of its solver, a multiple of N. chosen: the branches of its guidance.
+        steps: N. teacher_steps: of its solver, a multiple of N. guidance: of every sample of a batch.
         snr_gamma, snr_power: the loss is the error of the noise estimate, weighted as in `Diffusion.weight`. At power 1
             that is the error of x0, and the first point, whose estimate of x0 matters least, rules the gradient; at 1/2
             it is about the error of where the step lands, which is the default.
@@ -78,14 +78,14 @@ class SegmentObjective:
         encoder: MIGEModel,
         steps: int,
         teacher_steps: int,
-        chosen: Sequence[Branch],
+        guidance: Guidance,
         snr_gamma: float | None,
         snr_power: float,
     ):
-        self.teacher, self.encoder, self.chosen = teacher, encoder, list(chosen)
+        self.teacher, self.encoder, self.guidance = teacher, encoder, guidance
         self.levels, self.teacher_steps = steps, teacher_steps
         self.snr_gamma, self.snr_power = snr_gamma, snr_power
-        self.frozen_passes = teacher_steps * len(self.chosen)
+        self.frozen_passes = teacher_steps * len(branches(guidance.task, guidance.text, guidance.source))
 
     def __call__(self, model: nn.Module, vae: AutoencoderKL, batch: TrainingBatch, autocast) -> Judged:
         _, references, source = batch.latents(vae)
@@ -93,7 +93,7 @@ class SegmentObjective:
         with torch.no_grad(), autocast():
             self.encoder.encoder.eval()  # as at inference, without dropout, whatever mode the trainer has it in
             condition = self.encoder.encode(batch.instructions, batch.vision_RCHW, references, source)
-        segments = cut(self._way(condition, noise), self.teacher.scheduler)
+        segments = cut(self._path(condition, noise), self.teacher.scheduler)
         with autocast():
             output = model(segments.x_BCHW, segments.time_B, condition=condition)
         return self.judge(output, segments)
@@ -107,8 +107,8 @@ class SegmentObjective:
         weight = snr_weight(segments.ratio_B.square(), self.snr_gamma, self.snr_power)
         return Judged(Loss(mse, torch.zeros_like(mse)), weight, segments.time_B)
 
-    def _way(self, condition: Condition, noise_BCHW: Tensor) -> list[Tensor]:
-        """The teacher's guided way from noise, at N + 1 of its points."""
+    def _path(self, condition: Condition, noise_BCHW: Tensor) -> list[Tensor]:
+        """The teacher's guided path from noise, at N + 1 of its points."""
         points, every = [noise_BCHW.float()], self.teacher_steps // self.levels
 
         def keep(step: int, x: Tensor, x0: Tensor) -> None:
@@ -116,7 +116,7 @@ class SegmentObjective:
                 points.append(x)
 
         noise = [SampleNoise(latent, (), latent, 0) for latent in points[0]]
-        self.teacher.denoise(condition, self.chosen, noise, self.teacher_steps, keep)
+        self.teacher.denoise(condition, noise, self.guidance, steps=self.teacher_steps, on_step=keep)
         return points
 
 
@@ -147,9 +147,10 @@ class DistillationTrainer(Trainer):
         if self.device.type == "cuda":
             teacher.compile()  # three small kernels to wait for
         pipeline.scheduler = FewStepSolver(num_inference_steps=how.steps)  # exported with the student
-        chosen = branches(Task.EDIT, how.guidance, how.source_guidance)  # without a source, two of its three are one
+        # Of all tasks at once: where there is no source, two of an edit's three branches are one.
+        guidance = Guidance(Task.EDIT, how.guidance, how.source_guidance)
         weighting = settings.snr_gamma, settings.snr_power
-        return SegmentObjective(teacher, self.plain, how.steps, how.teacher_steps, chosen, *weighting)
+        return SegmentObjective(teacher, self.plain, how.steps, how.teacher_steps, guidance, *weighting)
 
     def _invariants(self) -> dict:
         """Another teacher would be followed from here on."""

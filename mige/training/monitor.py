@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mige.config import Config
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.vae import downscale
 from mige.training.checkpointing import list_checkpoints
@@ -114,7 +114,7 @@ class Monitor:
         line = self.metrics.pop_means(
             step=step,
             samples=step * self.global_batch_size,
-            epoch=step * self.global_batch_size / len(self.dataset),
+            epoch=self.dataset.epochs(step * self.global_batch_size),
             lr=learning_rate(settings, step - 1, self.global_batch_size),
             grad_norm=self.norm,
         )

@@ -9,7 +9,7 @@ from typing import Protocol
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from mige.data.dataset import TrainingBatch
+from mige.data.batch import TrainingBatch
 from mige.diffusion.gaussian import Diffusion, Loss
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mige.config import Config, TrainConfig
+from mige.data.order import ORDER, exact
 from mige.data.records import Record
 from mige.training.errors import TrainingError
 
@@ -29,6 +30,7 @@ def resume_invariants(
         "seed": train.seed,
         "global_batch_size": global_batch_size,
         "epoch_samples": len(dataset),
+        "order": ORDER if data.sets else None,  # the miniature world's cases come as they are numbered
         "world": [[kind, float(weight)] for kind, weight in data.world.items()],
         "image_size": data.size,
         "features": data.features is not None,
@@ -64,7 +66,7 @@ def resume_invariants(
         facts[f"set_{number}"] = {
             "file": str(one["file"]).replace("\\", "/").rsplit("/", 1)[-1],
             "records": len(records),
-            "weight": float(one["weight"]),
+            "weight": float(exact(one["weight"])),
             "digest": _digest(records),
         }
     facts["sets"] = len(data.sets)

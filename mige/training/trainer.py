@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
-from mige.data.dataset import Counters, TrainingBatch, collate
+from mige.data.batch import TrainingBatch, collate
+from mige.data.order import ResumableBatchSampler
 from mige.data.synthetic.stream import collate_world
 from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, precision, sampling
@@ -274,7 +275,7 @@ class Trainer:
 def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, step: int) -> DataLoader:
     """The micro-batches of this process from that step on."""
     settings, workers = config.train, config.data.workers
-    counters = Counters(
+    indices = ResumableBatchSampler(
         batch=settings.batch_size,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
@@ -283,7 +284,7 @@ def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, ste
     )
     return DataLoader(
         dataset,
-        batch_sampler=counters,
+        batch_sampler=indices,
         collate_fn=collate_world if config.data.world else collate,
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",

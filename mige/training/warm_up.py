@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from mige.config import Config
-from mige.data.dataset import Dropout, TrainingBatch, TrainingSample, collate, draw_chance, sample_generator
+from mige.data.batch import TrainingBatch, TrainingSample, collate
+from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction
 from mige.models.vae import Moments
@@ -33,7 +34,7 @@ def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> 
     queries, side = pipeline.fusion.config.num_queries, pipeline.image_encoder.config.image_size
     images = min(images, (width - 1) // max(queries, 1))
     shape, levels = pipeline.latent_shape(config.data.size, config.data.size), config.train.noise_levels
-    chance = draw_chance(sample_generator(0, images), 1 + images, shape, Dropout(), levels, 1000)
+    chance = sample_randomness(sample_generator(0, images), 1 + images, shape, Dropout(), levels, 1000)
     words, stored = (1,) * (width - images * queries), config.data.features is not None
     pixels, moments = torch.zeros(1 + images, 3, *[config.data.size] * 2), torch.zeros(1 + images, *shape)
     return TrainingSample(

@@ -10,8 +10,8 @@ import torch
 from conftest import run_here
 from transformers import AutoTokenizer
 
-from mige.data.dataset import Dropout
 from mige.data.parsing import read_records
+from mige.data.randomness import Dropout
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.scenes import SIDE, SWAPS, Placed, Scene, Scenes, draw
 from mige.data.synthetic.stream import WorldBatch, WorldDataset, collate_world

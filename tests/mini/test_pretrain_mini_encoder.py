@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from mige.data.dataset import Dropout
+from mige.data.randomness import Dropout
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.backgrounds import PLAIN_WHITE, VARIANT
 from mige.data.synthetic.scenes import Scene, Scenes, draw

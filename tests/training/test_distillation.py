@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mige import config
 from mige.cli import distill, infer
 from mige.config import ConfigError
-from mige.data.dataset import collate
+from mige.data.batch import collate
 from mige.data.synthetic.cases import make_cases
 from mige.diffusion.few_step import FewStepSolver, first_order_solver
 from mige.diffusion.settings import resolve

@@ -12,7 +12,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from mige.data.dataset import Dropout, TrainingBatch, TrainingSample, collate, draw_chance, sample_generator
+from mige.data.batch import TrainingBatch, TrainingSample, collate
+from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.scenes import Scene, Scenes, draw
 from mige.models.instruction import tokenize, training_text
@@ -58,7 +59,7 @@ def _statistics(device: torch.device) -> Tensor:
 
 
 class WorldDataset(Dataset):
-    """Sample counter -> a case of the world about the seen subjects; the same for the same seed, for ever.
+    """Sample index -> a case of the world about the seen subjects; the same for the same seed, for ever.
 
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
@@ -87,27 +88,31 @@ class WorldDataset(Dataset):
     def __len__(self) -> int:
         return _EPOCH
 
-    def __getitem__(self, counter: int) -> Drawn:
-        return self.sample(counter, self.case(counter))
+    def epochs(self, samples: int) -> float:
+        """The epochs that so many samples of a run are."""
+        return samples / _EPOCH
 
-    def case(self, counter: int) -> tasks.Case:
+    def __getitem__(self, index: int) -> Drawn:
+        return self.sample(index, self.case(index))
+
+    def case(self, index: int) -> tasks.Case:
         """The case of that number."""
-        rng, seen = np.random.default_rng([self.seed, counter]), sprites.split()[0]
+        rng, seen = np.random.default_rng([self.seed, index]), sprites.split()[0]
         return tasks.sample(rng, seen, self.mixture, invent=True)
 
-    def sample(self, counter: int, case: tasks.Case) -> Drawn:
-        """A case with its instruction in tokens and its chance, as `collate_world` takes it."""
+    def sample(self, index: int, case: tasks.Case) -> Drawn:
+        """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""
         scenes = (case.target, *case.references)
         sample = TrainingSample(
-            id=f"{case.kind}-{counter}",
+            id=f"{case.kind}-{index}",
             task=case.task,
             source=case.source,
             instruction=tokenize(training_text(case.task, case.prompt), self.tokenizer),
             vision=None,
             pixels=None,
             moments=None,
-            **draw_chance(
-                sample_generator(self.seed, counter),
+            **sample_randomness(
+                sample_generator(self.seed, index),
                 len(scenes),
                 self.latent_shape,
                 self.dropout,
