@@ -167,6 +167,7 @@ def test_parts_of_two_machines_are_copied_together(vae, data, tmp_path):
     assert_same(open_store(one.folder, vae=vae, size=SIZE), data, encoded(vae, data))
 
 
+@pytest.mark.processes
 def test_data_loader_workers_read(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae)
     expected = encoded(vae, data)
@@ -365,6 +366,7 @@ def test_row_cut_off_while_the_store_is_open(vae, data, tmp_path):
         store.read(data)
 
 
+@pytest.mark.processes
 def test_bad_pictures_are_findings_and_the_rest_is_done(vae, data, tmp_path):
     bad = [tmp_path / name for name in ("none.png", "empty.png", "text.png", "long.png", "pipe.png")]
     bad[1].touch()

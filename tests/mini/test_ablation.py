@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -490,11 +489,11 @@ def test_a_folder_is_worked_on_by_one_at_a_time_even_if_only_its_training_is_lef
     out.mkdir()
     try:
         with ablation._alone(out) as lock:
-            child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+            child = start_python("-c", "input()", stdin=subprocess.PIPE, pass_fds=[lock])
         with pytest.raises(AblationError, match=r"at work already: another tools/ablate\.py, or a training"):
             ablation.run(plan(out, toy, tiny_model), ["joint"], [0])
     finally:
-        child.communicate(b"\n")
+        child.communicate("\n")
     with ablation._alone(out):
         pass
 
