@@ -63,6 +63,10 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return 100_000
 
+    def epochs(self, samples: int) -> float:
+        """The epochs that so many samples are."""
+        return samples / len(self)
+
     def __getitem__(self, number: int) -> TrainingSample:
         generator = sample_generator(self.seed, number)
         chance = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
