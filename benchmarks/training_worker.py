@@ -64,7 +64,6 @@ class Samples(Dataset):
         return 100_000
 
     def epochs(self, samples: int) -> float:
-        """The epochs that so many samples are."""
         return samples / len(self)
 
     def __getitem__(self, number: int) -> TrainingSample:
@@ -76,7 +75,8 @@ class Samples(Dataset):
         mean, std = torch.randn(2, 2, *self.shape, generator=generator)
         vision = torch.randn(1, 3, self.side, self.side, generator=generator)
         instruction = Instruction(((5, 6), (*words, 1)))
-        return TrainingSample(str(number), Task.EDIT, 0, instruction, vision, None, Moments(mean, std.abs()), **chance)
+        name, moments = str(number), Moments(mean, std.abs())
+        return TrainingSample(name, name, Task.EDIT, 0, instruction, vision, None, moments, **chance)
 
 
 class MeasuredTrainer(Trainer):

@@ -124,10 +124,11 @@ class JointDataset(Dataset):
             pixels = torch.stack([self._pixels(opened.get(path) or images.open_image(path)) for path in paths])
         return TrainingSample(
             record.id,
+            record.where,
             record.task,
             None if record.source is None else record.references.index(record.source),
             tokenize(training_text(record.task, record.prompt, record.edit_type), self.tokenizer),
-            torch.stack([images.vision_pixels(opened[path], self.vision_size) for path in record.references]),
+            self._vision([opened[path] for path in record.references]),
             pixels,
             moments,
             **randomness,
@@ -135,3 +136,9 @@ class JointDataset(Dataset):
 
     def _pixels(self, image: images.Image.Image) -> Tensor:
         return images.to_pixels(images.center_crop(image, self.size, self.size))
+
+    def _vision(self, references: Sequence[images.Image.Image]) -> Tensor:
+        """[R, 3, vision_size, vision_size]; R may be 0."""
+        if not references:
+            return torch.zeros(0, 3, self.vision_size, self.vision_size)
+        return torch.stack([images.vision_pixels(image, self.vision_size) for image in references])
