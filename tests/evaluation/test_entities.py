@@ -6,7 +6,7 @@ import evaluation_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import image_size, run_here
 from PIL import Image
 
 from mige.evaluation import entities, scoring
@@ -98,7 +98,7 @@ def test_a_run_that_is_stopped_goes_on(results, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "e" / "entities.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in prepared.rows]
     assert lines[4]["crop"] is None and lines[4]["score"] is None
-    assert Image.open(tmp_path / "e" / lines[0]["crop"]).size == (32, 64)
+    assert image_size(tmp_path / "e" / lines[0]["crop"]) == (32, 64)
     html = (tmp_path / "e" / "index.html").read_text()
     assert "Nothing was found in 1 of 6 pictures (16.7%)" in html and "Not found" in html
 
