@@ -28,8 +28,8 @@ from filelock import FileLock
 from PIL import Image
 from processes import ROOT, environment, run_python, shell_environment
 
-__all__ = ["ROOT", "environment", "image_size", "lively", "official_dir", "release_arguments", "run_here", "run_script", "run_tool",
-           "shell_environment", "tiny_model"]  # fmt: skip
+__all__ = ["ROOT", "environment", "image_size", "lively", "official_dir", "release_arguments", "run_here",
+           "run_script", "run_tool", "shell_environment", "tiny_model"]  # fmt: skip
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
