@@ -187,6 +187,24 @@ def test_four_processes_equal_one_and_resume_as_two_and_as_one(tiny_model, tmp_p
         build(tiny_model, tmp_path / "four", *more, "train.batch_size=8").run()
 
 
+WORDS_ALONE = ("data.sets=[]", "data.world={'text_to_image': 1.0, 'one_reference': 1.0}")
+
+
+def test_a_process_whose_batch_has_no_image_trains_along(tiny_model, tmp_path):
+    """DDP waits for a gradient of every parameter from every process, also from one whose samples are words alone."""
+    cases = [len(build(tiny_model, tmp_path / "look", *WORDS_ALONE).dataset.case(n).references) for n in range(12)]
+    assert {(0, 0), (0, 1), (1, 0), (1, 1)} == set(zip(cases[::2], cases[1::2], strict=True))
+    one = train(tiny_model, tmp_path / "one", 1, 2, *WORDS_ALONE)
+    two = train(tiny_model, tmp_path / "two", 2, 1, *WORDS_ALONE)
+    assert distance(one, two, load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")) < 1e-3
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    whole, shared = weights(last(tmp_path / "one")), weights(last(tmp_path / "two"))
+    for name in (name for name in whole if name.startswith(("encoder.qformer", "encoder.fusion"))):
+        assert (whole[name] - shared[name]).norm() <= 1e-3 * whole[name].norm() + 1e-6, name
+
+
 def fsdp_settings() -> dict[str, str]:
     """configs/accelerate/fsdp2.yaml as `accelerate launch` hands it to the processes."""
     there = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
