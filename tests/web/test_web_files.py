@@ -27,7 +27,7 @@ def test_old_files_are_deleted_and_the_examples_stay(tiny_service, monkeypatch):
     delete = shutil.rmtree
 
     def rmtree(folder, *arguments, **options) -> None:
-        if Path(folder).name == "stuck":
+        if Path(folder).name.startswith("stuck-"):
             raise OSError("stuck")
         delete(folder, *arguments, **options)
 
@@ -36,7 +36,8 @@ def test_old_files_are_deleted_and_the_examples_stay(tiny_service, monkeypatch):
     with page.serving(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         examples = set(folder.rglob("*.png"))
-        (folder / "stuck").mkdir()
+        for number in range(20):  # so many that one comes before the others, in whatever order
+            (folder / f"stuck-{number}").mkdir()
         path = upload(client)
         assert "complete" in edit(client, picture_1={"path": path}) and examples
         monkeypatch.setattr(page, "KEPT_SECONDS", 0.1)
