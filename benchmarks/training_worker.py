@@ -63,6 +63,9 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return 100_000
 
+    def epochs(self, samples: int) -> float:
+        return samples / len(self)
+
     def __getitem__(self, number: int) -> TrainingSample:
         generator = sample_generator(self.seed, number)
         chance = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
@@ -72,7 +75,8 @@ class Samples(Dataset):
         mean, std = torch.randn(2, 2, *self.shape, generator=generator)
         vision = torch.randn(1, 3, self.side, self.side, generator=generator)
         instruction = Instruction(((5, 6), (*words, 1)))
-        return TrainingSample(str(number), Task.EDIT, 0, instruction, vision, None, Moments(mean, std.abs()), **chance)
+        name, moments = str(number), Moments(mean, std.abs())
+        return TrainingSample(name, name, Task.EDIT, 0, instruction, vision, None, moments, **chance)
 
 
 class MeasuredTrainer(Trainer):

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from mige.data.records import BadRecordsError, count
 from mige.models.instruction import Instruction
 from mige.models.vae import Moments, encode, scale
-from mige.tasks import Task
+from mige.tasks import PLACEHOLDER, Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TrainingSample:
     """
 
     id: str
+    where: str  # file and record, for messages
     task: Task
     source: int | None  # which reference is the image to edit
     instruction: Instruction
@@ -99,7 +101,16 @@ def _move(value, how):
 
 
 def collate(samples: Sequence[TrainingSample]) -> TrainingBatch:
-    """Samples -> batch. An edit's source takes the posterior noise of its reference: one latent serves as both."""
+    """Samples -> batch. An edit's source takes the posterior noise of its reference: one latent serves as both.
+
+    Raises BadRecordsError for an instruction that mentions another number of images than its sample has: in the row of
+    all images two such samples may cancel, and each would be trained on the other's.
+    """
+    for sample in samples:
+        mentioned, given = sample.instruction.num_images, len(sample.posterior) - 1
+        if mentioned != given:
+            found = f"its instruction has {mentioned} {PLACEHOLDER} for {count(given, 'reference')}"
+            raise BadRecordsError(f"{sample.where}: {found}; write one for each")
     target, reference, source, source_posterior, first = [], [], [], [], 0
     for sample in samples:
         target.append(first)

@@ -39,6 +39,7 @@ def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> 
     pixels, moments = torch.zeros(1 + images, 3, *[config.data.size] * 2), torch.zeros(1 + images, *shape)
     return TrainingSample(
         "warm-up",
+        "warm-up",
         Task.SUBJECT,
         None,
         Instruction((words, *[()] * images)),

@@ -3,7 +3,6 @@
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, release_arguments
+from conftest import ROOT, release_arguments
 from golden import CONFIG, FIXTURES, OVERRIDES, golden_state
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
@@ -523,12 +523,7 @@ def test_peak_memory(official_dir, tmp_path):
     arguments = release_arguments(official_dir, output, sizes)
     arguments[arguments.index("--model") + 1] = model
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, TOOL, *map(str, arguments)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
+        done = run_program(sys.executable, "-c", MEASURE, TOOL, *arguments)
         assert done.returncode == 0, done.stderr
         assert sum(file.stat().st_size for file in output.rglob("*.safetensors")) > size
         encoder = T5EncoderModel.from_pretrained(output / "text_encoder", device_map="meta", dtype="auto")

@@ -229,6 +229,7 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
     assert contents(tmp_path) == {"run/a": b"theirs"}
 
 
+@pytest.mark.processes
 def test_killed_in_the_middle(tmp_path):
     target, (ready, signal_ready) = tmp_path / "run", os.pipe()
     child = os.fork()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_program
 from transformers import AutoTokenizer
 
 from mige.data.checks import check_lengths, check_training_text
@@ -155,9 +156,8 @@ def test_any_text_is_either_paired_or_a_fault(prompt, references, task):
     assert bool(faults) == (placeholders(training_text(task, prompt)) != references)
 
 
+@pytest.mark.processes
 def test_checks_need_no_torch():
-    import subprocess
-
     code = "import sys, mige.data.checks, mige.models.instruction; print({'torch', 'transformers'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert run.stdout.strip() == "set()"
+    done = run_program(sys.executable, "-c", code)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -446,6 +446,7 @@ def three_files(tmp_path):
     return Settings("instructpix2pix", (str(tmp_path / "data"),))
 
 
+@pytest.mark.processes
 def test_limits_add_up_and_a_finished_set_is_left_alone(tmp_path, three_files):
     once, parts = tmp_path / "once", tmp_path / "parts"
     prepare(three_files, once, progress=False)
@@ -484,6 +485,7 @@ def _die_at(count, settings, folder):
     prepare(settings, folder, workers=1, progress=False)
 
 
+@pytest.mark.processes
 def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files):
     once, out = tmp_path / "once", tmp_path / "out"
     prepare(three_files, once, progress=False)

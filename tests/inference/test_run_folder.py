@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import start_python
 
 from mige.data.records import Record
 from mige.inference import run as inference
@@ -298,15 +298,14 @@ with folder_lock(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.processes
 def test_a_second_run_is_refused_and_touches_nothing(copy):
     half = copy / "images" / ".0123456789abcdef.part"
     half.write_bytes(b"the first run is writing this")
     (copy / "failures.jsonl").write_text("{}\n")
     more = [*RECORDS, record("d")]
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(copy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
+    with start_python("-c", HOLD, copy, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(RunError, match="another run writes here") as refused:
             run(copy, more)

@@ -3,20 +3,18 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, shell_environment
 from PIL import Image
-from processes import run_python, start_python
+from processes import run_python, start_program, start_python
 
 from mige.checkpoints.errors import CheckpointError
 from mige.cli import infer as cli_infer
@@ -151,14 +149,10 @@ def test_no_space_left_for_an_image(model, whole, tmp_path):
 @pytest.mark.processes
 def test_the_shell_scripts(model, tmp_path):
     """All three at once, with the official settings; from another folder, since they find their own way."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    options = dict(env=shell_environment(), cwd=tmp_path, stderr=subprocess.PIPE)
     running = {
-        task: subprocess.Popen(
-            ["sh", str(ROOT / "infer_scripts" / f"{task}.sh"), model, EXAMPLES / f"{task}.json", tmp_path / task],
-            env={**environment(), "PATH": path},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
+        task: start_program(
+            "sh", ROOT / "infer_scripts" / f"{task}.sh", model, EXAMPLES / f"{task}.json", tmp_path / task, **options
         )
         for task in ("subject", "edit", "subject_edit")
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import run_here
-from processes import PythonProcess, environment, run_python, start_python
+from processes import ServedProcess, environment, run_python, start_python
 from safetensors.torch import load_file
 
 from mige import config
@@ -50,7 +50,7 @@ def command(model: Path, run: Path, *more: str) -> list[str]:
     return ["train_scripts/train_mige.py", "configs/tiny.py", text[0], "--output", str(run), *text[1:]]
 
 
-def start(model: Path, run: Path, *more: str) -> PythonProcess:
+def start(model: Path, run: Path, *more: str) -> ServedProcess:
     """Training in a process with a group of its own."""
     streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return start_python(*command(model, run, *more), cwd=ROOT, start_new_session=True, **streams)
@@ -76,7 +76,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "state" / "model.safetensors")
 
 
-def wait_until(condition, process: PythonProcess, seconds: float = 120) -> None:
+def wait_until(condition, process: ServedProcess, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()

@@ -105,6 +105,7 @@ class WorldDataset(Dataset):
         scenes = (case.target, *case.references)
         sample = TrainingSample(
             id=f"{case.kind}-{index}",
+            where=f"{case.kind}-{index}",
             task=case.task,
             source=case.source,
             instruction=tokenize(training_text(case.task, case.prompt), self.tokenizer),
