@@ -21,7 +21,7 @@ from mige.utils.images import BadImageError, check_shape, image_key, open_image
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RATIO_TOLERANCE = 0.02  # relative difference of width / height between source and target beyond which they lie apart
+RATIO_TOLERANCE = 0.02  # relative difference of width / height between source and target beyond which it is noted
 MANY = 5  # records of one target from which on it is worth a word
 
 
@@ -98,7 +98,7 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
         problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
-        return [Finding(record.where, problem, "what does not overlap is cropped away; crop both alike", False)]
+        return [Finding(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
     return []
 
 

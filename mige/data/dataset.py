@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mige.data.batch import TrainingSample
+from mige.data.crops import Crop, training_crops
 from mige.data.order import SampleOrder
 from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.data.records import BadRecordsError, Record
@@ -28,8 +29,8 @@ from mige.utils.settings import ConfigError, positive_fraction
 class Features(Protocol):
     """A store of pre-extracted moments."""
 
-    def read(self, paths: Sequence) -> Moments:
-        """Moments [len(paths), 4, h, w] of the images at these paths."""
+    def read(self, crops: Sequence[Crop]) -> Moments:
+        """Moments [len(crops), 4, h, w] of images, cropped so."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class JointDataset(Dataset):
 
     def __getitem__(self, index: int) -> TrainingSample:
         record = self.record(index)
-        paths = [record.target, *record.references]
+        crops = training_crops(record)
         randomness = sample_randomness(
             sample_generator(self.seed, index),
-            len(paths),
+            len(crops),
             self.latent_shape,
             self.dropout,
             self.noise_levels,
@@ -119,9 +120,10 @@ class JointDataset(Dataset):
         opened = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
         pixels = moments = None
         if self.features is not None:
-            moments = self.features.read(paths)
+            moments = self.features.read(crops)
         else:
-            pixels = torch.stack([self._pixels(opened.get(path) or images.open_image(path)) for path in paths])
+            opened[record.target] = opened.get(record.target) or images.open_image(record.target)
+            pixels = torch.stack([self._pixels(opened[path], opened[like or path].size) for path, like in crops])
         return TrainingSample(
             record.id,
             record.where,
@@ -134,8 +136,8 @@ class JointDataset(Dataset):
             **randomness,
         )
 
-    def _pixels(self, image: images.Image.Image) -> Tensor:
-        return images.to_pixels(images.center_crop(image, self.size, self.size))
+    def _pixels(self, image: images.Image.Image, like: tuple[int, int]) -> Tensor:
+        return images.to_pixels(images.center_crop(image, self.size, self.size, like=like))
 
     def _vision(self, references: Sequence[images.Image.Image]) -> Tensor:
         """[R, 3, vision_size, vision_size]; R may be 0."""

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from mige.config import Config, DataConfig
 from mige.data.checks import check_images, check_repeats, check_training_text
+from mige.data.crops import training_crops
 from mige.data.dataset import JointDataset, Mixture
 from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
@@ -104,20 +105,30 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
 
 
 def stored(records: Sequence[Record], store: FeatureStore | NpyFolder, data: DataConfig) -> list[Record]:
-    """The records whose pictures are all in the store.
+    """The records whose images are all in the store, and are still what was extracted.
 
     Raises TrainingError if any is not, unless `data.skip_bad`, which logs those.
     """
-    pictures = {record.where: (record.target, *record.references) for record in records}
-    wanted = sorted({path for paths in pictures.values() for path in paths})
-    missing = store.missing(wanted)
-    if missing and not data.skip_bad:
-        raise TrainingError(
-            f"{data.features} lacks {len(missing)} of {len(wanted)} pictures, the first {missing[0]}: "
-            "run tools/extract_features.py on the same records again, or set data.skip_bad=True to leave these out"
-        )
-    absent = set(missing)
-    left_out = [record.where for record in records if absent.intersection(pictures[record.where])]
+    named = {}
+    for record in records:
+        for crop in training_crops(record):
+            named.setdefault(crop, record.where)
+    unusable = {}
+    for crops, how in ((store.missing(named), "not in it"), (store.changed(named), "changed or gone since")):
+        if crops and not data.skip_bad:
+            raise TrainingError(
+                f"{data.features}: {len(crops)} of {len(named)} images {how}, the first {crops[0]} "
+                f"of {named[crops[0]]}: run tools/extract_features.py on the same records again, "
+                "or set data.skip_bad=True to leave these out"
+            )
+        unusable |= dict.fromkeys(crops, how)
+    kept, left_out = [], []
+    for record in records:
+        bad = [f"{crop} {unusable[crop]}" for crop in training_crops(record) if crop in unusable]
+        if bad:
+            left_out.append(f"{record.where}: {', '.join(bad)}")
+        else:
+            kept.append(record)
     if left_out:
-        log.warning("%s lacks pictures of %d records, left out: %s", data.features, len(left_out), "; ".join(left_out))
-    return [record for record in records if not absent.intersection(pictures[record.where])]
+        log.warning("%s: %d records are left out: %s", data.features, len(left_out), "; ".join(left_out))
+    return kept

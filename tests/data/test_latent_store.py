@@ -17,7 +17,8 @@ from PIL import Image
 from processes import run_python, start_python
 from torch.utils.data import DataLoader
 
-from mige.data.latent_store.extraction import distinct_pictures, extract
+from mige.data.crops import Crop
+from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.data.parsing import read_records
 from mige.models.vae import encode
@@ -25,7 +26,7 @@ from mige.utils.images import center_crop, open_image, to_pixels
 
 SIZE = 32  # pixels; latents are 4 x 4 x 4
 ROW = 2 * 4 * 4 * 4 * 4  # bytes
-ENTRY = 52
+ENTRY = 60
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +131,15 @@ def test_same_bits_whatever_was_done_before_and_the_batch_size(vae, data, tmp_pa
 
 def test_every_picture_is_extracted_once(vae, data, tmp_path):
     records = read_records([write_records(data, tmp_path / "data" / "records.json")]).require()
-    pictures = distinct_pictures(records)
-    assert sorted(pictures) == sorted(data)
+    pictures = distinct_crops(records)
+    assert {crop.path for crop in pictures} == set(data)
+    assert [crop for crop in pictures if crop.like] == [Crop(data[0], like=data[1])]
     roundabout = {data[0].parent / ".." / path.parent.name / path.name for path in data}
     store = made(data, tmp_path / "store", vae, paths=pictures)
     made(data, tmp_path / "store", vae, paths=pictures)
     assert store.missing(roundabout) == []
-    assert sum(file.stat().st_size for file in store.folder.glob("*.rows")) == 11 * ROW
-    assert len(list(store.folder.glob("*.rows"))) == 1, "nothing to do leaves no file"
+    assert sum(file.stat().st_size for file in store.folder.glob("*.rows")) == 12 * ROW
+    assert len(list(store.folder.glob("*.rows"))) == 2, "nothing to do leaves no file"
 
 
 def test_shares_of_processes_are_disjoint_and_complete(vae, data, tmp_path):
@@ -199,7 +201,7 @@ def test_pickled_store_reads(vae, data, tmp_path):
 def test_missing_pictures_are_listed(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae, data[:9])
     assert store.missing(data) == data[9:]
-    with pytest.raises(StoreError, match=r"lacks 2 of 3 pictures, the first .*09\.png \('images/1/09\.png' from"):
+    with pytest.raises(StoreError, match=r"lacks 2 of 3 images, the first .*09\.png \('images/1/09\.png' from"):
         store.read(data[8:])
     empty = create_store(tmp_path / "empty", vae=vae, size=SIZE, root=tmp_path)
     assert (len(empty), empty.missing(data), empty.changed(data)) == (0, data, [])
@@ -212,7 +214,7 @@ def test_moved_data(vae, data, tmp_path, monkeypatch):
     expected = encoded(vae, data)
     (tmp_path / "data").rename(tmp_path / "moved")
     moved = [tmp_path / "moved" / path.relative_to(tmp_path / "data") for path in data]
-    with pytest.raises(StoreError, match=r"its pictures lay below .*data, which is gone; if they moved"):
+    with pytest.raises(StoreError, match=r"its images lay below .*data, which is gone; if they moved"):
         open_store(folder, vae=vae, size=SIZE)
     store = open_store(folder, vae=vae, size=SIZE, root=tmp_path / "moved")
     assert store.changed(moved) == []
@@ -295,9 +297,10 @@ def test_fingerprint_is_of_the_encoder_alone(vae):
         ("", "damaged"),
         ("[]", "damaged"),
         ("{}", "damaged"),
-        ('{"version": 9}', "version 9, expected 1"),
-        ('{"version": 1}', "damaged"),
-        ('{"version": 1, "more": 2}', "damaged"),
+        ('{"version": 9}', "version 9, expected 2; run tools/extract_features"),
+        ('{"version": 1, "fit": "center_crop"}', "version 1, expected 2 .it holds sources cropped by their own shape"),
+        ('{"version": 2}', "damaged"),
+        ('{"version": 2, "more": 2}', "damaged"),
     ],
 )
 def test_damaged_meta(vae, tmp_path, text, message):
@@ -351,7 +354,7 @@ def test_damaged_row_is_refused_and_can_be_mended_as_the_message_says(vae, data,
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(StoreError, match=rf"{rows.name}, row 2, of picture .*02\.png: damaged; delete this file"):
+    with pytest.raises(StoreError, match=rf"{rows.name}, row 2, of image .*02\.png: damaged; delete this file"):
         store.read(data)
     assert store.read(data[3:]).mean.shape[0] == 8
     rows.unlink()
@@ -362,7 +365,7 @@ def test_damaged_row_is_refused_and_can_be_mended_as_the_message_says(vae, data,
 def test_row_cut_off_while_the_store_is_open(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae)
     cut(next(store.folder.glob("*.rows")), 5 * ROW + 7)
-    with pytest.raises(StoreError, match=r"row 5, of picture .*05\.png: damaged"):
+    with pytest.raises(StoreError, match=r"row 5, of image .*05\.png: damaged"):
         store.read(data)
 
 
@@ -439,7 +442,7 @@ def test_official_layout_is_read(vae, data, npy, tmp_path):
     assert store.read([]).std.shape == (0, 4, 4, 4)
     more = [*data, tmp_path / "99.png"]
     assert store.missing(more) == more[-1:]
-    with pytest.raises(StoreError, match=r"99\.npy: no such file, for picture .*99\.png"):
+    with pytest.raises(StoreError, match=r"99\.npy: no such file, for image .*99\.png"):
         store.read(more)
 
 
@@ -471,7 +474,7 @@ def test_bad_npy(vae, data, npy, content, message):
         file.write_bytes(content)
     else:
         np.save(file, content)
-    with pytest.raises(StoreError, match=rf"{file.name}, of picture {data[0]}: {message}"):
+    with pytest.raises(StoreError, match=rf"{file.name}, of image {data[0]}: {message}"):
         open_store(npy, vae=vae, size=SIZE).read(data[:1])
 
 
@@ -501,7 +504,7 @@ def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_mode
     records = write_records(data, tmp_path / "data" / "records.json", [bad])
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 3, done.stderr
-    assert "11 of 12 pictures, 11 in all" in done.stdout
+    assert "12 of 13 images, 12 in all" in done.stdout
     [failure] = (tmp_path / "store" / "failures.jsonl").read_text().splitlines()
     assert json.loads(failure)["where"] == f"{records}, record 12 (id 00012): {bad}"
     assert "failures.jsonl" in done.stderr and "12/12" in done.stderr
@@ -509,7 +512,7 @@ def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_mode
     draw(bad, 5)
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 0, done.stderr
-    assert "12 of 12 pictures" in done.stdout
+    assert "13 of 13 images" in done.stdout
     assert not (tmp_path / "store" / "failures.jsonl").exists()
 
 
@@ -532,9 +535,9 @@ def test_killed_resumed_with_two_processes(vae, tmp_path, tiny_model):
         file.write(b"half a row")
     done = launch(2, *args)
     assert done.returncode == 0, done.stderr
-    assert "300 of 300 pictures, 300 in all" in done.stdout
+    assert "301 of 301 images, 301 in all" in done.stdout  # one is a source, too
     sizes = [file.stat().st_size // ENTRY for file in sorted((tmp_path / "store").glob("*.index"))]
-    assert len(sizes) == 3 and sum(sizes) == 300
+    assert len(sizes) in (3, 4) and sum(sizes) == 301
     store = open_store(tmp_path / "store", vae=vae, size=SIZE)
     assert_same(store, data, encoded(vae, data))
 
@@ -547,7 +550,7 @@ def test_two_processes_list_the_failures_of_both(vae, data, tmp_path, tiny_model
     assert done.returncode != 0
     failures = (tmp_path / "store" / "failures.jsonl").read_text().splitlines()
     assert {json.loads(line)["where"].split(": ")[1] for line in failures} == set(map(str, bad))
-    assert "11 of 14 pictures" in done.stdout
+    assert "12 of 15 images" in done.stdout
     assert_same(open_store(tmp_path / "store", vae=vae, size=SIZE), data, encoded(vae, data))
 
 

@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from mige import config
 from mige.data.batch import collate
+from mige.data.crops import Crop
 from mige.data.dataset import JointDataset, Mixture
 from mige.data.parsing import read_records
 from mige.data.records import BadRecordsError
@@ -37,13 +38,16 @@ def settings(**changes) -> config.DataConfig:
 
 
 class Holding:
-    """A store that holds all but some pictures."""
+    """A store that holds all but some images; of some, the file has changed since."""
 
-    def __init__(self, *names: str):
-        self.names = names
+    def __init__(self, *names: str, changed: tuple[str, ...] = ()):
+        self.names, self.gone_by = names, changed
 
-    def missing(self, paths: list[Path]) -> list[Path]:
-        return [path for path in paths if path.name in self.names]
+    def missing(self, crops: Iterable[Crop]) -> list[Crop]:
+        return [crop for crop in crops if crop.path.name in self.names]
+
+    def changed(self, crops: Iterable[Crop]) -> list[Crop]:
+        return [crop for crop in crops if crop.path.name in self.gone_by]
 
 
 def test_packed_records_are_the_records(records):
@@ -58,15 +62,20 @@ def test_packed_records_are_the_records(records):
 
 
 def test_records_whose_pictures_are_not_stored_are_left_out_and_named(records, caplog):
-    with pytest.raises(TrainingError, match=r"store lacks 1 of \d+ pictures, the first .*cat\.jpg: run tools/extract"):
+    message = r"store: \d of \d+ images not in it, the first .*cat\.jpg.* of .*, record \d .*: run tools/extract"
+    with pytest.raises(TrainingError, match=message):
         stored(records, Holding("cat.jpg"), settings())
     with caplog.at_level(logging.WARNING, "mige"):
         kept = stored(records, Holding("cat.jpg"), settings(skip_bad=True))
     shown = [r for r in records if any(path.name == "cat.jpg" for path in (r.target, *r.references))]
     assert 0 < len(shown) < len(records)
     assert kept == [record for record in records if record not in shown]
-    assert f"lacks pictures of {len(shown)} records, left out" in caplog.text
-    assert all(record.where in caplog.text for record in shown)
+    assert f"store: {len(shown)} records are left out" in caplog.text
+    assert all(f"{record.where}: " in caplog.text for record in shown)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mige"):
+        assert stored(records, Holding(changed=("cat.jpg",)), settings(skip_bad=True)) == kept
+    assert all(f"{record.where}: " in caplog.text for record in shown) and "changed or gone since" in caplog.text
     assert stored(records, Holding(), settings()) == records
 
 

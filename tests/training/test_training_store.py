@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 
 from mige import config
 from mige.data.batch import collate
-from mige.data.latent_store.extraction import distinct_pictures, extract
+from mige.data.crops import Crop
+from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import StoreError, create_store
 from mige.data.parsing import read_records
 from mige.models.vae import Moments
@@ -36,11 +37,11 @@ def vae(model) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[Path, str]:
-    return distinct_pictures(read_records([RECORDS]).require())
+def pictures() -> dict[Crop, str]:
+    return distinct_crops(read_records([RECORDS]).require())
 
 
-def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Path, str], **kwargs) -> Path:
+def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Crop, str], **kwargs) -> Path:
     store = create_store(folder, **{"vae": vae, "size": SIZE, "root": RECORDS.parent, **kwargs})
     assert extract(store, vae, pictures) == []
     return folder
@@ -147,9 +148,9 @@ def test_a_store_of_another_size(model, vae, pictures, tmp_path):
 @pytest.mark.parametrize("name", ["cat.jpg", "pagoda_mirrored.jpg", "flower_on_saucer.jpg"])
 def test_a_store_that_lacks_one_picture(model, vae, pictures, tmp_path, name):
     """A reference, an edit's target, the target of a subject-driven edit."""
-    some = {path: where for path, where in pictures.items() if path.name != name}
-    assert len(some) == len(pictures) - 1
-    message = f"some lacks 1 of {len(pictures)} pictures, the first .*{name}: run tools/extract_features"
+    some = {crop: where for crop, where in pictures.items() if crop.path.name != name}
+    lost = sum(name in str(crop) for crop in pictures)  # a source that is to be cropped like it, too
+    message = f"some: {lost} of {len(pictures)} images not in it, the first .*{name} of .*, record .*: run tools/ext"
     assert_refused(model, tmp_path / "run", make_store(tmp_path / "some", vae, some), TrainingError, message)
 
 
@@ -157,9 +158,9 @@ def test_an_official_folder_of_another_size(model, pictures, tmp_path):
     """Its files have no fingerprint, but a shape."""
     folder = tmp_path / "npy"
     folder.mkdir()
-    for path in pictures:
+    for path, _ in pictures:
         np.save(folder / f"{path.stem}.npy", np.zeros((8, 4, 4), np.float32))
-    message = r"\.npy, of picture .*: float32 \[8, 4, 4\], expected float32 \[8, 8, 8\] .*use the size and the VAE"
+    message = r"\.npy, of image .*: float32 \[8, 4, 4\], expected float32 \[8, 8, 8\] .*use the size and the VAE"
     assert_refused(model, tmp_path / "run", folder, StoreError, message)
 
 

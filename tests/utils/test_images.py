@@ -134,12 +134,13 @@ def test_animations_give_their_first_frame(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # a TIFF is turned by Pillow itself while it is decoded
+def test_exif_orientation(tmp_path, orientation, suffix):
     upright = Image.new("RGB", (2, 1))
     upright.putdata([(255, 0, 0), (0, 0, 255)])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = open_image(saved(upright, tmp_path / "a.png", exif=exif))
+    opened = open_image(saved(upright, tmp_path / f"a.{suffix}", exif=exif))
     red, blue = (255, 0, 0), (0, 0, 255)
     row, column = [[red, blue]], [[red], [blue]]
     expected = [row, [row[0][::-1]], [row[0][::-1]], row, column, column, column[::-1], column[::-1]]

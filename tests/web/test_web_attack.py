@@ -120,6 +120,7 @@ def neutral(text: str, path: str) -> str:
     return "\n".join(kept).replace(path, "PATH")
 
 
+@pytest.mark.slow
 def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
     asked = [
         (event, place, number, value)
