@@ -112,7 +112,7 @@ class Album(Protocol):
     def store(self, name: str, cell: Any) -> Picture:
         """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
 
-        Raises SkippedSample for a cell without bytes and for bytes that are no whole image, OSError where writing fails.
+        Raises SkippedSample for a cell without bytes or with no whole image, OSError where writing fails.
         """
 
     def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
