@@ -25,10 +25,11 @@ from pathlib import Path
 import processes
 import pytest
 from filelock import FileLock
+from PIL import Image
 from processes import ROOT, environment, run_python, shell_environment
 
-__all__ = ["ROOT", "environment", "lively", "official_dir", "release_arguments", "run_here", "run_script", "run_tool",
-           "shell_environment", "tiny_model"]  # fmt: skip
+__all__ = ["ROOT", "environment", "image_size", "lively", "official_dir", "release_arguments", "run_here",
+           "run_script", "run_tool", "shell_environment", "tiny_model"]  # fmt: skip
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
@@ -114,6 +115,12 @@ def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess:
     if isinstance(code, str):  # as the interpreter does it
         code, err = 1, io.StringIO(f"{err.getvalue()}{code}\n")
     return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, of a file that is closed again."""
+    with Image.open(path) as image:
+        return image.size
 
 
 # ---- folders of the whole run ----------------------------------------------------------------------------------------

@@ -259,8 +259,9 @@ def end(code: int) -> None:
     threading._shutdown()
     atexit._run_exitfuncs()
     multiprocessing.util._exit_function()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
     os._exit(code)
 
 

@@ -180,6 +180,7 @@ def report(name: str, decibels: Tensor, records: list[Record]) -> str:
     return "\n".join([f"PSNR of {name}:", *lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_sampled_pictures_match_their_targets(start, trained, records, tmp_path, seed):
     targets = open_all([record.target for record in records])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, image_size, run_script
 from PIL import Image
 from processes import start_python
 
@@ -389,7 +389,7 @@ def test_a_toy_run_ends_with_a_table_and_curves(whole):
     text = (out / "table.md").read_text()
     assert "1 seed (0), 4 steps, 16 samples a run; 1 cases of each kind and split, 2 sampler steps" in text
     assert "**Incomplete.** joint: no run;" in text
-    assert Image.open(out / "curves.png").width > 1000
+    assert image_size(out / "curves.png")[0] > 1000
     lines = ablation.read_scores(out)
     assert ablation.finished(lines, [1, 2, 3, 4]) == {("text_only", 0), ("edit_only", 0)}
     assert {line["kind"] for line in lines} == {"add", "remove"}  # what the comparison needs

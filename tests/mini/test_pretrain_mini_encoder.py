@@ -142,6 +142,7 @@ def test_it_matters_what_the_reader_is_asked():
     assert all(not torch.allclose(told[i], told[j]) for i in range(5) for j in range(i))
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_and_the_rest_stays(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 40, "--batch", 4, "--workers", 0, "--device", "cpu", "--rate", 3e-3)
     world = ("data.sets=[]", "data.world={'one_reference': 1, 'remove': 1, 'add_by_reference': 1}")

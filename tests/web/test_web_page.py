@@ -247,6 +247,7 @@ def test_cancelling_stops_the_work(client, service):
     assert len(calls) < 90
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(client, tmp_path):
     """Each request opens a picture of 12 MB: keeping one a request would show."""
     Image.linear_gradient("L").resize((2000, 2000)).convert("RGB").save(tmp_path / "large.jpg")

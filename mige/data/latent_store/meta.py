@@ -43,6 +43,10 @@ class Meta:
 
 
 def make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
+    """The facts of a float32 store of this VAE's moments, without a root.
+
+    `size`: side, or height and width, of the images in pixels. Raises StoreError for a size off the VAE's grid.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     cell = downscale(vae)
     if min(height, width) < cell or height % cell or width % cell:
@@ -52,6 +56,7 @@ def make_meta(vae: AutoencoderKL, size: int | tuple[int, int]) -> Meta:
 
 
 def read_meta(folder: Path) -> Meta:
+    """The facts of the store in a folder. Raises StoreError for another version and for a file that is not whole."""
     path = folder / "meta.json"
     try:
         values = read_json_object(path)
