@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--records", nargs="+", type=Path, help=".json or .jsonl files")
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
     parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
-    parser.add_argument("--reference", nargs="+", default=[], help="one case: the pictures, in order")
+    parser.add_argument("--reference", nargs="+", default=[], help="one case: the images, in order")
     parser.add_argument("--source", help="one case: the image to edit")
     parser.add_argument("--id", default="image", help="one case: its name in the run folder (default: %(default)s)")
     parser.add_argument("--task", type=Task, choices=list(Task), help="insist on this task")
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="the fast mode; the first picture waits a little")
+    parser.add_argument("--compile", action="store_true", help="the fast mode; the first image waits a little")
     parser.add_argument(
         "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
     )

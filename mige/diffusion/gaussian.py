@@ -91,7 +91,7 @@ def snr_weight(snr_B: Tensor, gamma: float | None = None, power: float = 0.0) ->
 
     min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss, times
     max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise decides,
-    namely what is drawn and where. At power 1 the error of the picture counts there.
+    namely what is drawn and where. At power 1 the error of the image counts there.
     """
     little_noise = torch.ones_like(snr_B) if gamma is None else (gamma / snr_B).clamp(max=1)
     much_noise = (snr_B**-power).clamp(min=1)

@@ -161,6 +161,8 @@ class GenerationService:
         and whatever goes wrong at work.
         """
         reading = self.check(request)
+        if self._closed.is_set():
+            raise Stopped
         events: SimpleQueue[Step | None] = SimpleQueue()
         stop = threading.Event()
         job = self._worker.submit(self._make, request, reading, events, stop)
