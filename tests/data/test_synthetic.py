@@ -217,7 +217,7 @@ def make_world(*arguments: str) -> subprocess.CompletedProcess:
 def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path, unseen):
     done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", *["--unseen"] * unseen)
     assert done.returncode == 0, done.stderr
-    records = read_records([tmp_path / "world" / "records.jsonl"]).require()
+    records = read_records([tmp_path / "world" / "records.jsonl"]).raise_if_errors()
     assert len(records) == 70 and len(list((tmp_path / "world" / "images").iterdir())) == 70 + sum(
         len(record.references) for record in records
     )
