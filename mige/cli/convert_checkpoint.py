@@ -46,12 +46,12 @@ def run(args: argparse.Namespace) -> None:
     from safetensors import SafetensorError
 
     from mige import config
-    from mige.utils.files import whole_folder
+    from mige.utils.files import atomic_directory
 
     command.quiet_libraries()
     sizes = config.load(args.config)
     try:
-        with whole_folder(args.output) as folder:
+        with atomic_directory(args.output) as folder:
             report = write(args, sizes, folder)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{args.output}: cannot be written: {error}") from error

@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    crops = extraction.distinct_crops(read_records(args.records, root=args.root).require())
+    crops = extraction.distinct_crops(read_records(args.records, root=args.root).raise_if_errors())
     vae, native = load_vae(MIGEPipeline.locate(args.model))
     root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
     settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
-    findings = extraction.extract(
+    issues = extraction.extract(
         features.create_store(args.output, **settings),
         vae.to(args.device or state.device),
         crops,
@@ -88,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=state.is_main_process,
     )
-    findings = gather_object(findings)
+    issues = gather_object(issues)
     if state.is_main_process:
-        report(features.create_store(args.output, **settings), crops, Report(findings=findings), args.output)
+        report(features.create_store(args.output, **settings), crops, Report(issues=issues), args.output)
     state.wait_for_everyone()  # a launcher stops all processes when one ends with a failure
-    return SOME_FAILED if findings and state.is_main_process else 0
+    return SOME_FAILED if issues and state.is_main_process else 0
 
 
 def report(store: "FeatureStore", crops: "dict[Crop, str]", failures: "Report", folder: Path) -> None:
@@ -102,9 +102,9 @@ def report(store: "FeatureStore", crops: "dict[Crop, str]", failures: "Report", 
     print(f"{folder}: {there:,} of {len(crops):,} images, {len(store):,} in all, "
           f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes an image")  # fmt: skip
     path = write_failures(failures, folder)
-    if failures.findings:
-        print(f"{len(failures.findings)} could not be used, listed in {path}", file=sys.stderr)
-        print("\n".join(map(str, failures.findings[:20])), file=sys.stderr)
+    if failures.issues:
+        print(f"{len(failures.issues)} could not be used, listed in {path}", file=sys.stderr)
+        print("\n".join(map(str, failures.issues[:20])), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

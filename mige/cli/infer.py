@@ -111,8 +111,8 @@ def read(args: argparse.Namespace) -> "Report":
     row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
     row["source_path"] = [args.source] * bool(args.source)
     root = args.root or Path()
-    record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
-    return records.Report([record] if record else [], findings)
+    record, issues = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
+    return records.Report([record] if record else [], issues)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     report = inference.check(read(args), model, settings, opened)
     if args.lora:
         check_lora(model, Path(args.lora))
-    if report.findings and main_process:
+    if report.issues and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
         return 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mige.data.records import Finding, Record, count
+from mige.data.records import Issue, Record, count
 from mige.models.instruction import MAX_WORDS, Instruction, read_prompt, training_text, unspelled
 from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
 from mige.utils.images import BadImageError, check_shape, image_key, open_image
@@ -41,8 +41,8 @@ def check_images(
     size: tuple[int, int] = (512, 512),
     training: bool = False,
     opener: Callable[[Path], Image.Image] | None = None,
-) -> list[Finding]:
-    """Decode each distinct image of the records once, in threads; one fatal finding a record and bad file.
+) -> list[Issue]:
+    """Decode each distinct image of the records once, in threads; one fatal issue a record and bad file.
 
     size: height and width that the images will be fitted to, px; what is too long for that is a fault.
     training: fitted as in training (never letterboxed).
@@ -53,13 +53,13 @@ def check_images(
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
     with ThreadPoolExecutor(workers) as pool:
         seen = dict(zip(files, pool.map(partial(_look, opener=opener or open_image), files), strict=True))
-    findings = []
+    issues = []
     for record, own in files_of:
         for file in own:
             if error := seen[file].error or _too_long(record, file, seen[file].size, size, training):
-                findings.append(Finding(record.where, f"{file}: {error.problem}", error.remedy))
-        findings += _compare(record, seen)
-    return findings
+                issues.append(Issue(record.where, f"{file}: {error.message}", error.hint))
+        issues += _compare(record, seen)
+    return issues
 
 
 def _files(record: Record) -> list[Path]:
@@ -81,11 +81,11 @@ def _too_long(
     try:
         check_shape(size, *fitted, letterboxed=letterboxed)
     except BadImageError as error:
-        return BadImageError(file, f"{error.args[0]}: {error.problem}", error.remedy)
+        return BadImageError(file, f"{error.args[0]}: {error.message}", error.hint)
     return None
 
 
-def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
+def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
     """Notes on a source and its target, where both can be used."""
     if record.source is None or record.target is None:
         return []
@@ -93,44 +93,44 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
     if source.error or target.error:
         return []
     if source.key == target.key:
-        return [Finding(record.where, f"source and target are the same image ({record.target})", "check it", False)]
+        return [Issue(record.where, f"source and target are the same image ({record.target})", "check it", False)]
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
         problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
-        return [Finding(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
+        return [Issue(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
     return []
 
 
-def check_repeats(records: Iterable[Record]) -> list[Finding]:
+def check_repeats(records: Iterable[Record]) -> list[Issue]:
     """A note for each target that MANY or more records of a training set share."""
     targets = Counter(record.target for record in records if record.target is not None)
     return [
-        Finding(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
+        Issue(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
         for target, times in targets.items()
         if times >= MANY
     ]
 
 
-def check_markers(record: Record) -> list[Finding]:
+def check_markers(record: Record) -> list[Issue]:
     """A note for what in the prompt looks like the marker and is read as words."""
     near = near_markers(record.prompt)
     if not near:
         return []
     problem = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
-    return [Finding(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
+    return [Issue(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
 
 
-def check_training_text(record: Record) -> list[Finding]:
+def check_training_text(record: Record) -> list[Issue]:
     """Whether the text that the record is trained on mentions each of its references once; needs no tokenizer.
 
     An edit without a marker gets its mentions from its words, and text is cut after MAX_WORDS words: both can leave
     another number of markers than references, which training cannot pair, so it is a fault.
     """
     found, given = placeholders(training_text(record.task, record.prompt, record.edit_type)), len(record.references)
-    findings = check_markers(record)
+    issues = check_markers(record)
     if found == given:
-        return findings
+        return issues
     asked = placeholders(record.prompt)
     problem = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
     if asked == 0 and found > given:
@@ -139,12 +139,12 @@ def check_training_text(record: Record) -> list[Finding]:
     else:
         problem += f", as the text is cut after {MAX_WORDS} words"
         remedy = "shorten the prompt"
-    return [*findings, Finding(record.where, problem, remedy)]
+    return [*issues, Issue(record.where, problem, remedy)]
 
 
 def check_lengths(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
-) -> list[Finding]:
+) -> list[Issue]:
     """What of each record's instruction is not read as written.
 
     Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
@@ -156,35 +156,35 @@ def check_lengths(
 
 def check_instruction(
     record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
-) -> list[Finding]:
+) -> list[Issue]:
     """`check_lengths` of one record whose prompt has been read (`read_prompt`)."""
-    findings = check_markers(record) + check_spelling(record, instruction, tokenizer)
+    issues = check_markers(record) + check_spelling(record, instruction, tokenizer)
     read, given = instruction.num_images, len(record.references)
     if read < given:
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
-        findings.append(Finding(record.where, problem, "shorten the prompt", fatal=True))
+        issues.append(Issue(record.where, problem, "shorten the prompt", fatal=True))
     if (extra := read - given) > 0:
         problem = f"it mentions the picture {read} times; {extra} mention(s) read an empty picture"
-        findings.append(Finding(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
+        issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
         last_picture_starts = length - len(instruction.segments[-1]) - num_queries
         lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
-        findings.append(
-            Finding(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
+        issues.append(
+            Issue(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
         )
-    return findings
+    return issues
 
 
-def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> list[Issue]:
     """Notes on tokens of the prompt that the tokenizer does not know, and on special tokens written out in it."""
     unknown, special = unspelled(record.prompt, instruction, tokenizer)
-    findings = []
+    issues = []
     if special:
         problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
-        findings.append(Finding(record.where, problem, "leave them out", fatal=False))
+        issues.append(Issue(record.where, problem, "leave them out", fatal=False))
     if unknown:
         problem = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
-        findings.append(Finding(record.where, problem, "write it in English, without emoji", fatal=False))
-    return findings
+        issues.append(Issue(record.where, problem, "write it in English, without emoji", fatal=False))
+    return issues

@@ -6,7 +6,7 @@ Two row layouts are recognised by their fields; both may stand in one file:
   multi_prompt, entity_path [], source_path [], image (the true picture)      official files, DreamBench, MIGEBench
   instruction, image (the source picture), task (the type of edit)            Emu Edit
 
-Reading never stops at the first fault: a `Report` holds the good records and every finding. Pictures are not opened
+Reading never stops at the first fault: a `Report` holds the good records and every issue. Pictures are not opened
 here (`checks.check_images` does that).
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mige.data.json_rows import read_rows, type_name
-from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Finding, Record, Report, count
+from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Issue, Record, Report, count
 from mige.tasks import MAX_REFERENCES, PLACEHOLDER, Task, can_pair, is_rewritten, near_markers, placeholders
 
 
@@ -32,21 +32,21 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
     """
     report = Report()
     if not files:
-        report.findings.append(Finding("no files", "nothing to read", "give at least one .json or .jsonl file"))
+        report.issues.append(Issue("no files", "nothing to read", "give at least one .json or .jsonl file"))
     records_of: list[tuple[Path, list[Record]]] = []
     for file in files:
-        rows, findings = read_rows(file)
-        report.findings += findings
+        rows, issues = read_rows(file)
+        report.issues += issues
         records = []
         for number, row in rows:
-            record, findings = make_record(
+            record, issues = make_record(
                 row,
                 where=f"{file}, record {number}",
                 root=file.parent if root is None else root,
                 default_id=f"{number:05d}",
                 task=task,
             )
-            report.findings += findings
+            report.issues += issues
             records += [record] if record else []
         records_of.append((file, records))
     _gather(records_of, report)
@@ -55,15 +55,15 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
 
 def make_record(
     row: Any, *, where: str, root: Path, default_id: str, task: Task | None = None
-) -> tuple[Record | None, list[Finding]]:
-    """Turn one row into a record; None where a finding is fatal. All findings of the row are returned.
+) -> tuple[Record | None, list[Issue]]:
+    """Turn one row into a record; None where an issue is fatal. All issues of the row are returned.
 
     where: names the row in messages; the id is added to it. root: what relative paths are relative to.
     task: what the record must be (None: its fields decide).
     """
     if not isinstance(row, Mapping):
         problem = f"the row is {type_name(row)}, expected an object"
-        return None, [Finding(where, problem, "write it as {...} with the fields of the record")]
+        return None, [Issue(where, problem, "write it as {...} with the fields of the record")]
     reader = _RowReader(row, where, root)
     record_id = reader.identifier(default_id)
     reader.storable()
@@ -89,12 +89,12 @@ def make_record(
         _check_tasks(reader, named, implied, source, references)
         if prompt:
             _check_placeholders(reader, prompt, implied, references)
-    if any(finding.fatal for finding in reader.findings):
-        return None, reader.findings
+    if any(issue.fatal for issue in reader.issues):
+        return None, reader.issues
     used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
     extra = {name: value for name, value in row.items() if name not in used}
     record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra)
-    return record, reader.findings
+    return record, reader.issues
 
 
 _READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction")
@@ -148,18 +148,18 @@ class _RowReader:
 
     def __init__(self, row: Mapping[str, Any], where: str, root: Path):
         self.row, self.where, self.root = row, where, root
-        self.findings: list[Finding] = []
+        self.issues: list[Issue] = []
 
     def fault(self, problem: str, remedy: str) -> None:
         """Note what makes the row unusable."""
-        self.findings.append(Finding(self.where, problem, remedy))
+        self.issues.append(Issue(self.where, problem, remedy))
 
     def note(self, problem: str, remedy: str) -> None:
         """Note what is odd but usable."""
-        self.findings.append(Finding(self.where, problem, remedy, fatal=False))
+        self.issues.append(Issue(self.where, problem, remedy, fatal=False))
 
     def identifier(self, default: str) -> str | None:
-        """The row's "id", else its "idx", else the default; further findings name it."""
+        """The row's "id", else its "idx", else the default; further issues name it."""
         name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
         value = default if name is None else self.row[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -252,19 +252,19 @@ def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None
     shared = [folded for folded, files in files_with.items() if files > 1]
     if shared:
         problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
-        report.findings.append(Finding("all files", problem, "every id now starts with its file's name", fatal=False))
+        report.issues.append(Issue("all files", problem, "every id now starts with its file's name", fatal=False))
     first: dict[str, Record] = {}
     for file, records in records_of:
         for record in records:
             record_id = f"{file.stem}_{record.id}" if shared else record.id
             if not ID_PATTERN.fullmatch(record_id) or RESERVED.fullmatch(record_id):
                 problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
-                report.findings.append(Finding(record.where, problem, f"rename the file; ids are {ID_RULE}"))
+                report.issues.append(Issue(record.where, problem, f"rename the file; ids are {ID_RULE}"))
             elif taken := first.get(record_id.casefold()):
                 problem = f"the id {record_id!r} is already taken by {taken.where}"
                 if taken.id != record.id:
                     problem += ", as file names may not tell upper from lower case"
-                report.findings.append(Finding(record.where, problem, "give each record its own id"))
+                report.issues.append(Issue(record.where, problem, "give each record its own id"))
             else:
                 first[record_id.casefold()] = record
                 report.records.append(replace(record, id=record_id))

@@ -69,15 +69,15 @@ def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     opened = opened or OpenedRecords(ignore_profiles=settings.ignore_profiles)
-    findings = list(report.findings)
+    issues = list(report.issues)
     own = [replace(record, target=None) for record in report.records]
-    findings += check_images(own, size=size, opener=opened.image)
+    issues += check_images(own, size=size, opener=opened.image)
     for record in report.records:
         instruction = read_prompt(record.task, record.prompt, record.edit_type, tokenizer)
         opened.instructions[record] = instruction
-        findings += check_instruction(record, instruction, tokenizer, fusion["num_queries"], fusion["max_tokens"])
-    bad = {finding.where for finding in findings if finding.fatal}
-    return Report([record for record in report.records if record.where not in bad], findings)
+        issues += check_instruction(record, instruction, tokenizer, fusion["num_queries"], fusion["max_tokens"])
+    bad = {issue.where for issue in issues if issue.fatal}
+    return Report([record for record in report.records if record.where not in bad], issues)
 
 
 def run(

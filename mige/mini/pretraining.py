@@ -29,7 +29,7 @@ from mige.models.mige import MIGEModel
 from mige.models.vae import encode
 from mige.training.muon import BatchedMuon, muon_groups
 from mige.training.pretrained import check_sizes
-from mige.utils.files import whole_folder
+from mige.utils.files import atomic_directory
 
 MOST = 2  # pictures an instruction of the world shows at most
 SHOWN = 100  # side of a subject that is asked for by its place, px
@@ -229,7 +229,7 @@ def teach(start: Path, folder: Path, settings: Config, **how: Any) -> None:
     `how`: arguments of `pretrain`. Raises FileExistsError if `folder` is there, CheckpointError if `start` is not
     whole, ConfigError if it is not of the settings' sizes.
     """
-    with whole_folder(folder) as beside:
+    with atomic_directory(folder) as beside:
         pipeline = MIGEPipeline.from_pretrained(start, dtype=torch.float32)
         check_sizes(settings, pipeline)
         curve = pretrain(pipeline, settings, **how)

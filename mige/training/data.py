@@ -15,7 +15,7 @@ from mige.data.dataset import JointDataset, Mixture
 from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
 from mige.data.randomness import Dropout
-from mige.data.records import BadRecordsError, Finding, Record, Report
+from mige.data.records import BadRecordsError, Issue, Record, Report
 from mige.data.synthetic.stream import WorldDataset
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
@@ -90,18 +90,18 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
 
     Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
     """
-    findings = list(report.findings) + check_repeats(report.records)
+    issues = list(report.issues) + check_repeats(report.records)
     if data.check_pictures:
-        findings += check_images(report.records, size=(data.size, data.size), training=True)
+        issues += check_images(report.records, size=(data.size, data.size), training=True)
     for record in report.records:
-        findings += check_training_text(record)
+        issues += check_training_text(record)
         if record.target is None:
-            findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
-    bad = {finding.where for finding in findings if finding.fatal}
-    checked = Report([record for record in report.records if record.where not in bad], findings)
-    if checked.findings:
+            issues.append(Issue(record.where, 'no target, the field "image"', "training needs one"))
+    bad = {issue.where for issue in issues if issue.fatal}
+    checked = Report([record for record in report.records if record.where not in bad], issues)
+    if checked.issues:
         log.warning("%s", checked.text())
-    return checked.records if data.skip_bad else checked.require()
+    return checked.records if data.skip_bad else checked.raise_if_errors()
 
 
 def stored(records: Sequence[Record], store: FeatureStore | NpyFolder, data: DataConfig) -> list[Record]:

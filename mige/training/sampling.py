@@ -23,9 +23,9 @@ def load_sample_records(settings: TrainConfig, pipeline: MIGEPipeline) -> Sequen
         return []
     report = read_records([Path(file) for file in settings.sample_records])
     fusion = pipeline.fusion.config
-    findings = list(report.findings) + check_images(report.records, size=pipeline.output_size(None, None))
-    findings += check_lengths(report.records, pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
-    return Report(report.records, findings).require()
+    issues = list(report.issues) + check_images(report.records, size=pipeline.output_size(None, None))
+    issues += check_lengths(report.records, pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
+    return Report(report.records, issues).raise_if_errors()
 
 
 def sample(records: Sequence[Record], pipeline: MIGEPipeline, settings: TrainConfig, folder: Path, step: int) -> None:

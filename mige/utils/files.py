@@ -50,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder to write into beside `path`, renamed to it at the end; on any error it is removed and `path` stays.
 
     Raises FileExistsError if `path` is there already.

@@ -125,13 +125,13 @@ class GenerationService:
         named = tuple(Path(str(number)) for number in reading.numbers)
         record = Record("request", task, reading.prompt, named, None, None, None, "request")
         fusion = self.pipeline.fusion.config
-        findings = check_lengths([record], self.pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
-        if any(finding.fatal for finding in findings):
+        issues = check_lengths([record], self.pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
+        if any(issue.fatal for issue in issues):
             raise RefusedError(
                 f"The instruction is too long: a picture in it would not be read. The model takes {MAX_WORDS} words "
                 f"and {fusion.max_tokens} tokens, of which each picture takes {fusion.num_queries}: use fewer."
             )
-        return reading, full_text(task, reading.prompt), [finding.problem for finding in findings]
+        return reading, full_text(task, reading.prompt), [issue.message for issue in issues]
 
     def check(self, request: Request) -> Reading:
         """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
@@ -200,7 +200,7 @@ class GenerationService:
                 on_step=self._watch(request.steps, events, stop),
             ).images
         except images.BadImageError as error:  # one so long that scaling it would need too much memory
-            raise RefusedError(f"A {error.args[0]} has {error.problem}: {error.remedy}.") from error
+            raise RefusedError(f"A {error.args[0]} has {error.message}: {error.hint}.") from error
         settings = [self._settings(request, reading, seed) for seed in request.seeds]
         return Made(pictures, settings, before, time.perf_counter() - started)
 
@@ -246,4 +246,4 @@ def _open(path: Path, number: int) -> Image.Image:
     try:
         return images.open_image(path, max_pixels=MAX_IMAGE_PIXELS)
     except images.BadImageError as error:
-        raise RefusedError(f"Picture {number}: {error.problem}; {error.remedy}.") from error
+        raise RefusedError(f"Picture {number}: {error.message}; {error.hint}.") from error

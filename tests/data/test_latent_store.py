@@ -130,7 +130,7 @@ def test_same_bits_whatever_was_done_before_and_the_batch_size(vae, data, tmp_pa
 
 
 def test_every_picture_is_extracted_once(vae, data, tmp_path):
-    records = read_records([write_records(data, tmp_path / "data" / "records.json")]).require()
+    records = read_records([write_records(data, tmp_path / "data" / "records.json")]).raise_if_errors()
     pictures = distinct_crops(records)
     assert {crop.path for crop in pictures} == set(data)
     assert [crop for crop in pictures if crop.like] == [Crop(data[0], like=data[1])]
@@ -378,11 +378,11 @@ def test_bad_pictures_are_findings_and_the_rest_is_done(vae, data, tmp_path):
     os.mkfifo(bad[4])
     store = create_store(tmp_path / "store", vae=vae, size=4096, root=tmp_path)
     pictures = {path: f"train.json, record {n}" for n, path in enumerate([*bad], 1)}
-    findings = extract(store, vae, pictures, workers=2)
-    assert len(findings) == 5
-    assert str(findings[0]).startswith(f"train.json, record 1: {bad[0]}: cannot be read (No such file or directory); ")
-    for finding, problem in zip(findings[1:], ("0 bytes", "known format", "pixels, expected", "regular"), strict=True):
-        assert problem in finding.problem
+    issues = extract(store, vae, pictures, workers=2)
+    assert len(issues) == 5
+    assert str(issues[0]).startswith(f"train.json, record 1: {bad[0]}: cannot be read (No such file or directory); ")
+    for issue, problem in zip(issues[1:], ("0 bytes", "known format", "pixels, expected", "regular"), strict=True):
+        assert problem in issue.message
     assert list(store.folder.glob("*.rows")) == []
     store = create_store(tmp_path / "small", vae=vae, size=SIZE, root=tmp_path)
     assert len(extract(store, vae, dict.fromkeys([bad[0], *data, bad[1]], "test"), batch_size=3)) == 2
@@ -395,9 +395,9 @@ def test_moments_that_are_not_finite_are_findings(vae, data, tmp_path):
     with torch.no_grad():
         broken.quant_conv.bias[0] = 1e6  # fits float32, not float16
     store = create_store(tmp_path / "store", vae=broken, size=SIZE, root=tmp_path, dtype="float16")
-    findings = extract(store, broken, dict.fromkeys(data, "test"))
-    assert len(findings) == 11
-    assert findings[0].problem == "its moments are not finite in float16"
+    issues = extract(store, broken, dict.fromkeys(data, "test"))
+    assert len(issues) == 11
+    assert issues[0].message == "its moments are not finite in float16"
     assert len(open_store(tmp_path / "store", vae=broken, size=SIZE)) == 0
 
 

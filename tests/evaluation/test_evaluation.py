@@ -167,7 +167,7 @@ def test_dreambench_rows(tmp_path):
     assert rows[24]["multi_prompt"] == "a wet<imagehere>"
     assert [row["score"]["group"] for row in rows if row["id"] == "dog-00"] == ["live"]
     report = read_records([tmp_path / "out" / "records.jsonl"])
-    assert not report.findings and {record.task for record in report.records} == {"subject"}
+    assert not report.issues and {record.task for record in report.records} == {"subject"}
 
 
 def test_dreambench_with_four_pictures_a_prompt_against_all(tmp_path):
@@ -195,7 +195,7 @@ def test_emu_edit_rows(tmp_path):
     assert [row["score"]["clean"] for row in rows] == [True] * 5 + [False]
     assert np.array_equal(np.asarray(Image.open(rows[2]["image"])), np.asarray(files.picture(2, (64, 64))))
     report = read_records([tmp_path / "out" / "records.jsonl"])
-    assert not report.findings
+    assert not report.issues
     assert (report.records[1].edit_type, report.records[1].task, report.records[1].source) == (
         "add",
         "edit",
@@ -210,7 +210,7 @@ def test_magicbrush_rows(tmp_path):
     assert list(rows) == ["139-1", "139-2", "30-1"]
     assert rows["139-2"]["source_path"] == [str(data / "images" / "139" / "139-output1.png")]
     assert rows["139-2"]["score"]["caption"] == "a scene 2"
-    assert not read_records([tmp_path / "out" / "records.jsonl"]).findings
+    assert not read_records([tmp_path / "out" / "records.jsonl"]).issues
 
 
 def test_magicbrush_turn_by_turn(tmp_path):
@@ -289,7 +289,9 @@ def test_migebench_rows(tmp_path):
     assert rows["add-1"]["score"]["entity"] == str(data / "add_entity" / "1.png")
     assert rows["replace-1"]["entity_path"][0] == rows["replace-1"]["source_path"][0]
     assert rows["replace-1"]["score"]["entity"] == str(data / "replace_entity" / "1.png")
-    assert {record.task for record in read_records([tmp_path / "out" / "records.jsonl"]).require()} == {"subject_edit"}
+    assert {record.task for record in read_records([tmp_path / "out" / "records.jsonl"]).raise_if_errors()} == {
+        "subject_edit"
+    }
 
 
 def test_migebench_elsewhere(tmp_path):

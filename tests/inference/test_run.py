@@ -39,7 +39,7 @@ def records(model):
     report = inference.check(read_records(FILES), model, SETTINGS)
     assert len(report.records) == 7 and not report.faults, report.text()
     (note,) = report.notes
-    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.problem  # tiny knows no comma
+    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.message  # tiny knows no comma
     return report.records
 
 
@@ -299,7 +299,7 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
     assert [record.id for record in report.records] == ["00004", "00005"]
     assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
     (note,) = [note for note in report.notes if "record 5" in note.where]
-    assert "are cut (limit 128)" in note.problem
+    assert "are cut (limit 128)" in note.message
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         inference.check(report, tmp_path, SETTINGS)
 

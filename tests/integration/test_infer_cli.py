@@ -203,6 +203,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         assert np.abs(got - want).max() <= 1
 
 
+@pytest.mark.processes  # of the compiler
 @pytest.mark.parametrize(
     "arguments, most",
     [

@@ -192,8 +192,8 @@ WORDS_ALONE = ("data.sets=[]", "data.world={'text_to_image': 1.0, 'one_reference
 
 def test_a_process_whose_batch_has_no_image_trains_along(tiny_model, tmp_path):
     """DDP waits for a gradient of every parameter from every process, also from one whose samples are words alone."""
-    cases = [len(build(tiny_model, tmp_path / "look", *WORDS_ALONE).dataset.case(n).references) for n in range(12)]
-    assert {(0, 0), (0, 1), (1, 0), (1, 1)} == set(zip(cases[::2], cases[1::2], strict=True))
+    cases = [len(build(tiny_model, tmp_path / "look", *WORDS_ALONE).dataset.case(n).references) for n in range(8)]
+    assert {(0, 1), (1, 0)} <= set(zip(cases[::2], cases[1::2], strict=True))
     one = train(tiny_model, tmp_path / "one", 1, 2, *WORDS_ALONE)
     two = train(tiny_model, tmp_path / "two", 2, 1, *WORDS_ALONE)
     assert distance(one, two, load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")) < 1e-3
@@ -242,6 +242,21 @@ def test_sharded_processes_equal_one_and_resume_as_four(tiny_model, tmp_path):
     for sample in others:
         assert sample.keys() == first.keys()
         assert all(np.abs(sample[name] - first[name].astype(int)).max() <= 1 for name in first)
+
+
+def test_fsdp2_in_bfloat16_keeps_timesteps_and_reduces_in_float32(tiny_model, tmp_path):
+    """The config's timestep_dtype is float32: 999 stays 999. A mean of two bfloat16 numbers is often none itself."""
+    more = ("train.steps=1", "train.checkpoint_every=1", "train.batch_size=3", "train.precision=mixed")
+    _, config, *rest = train_command(tiny_model, tmp_path / "run", *STEPS, *more)
+    probe = {"PROBE": str(tmp_path / "seen"), "ACCELERATE_MIXED_PRECISION": "bf16"} | fsdp_settings()
+    finish(launch(2, ROOT / "tests" / "fsdp_precision.py", ROOT / config, *rest, settings=probe))
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    dataset = build(tiny_model, tmp_path / "look", *more).dataset
+    times = [float(dataset[index].times[0]) for index in range(6)]
+    assert any(float(torch.tensor(time).bfloat16()) != time for time in times)
+    assert seen[0]["timesteps"] + seen[1]["timesteps"] == times
+    for one in seen:
+        assert len(one["beyond_bfloat16"]) > 20 and np.median(one["beyond_bfloat16"]) > 0.1
 
 
 @pytest.mark.parametrize(

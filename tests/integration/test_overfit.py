@@ -106,7 +106,7 @@ def records(tmp_path_factory) -> list[Record]:
         for prompt, references, source, target in RECORDS
     ]
     (folder / "records.json").write_text(json.dumps(rows))
-    return read_records([folder / "records.json"]).require()
+    return read_records([folder / "records.json"]).raise_if_errors()
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def vae(model) -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[Crop, str]:
-    return distinct_crops(read_records([RECORDS]).require())
+    return distinct_crops(read_records([RECORDS]).raise_if_errors())
 
 
 def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Crop, str], **kwargs) -> Path:

@@ -258,14 +258,14 @@ def test_check_images_decodes_each_file_once(tmp_path, monkeypatch):
         Record("2", references=(good,), source=good, target=None, where="x.json, record 2", **make),
         Record("3", references=(bad,), source=bad, target=None, where="x.json, record 3", **make),
     ]
-    findings = check_images(records)
+    issues = check_images(records)
     assert sorted(opened) == [bad, good]
-    assert [(finding.where[-1], finding.problem) for finding in findings] == [
+    assert [(issue.where[-1], issue.message) for issue in issues] == [
         ("1", f"{bad}: a text, not an image of a known format"),
         ("1", f"{gone}: no such file"),
         ("3", f"{bad}: a text, not an image of a known format"),
     ]
-    assert all(finding.fatal and finding.remedy for finding in findings)
+    assert all(issue.fatal and issue.hint for issue in issues)
     assert check_images([]) == []
 
 
@@ -397,7 +397,7 @@ def test_save_image_errors(tmp_path):
 
 def test_example_pictures():
     report = read_records([*(EXAMPLES / f"{task}.json" for task in Task), EXAMPLES / "train.jsonl"])
-    assert check_images(report.require()) == []
+    assert check_images(report.raise_if_errors()) == []
     pictures = list((EXAMPLES / "images").iterdir())
     used = {file for record in report.records for file in (*record.references, record.source, record.target) if file}
     assert set(pictures) == used

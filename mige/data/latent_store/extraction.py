@@ -17,7 +17,7 @@ from mige.data.latent_store.errors import StoreError
 from mige.data.latent_store.meta import DTYPES, Meta
 from mige.data.latent_store.part import PartWriter
 from mige.data.latent_store.store import FeatureStore
-from mige.data.records import Finding, Record
+from mige.data.records import Issue, Record
 from mige.models.vae import encode
 from mige.utils import images
 from mige.utils.files import absolute
@@ -50,7 +50,7 @@ def extract(
     batch_size: int = 8,
     workers: int = 0,
     progress: bool = False,
-) -> list[Finding]:
+) -> list[Issue]:
     """Encode this process's share of the images, those that the store lacks or that have changed.
 
     First all that are cropped by their own shape, then those cropped like one of them, whose shape the store knows by
@@ -66,21 +66,21 @@ def extract(
         workers: processes that open images; 0: none.
         progress: show a bar.
 
-    Returns what could not be encoded, a finding an image. Raises StoreError if memory is short, OSError if writing
+    Returns what could not be encoded, an issue an image. Raises StoreError if memory is short, OSError if writing
     fails; all batches before are kept.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     places = dict(zip(as_crops(named), named.values(), strict=True))
     pairs = [crop for crop in places if crop.like is not None]
-    findings = []
+    issues = []
     for number, crops in enumerate([[crop for crop in places if crop.like is None], pairs][: 2 if pairs else 1]):
         if number == 1:
             wait()
             store = FeatureStore(store.folder, store.meta, Path(store.root))
         jobs = _distinct_jobs(store, crops)[process::processes]
         todo = {*store.missing(job.crop for job in jobs), *store.changed(job.crop for job in jobs)}
-        findings += _encode_jobs(
+        issues += _encode_jobs(
             store,
             vae,
             [job for job in jobs if job.crop in todo],
@@ -95,7 +95,7 @@ def extract(
                 disable=not progress,
             ),
         )
-    return findings
+    return issues
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def _encode_jobs(
     batch_size: int,
     workers: int,
     bar: dict,
-) -> list[Finding]:
-    """Encode all into a part of the store; what could not be, as findings."""
-    meta, findings = store.meta, []
+) -> list[Issue]:
+    """Encode all into a part of the store; what could not be, as issues."""
+    meta, issues = store.meta, []
     loader = DataLoader(_Images(jobs, meta), batch_size, num_workers=workers, collate_fn=list)
     with PartWriter(store.folder, process) as part, tqdm(unit="image", **bar) as shown:
         for batch in loader:
-            failed = [(image.job, image.error.problem, image.error.remedy) for image in batch if image.error]
+            failed = [(image.job, image.error.message, image.error.hint) for image in batch if image.error]
             good = [image for image in batch if not image.error]
             rows = _encode(vae, good, batch_size, meta)
             finite = np.isfinite(rows).all(axis=(1, 2, 3, 4))
@@ -148,9 +148,9 @@ def _encode_jobs(
                 for image, whole in zip(good, finite, strict=True)
                 if not whole
             ]
-            findings += [Finding(f"{places[job.crop]}: {job.crop.path}", *why) for job, *why in failed]
+            issues += [Issue(f"{places[job.crop]}: {job.crop.path}", *why) for job, *why in failed]
             shown.update(len(batch))
-    return findings
+    return issues
 
 
 @dataclass(frozen=True)

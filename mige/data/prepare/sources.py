@@ -25,7 +25,7 @@ class SourceError(UserError, RuntimeError):
     """The run cannot start or go on: what was found, what was expected, what to do."""
 
 
-class LeftOut(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
+class SkippedSample(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
     """Why a sample, or a whole row, becomes no record: a reason to count by, and the detail of this one."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -55,7 +55,7 @@ def edit_prompt(instruction: Any) -> str:
     """An editing instruction with one `<imagehere>`: its first mention of the picture, else appended.
 
     This is `point_at_source`, except that later mentions and longer words ("the photographer") stay text.
-    Raises LeftOut for an instruction that is empty or so long that the placeholder is cut in training.
+    Raises SkippedSample for an instruction that is empty or so long that the placeholder is cut in training.
     """
     text = " ".join(_text(instruction, "instruction").split())
     first = next((m.start() for m in _MENTION.finditer(text) if not (m[1] or m[2])), None)
@@ -66,7 +66,7 @@ def edit_prompt(instruction: Any) -> str:
 def subject_prompt(description: Any, item: Any) -> str:
     """A description with `<imagehere>` for the first mention of its item: whole words, any case, the article stays.
 
-    Raises LeftOut where the description or the item is empty, the description does not mention the item, or the
+    Raises SkippedSample where the description or the item is empty, the description does not mention the item, or the
     placeholder is cut in training.
     """
     text = " ".join(_text(description, "description").split())
@@ -74,21 +74,21 @@ def subject_prompt(description: Any, item: Any) -> str:
     name = r"\s+".join(map(re.escape, words))
     pointed, found = re.subn(rf"\s*(?<!\w){name}(?!\w)\s*", PLACEHOLDER, text, count=1, flags=re.IGNORECASE)
     if not (words and found):
-        raise LeftOut("description does not mention its item", f"{item!r} in {description!r}")
+        raise SkippedSample("description does not mention its item", f"{item!r} in {description!r}")
     return _short_enough(pointed)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | None):
-        raise LeftOut(f"{name} is no text", repr(value))
+        raise SkippedSample(f"{name} is no text", repr(value))
     if not value or not value.strip():
-        raise LeftOut(f"empty {name}")
+        raise SkippedSample(f"empty {name}")
     return value
 
 
 def _short_enough(prompt: str) -> str:
     if PLACEHOLDER not in clean(prompt):
-        raise LeftOut(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
+        raise SkippedSample(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
     return prompt
 
 
@@ -112,7 +112,7 @@ class Album(Protocol):
     def store(self, name: str, cell: Any) -> Picture:
         """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
 
-        Raises LeftOut for a cell without bytes and for bytes that are no whole picture, OSError where writing fails.
+        Raises SkippedSample for a cell without bytes or with no whole image, OSError where writing fails.
         """
 
     def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
@@ -120,24 +120,24 @@ class Album(Protocol):
         chroma subsampling. Raises as `store`, and what `boxes` raises."""
 
     def refer(self, path: Path) -> Picture:
-        """A picture that stays where it is, decoded once to be sure of it. Raises LeftOut where it cannot be."""
+        """A picture that stays where it is, decoded once to be sure of it. Raises SkippedSample where it cannot be."""
 
 
 def _side_by_side(width: int, height: int) -> list[Box]:
     """Two square views: the margin above them is the margin left of the first and right of the second.
 
-    Raises LeftOut for a size that is no such composite.
+    Raises SkippedSample for a size that is no such composite.
     """
     side = next((side for side in VIEW_SIDES if side <= height), VIEW_SIDES[-1])
     margin = (height - side) // 2
     if not (0 <= margin <= 16 and 0 <= width - 2 * side - 2 * margin <= 32):
-        raise LeftOut("composite of unexpected size", f"{width} x {height}")
+        raise SkippedSample("composite of unexpected size", f"{width} x {height}")
     return [(left, margin, left + side, margin + side) for left in (margin, width - margin - side)]
 
 
 # ---- the four sources: a row -> its samples --------------------------------------------------------------------------
 
-Samples = list[dict[str, Any] | LeftOut]
+Samples = list[dict[str, Any] | SkippedSample]
 
 
 def _instruct_pix2pix(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
@@ -159,16 +159,16 @@ def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> S
     _require_quality(row, settings.min_quality)
     description = row["description"] or {}
     if description.get("description_valid") is False:
-        raise LeftOut("description marked as not valid")
+        raise SkippedSample("description marked as not valid")
     item, texts = description.get("item"), [description.get(f"description_{view}") for view in (0, 1)]
     prompts = [_attempt(subject_prompt, text, item) for text in texts]
-    if all(isinstance(prompt, LeftOut) for prompt in prompts):
+    if all(isinstance(prompt, SkippedSample) for prompt in prompts):
         return prompts
     views = album.store_views(row["image"], _side_by_side)
     samples = []
     for view, prompt in enumerate(prompts):
         extra = {"item": item, "caption": texts[view], "collection": row["collection"]}
-        left_out = isinstance(prompt, LeftOut)
+        left_out = isinstance(prompt, SkippedSample)
         samples.append(prompt if left_out else _subject(prompt, views[1 - view], views[view], **extra))
     return samples
 
@@ -176,9 +176,9 @@ def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> S
 def _require_quality(row: Mapping[str, Any], least: int) -> None:
     scores = {name: (row["quality_assessment"] or {}).get(name) for name in QUALITY}
     if None in scores.values():
-        raise LeftOut("no quality scores", str(scores))
+        raise SkippedSample("no quality scores", str(scores))
     if min(scores.values()) < least:
-        raise LeftOut(f"quality below {least}", str(scores))
+        raise SkippedSample(f"quality below {least}", str(scores))
 
 
 _TURN = re.compile(r"(?:instruction|edit_image)_([1-9][0-9]?)")
@@ -189,9 +189,9 @@ def _seed_data_edit(row: Mapping[str, Any], album: Album, settings: Settings) ->
     try:
         fields = json.loads(row["line"])
     except json.JSONDecodeError as error:
-        raise LeftOut("malformed JSON", f"{row['where']}: {error}") from error
+        raise SkippedSample("malformed JSON", f"{row['where']}: {error}") from error
     if not isinstance(fields, dict) or not ({"instruction", "instruction_1"} & fields.keys()):
-        raise LeftOut("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")
+        raise SkippedSample("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")
     if "instruction" in fields:
         turns = [(fields["instruction"], fields.get("source_image"), fields.get("target_image"))]
     else:
@@ -209,7 +209,7 @@ def _seed_turn(
     prompt = edit_prompt(instruction)
     for name, value in zip(("source", "target"), pair, strict=True):
         if not isinstance(value, str) or not value:
-            raise LeftOut("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
+            raise SkippedSample("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
     pictures = [album.refer(Path(row["images"]) / name) for name in pair]
     return _edit(prompt, *pictures, original_instruction=instruction, turn_index=turn)
 
@@ -228,10 +228,10 @@ def _row(task: Task, prompt: str, entity: str, source: list[str], target: Pictur
 
 
 def _attempt(make: Callable[..., Any], *args: Any) -> Any:
-    """What `make` returns, or the LeftOut that it raises."""
+    """What `make` returns, or the SkippedSample that it raises."""
     try:
         return make(*args)
-    except LeftOut as left_out:
+    except SkippedSample as left_out:
         return left_out
 
 
