@@ -598,7 +598,7 @@ def assert_read_right_or_refused(vae, small_store):
     pixels = [to_pixels(center_crop(open_image(path), SIZE, SIZE, like=like)) for path, _ in as_crops(kept)]
     pixels += [torch.zeros(3, SIZE, SIZE)] * (8 - len(pixels))
     with torch.inference_mode():
-        expected = latents.encode(vae, torch.stack(pixels))
+        expected = encode(vae, torch.stack(pixels))
     assert torch.equal(got.mean, expected.mean[: len(kept)]) and torch.equal(got.std, expected.std[: len(kept)])
 
 
