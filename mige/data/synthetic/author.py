@@ -58,12 +58,15 @@ class Author:
         self.used: set[int] = set()
 
     def chance(self, p: float) -> bool:
+        """True with probability p."""
         return self.rng.random() < p
 
     def pick(self, options: Sequence):
+        """One of the options, all alike likely."""
         return options[int(self.rng.integers(len(options)))]
 
     def scatter(self, spread: float) -> float:
+        """Uniform in [-spread, spread]."""
         return float(self.rng.uniform(-spread, spread))
 
     def subject(self, *, named: bool = False, lopsided: bool = False) -> int:
@@ -75,13 +78,16 @@ class Author:
                 return number
 
     def variant(self) -> np.ndarray:
+        """The numbers in [0, 1) that a background is drawn from, float32 [backgrounds.VARIANT]."""
         return self.rng.random(backgrounds.VARIANT, dtype=np.float32)
 
     def background(self, other_than: int = -1) -> int:
+        """A kind of background, never `other_than`."""
         kind = int(self.rng.integers(backgrounds.KINDS - (other_than >= 0)))
         return kind + (0 <= other_than <= kind)
 
     def places(self, many: int) -> list[int]:
+        """So many different places of `PLACES`."""
         return [int(place) for place in self.rng.permutation(len(PLACES))[:many]]
 
     def there(self, number: int, place: int, *, sizes: tuple[float, float] = (30, 48), plain: bool = False) -> Placed:
@@ -136,6 +142,7 @@ class Author:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
     def size(self) -> str:
+        """A size of `SIZES`, every other time the usual one."""
         return self.pick(("", "", "small", "large"))
 
 
