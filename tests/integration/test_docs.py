@@ -87,6 +87,21 @@ def test_links_lead_somewhere(page):
             assert anchor in names, f"{page.name} links to {link}; there are {sorted(names)}"
 
 
+def test_the_walks_of_the_architecture_name_what_is_there():
+    walks = (ROOT / "docs" / "architecture.md").read_text().split("## The walk")[1:]
+    rows = [row.split("|")[2] for walk in walks for row in re.findall(r"^\| \d.*$", walk, re.M)]
+    assert len(rows) == 19
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row)
+        files = [next((ROOT / "mige").rglob(name.rstrip("/")), None) for name in names if re.search(r"\.py$|/$", name)]
+        assert None not in files, row
+        files = files or [ROOT / "mige" / "inference" / "pipeline.py"]
+        for name in (name.removeprefix("pipeline.") for name in names if not re.search(r"\.py$|/$", name)):
+            assert any(re.search(rf"def {name}\(", file.read_text()) for file in files if file.is_file()) or re.search(
+                rf"def {name}\(", (ROOT / "mige" / "inference" / "pipeline.py").read_text()
+            ), row
+
+
 def test_the_tree_of_the_architecture_is_that_of_the_files():
     tree = (ROOT / "docs" / "architecture.md").read_text().split("## Files")[1].split("```")[1]
     told, folder = set(), ""
