@@ -11,6 +11,8 @@ from mige.cli import check_data, infer
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
 
+pytestmark = pytest.mark.processes  # check_data decodes in workers, also in one
+
 CASES = Path(__file__).parents[1] / "fixtures" / "images"
 
 
