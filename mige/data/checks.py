@@ -164,7 +164,7 @@ def check_instruction(
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
         issues.append(Issue(record.where, problem, "shorten the prompt", fatal=True))
     if (extra := read - given) > 0:
-        problem = f"it mentions the picture {read} times; {extra} mention(s) read an empty picture"
+        problem = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
         issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
@@ -172,7 +172,7 @@ def check_instruction(
         lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         issues.append(
-            Issue(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
+            Issue(record.where, problem + (" and with them a whole image" if lost else ""), "shorten it", lost)
         )
     return issues
 

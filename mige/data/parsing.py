@@ -1,10 +1,10 @@
 """Records: JSON in, validated records out, and the official settings of the three tasks.
 
-A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference picture, in order.
+A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference image, in order.
 Two row layouts are recognised by their fields; both may stand in one file:
 
-  multi_prompt, entity_path [], source_path [], image (the true picture)      official files, DreamBench, MIGEBench
-  instruction, image (the source picture), task (the type of edit)            Emu Edit
+  multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
+  instruction, image (the source image), task (the type of edit)            Emu Edit
 
 Reading never stops at the first fault: a `Report` holds the good records and every issue. Pictures are not opened
 here (`checks.check_images` does that).
@@ -80,7 +80,7 @@ def make_record(
         edit_type = None
         named += reader.named_task()
     if sources is not None and len(sources) > 1:
-        reader.fault(f'"source_path" has {len(sources)} pictures, expected at most one', "split the record")
+        reader.fault(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
         sources = None
     if sources is not None and references is not None:
         source = sources[0] if sources else None
@@ -107,10 +107,10 @@ def _implied_task(source: Path | None, references: tuple[Path, ...]) -> Task:
     return Task.EDIT if references in ((), (source,)) else Task.SUBJECT_EDIT
 
 
-_PICTURES = {
-    Task.SUBJECT: "no source picture",
-    Task.EDIT: "a source picture and no other reference",
-    Task.SUBJECT_EDIT: "a source picture and other references",
+_IMAGES = {
+    Task.SUBJECT: "no source image",
+    Task.EDIT: "a source image and no other reference",
+    Task.SUBJECT_EDIT: "a source image and other references",
 }
 
 
@@ -120,8 +120,8 @@ def _check_tasks(
     for task in dict.fromkeys(named):
         if task != implied:
             reader.fault(
-                f'the task is named "{task}", but the record has {_PICTURES[implied]}, which makes it "{implied}"',
-                f'a record of task "{task}" has {_PICTURES[task]}: correct the pictures or the task',
+                f'the task is named "{task}", but the record has {_IMAGES[implied]}, which makes it "{implied}"',
+                f'a record of task "{task}" has {_IMAGES[task]}: correct the images or the task',
             )
     if source is not None and source not in references:
         reader.fault(
@@ -136,7 +136,7 @@ def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, reference
     if near := near_markers(prompt):
         found += f" ({', '.join(map(repr, near))} is read as words)"
     if asked == 0 and given == 0:
-        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
+        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its image in "entity_path"')
     elif not is_rewritten(task, prompt) and not can_pair(task, prompt, asked, given):
         reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
     if given > MAX_REFERENCES:
@@ -201,9 +201,7 @@ class _RowReader:
     def required_path(self, name: str) -> tuple[Path, ...] | None:
         """A path that has to be there, as a list of one."""
         if self.row.get(name) is None:
-            self.fault(
-                f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the picture'
-            )
+            self.fault(f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the image')
         path = self.path(name)
         return None if path is None else (path,)
 

@@ -24,8 +24,8 @@ class Record:
     task: Task
     prompt: str  # as the user wrote it
     references: tuple[Path, ...]  # in the order of the placeholders; an edit's only reference is its source
-    source: Path | None  # the picture to edit; None for the subject task
-    target: Path | None  # the true picture, where the data has one
+    source: Path | None  # the image to edit; None for the subject task
+    target: Path | None  # the true image, where the data has one
     edit_type: str | None  # of an Emu Edit row: its "task" column (global, local, add, ...), "" without; else None
     where: str  # "train.json, record 12 (id 7)", counted from 1: for messages
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # every other field of the row, untouched

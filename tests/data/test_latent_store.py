@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from processes import run_python, start_python
 from torch.utils.data import DataLoader
 
-from mige.data.crops import Crop
+from mige.data.crops import Crop, as_crops
 from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.data.parsing import read_records
@@ -560,3 +562,67 @@ def test_tool_refuses_bad_records_and_other_settings(data, tmp_path, tiny_model)
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store"))
     assert done.returncode == 1 and "malformed JSON" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "store").exists()
+
+
+# ---- garbage ---------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def small_store(vae, tmp_path_factory):
+    """A store of two images in one part, and its files' bytes."""
+    folder = tmp_path_factory.mktemp("garbage")
+    paths = [draw(folder / f"{n}.png", n) for n in range(2)]
+    store = create_store(folder / "store", vae=vae, size=SIZE, root=folder)
+    assert extract(store, vae, {path: "test" for path in paths} | {Crop(paths[0], like=paths[1]): "test"}) == []
+    return folder / "store", paths, {file.name: file.read_bytes() for file in (folder / "store").iterdir()}
+
+
+def assert_read_right_or_refused(vae, small_store):
+    """What is read is what was written, or a StoreError names the folder's file or image and what to do."""
+    folder, paths, _ = small_store
+    crops = [*paths, Crop(paths[0], like=paths[1])]
+    try:
+        store = open_store(folder, vae=vae, size=SIZE, root=folder.parent)
+        kept = [crop for crop in crops if crop not in store.missing(crops)]
+        got = store.read(kept)
+    except StoreError as error:
+        assert (str(folder) in str(error) and ";" in str(error)) or "run tools/extract_features.py" in str(error)
+        return
+    like = (56, 40)  # of every image that `draw` makes
+    pixels = [to_pixels(center_crop(open_image(path), SIZE, SIZE, like=like)) for path, _ in as_crops(kept)]
+    pixels += [torch.zeros(3, SIZE, SIZE)] * (8 - len(pixels))
+    with torch.inference_mode():
+        expected = encode(vae, torch.stack(pixels))
+    assert torch.equal(got.mean, expected.mean[: len(kept)]) and torch.equal(got.std, expected.std[: len(kept)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_bytes_changed_anywhere_are_missing_or_refused(vae, small_store, data):
+    folder, _, files = small_store
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(name for name in files if name != "meta.json")))
+    place = data.draw(st.integers(0, len(files[name]) - 1))
+    junk = data.draw(st.binary(min_size=1, max_size=70))
+    (folder / name).write_bytes(files[name][:place] + junk + files[name][place + len(junk) :])
+    assert_read_right_or_refused(vae, small_store)
+
+
+@settings(max_examples=60, deadline=None)
+@given(field=st.sampled_from(["version", "height", "width", "fit", "vae", "shape", "dtype", "root"]), value=JSON)
+def test_any_meta_is_read_or_refused(vae, small_store, field, value):
+    folder, _, files = small_store
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "meta.json").write_text(json.dumps(json.loads(files["meta.json"]) | {field: value}))
+    assert_read_right_or_refused(vae, small_store)
+    (folder / "meta.json").write_text(json.dumps(value))
+    with pytest.raises(StoreError, match=r"meta\.json: damaged"):
+        open_store(folder, vae=vae, size=SIZE)

@@ -260,7 +260,7 @@ def stream(tiny_model) -> WorldDataset:
 
 def test_the_stream_is_a_function_of_seed_and_counter(stream):
     def batch() -> WorldBatch:
-        return collate_world([stream[counter] for counter in range(20, 28)])
+        return collate_world([stream[index] for index in range(20, 28)])
 
     one, two = (batch().to(torch.device("cpu")) for _ in range(2))
     for name in ("pixels_PCHW", "vision_RCHW", "noise_BCHW", "time_B", "posterior_PCHW"):
@@ -274,12 +274,12 @@ def test_the_stream_is_a_function_of_seed_and_counter(stream):
 
 
 def test_the_stream_invents_subjects(stream):
-    scenes = [scene for counter in range(60) for scene in stream[counter][1]]
+    scenes = [scene for index in range(60) for scene in stream[index][1]]
     assert any(s.other >= 0 for scene in scenes for s in scene.subjects)
 
 
 def test_a_mixture_is_kept(stream):
-    ids = [stream[counter][0].id.rsplit("-", 1)[0] for counter in islice(range(10**6), 1500)]
+    ids = [stream[index][0].id.rsplit("-", 1)[0] for index in islice(range(10**6), 1500)]
     whole = sum(tasks.MIXTURE.values())
     for kind, weight in tasks.MIXTURE.items():
         expected = 1500 * weight / whole

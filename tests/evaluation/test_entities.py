@@ -1,6 +1,7 @@
 """Entities cut out of pictures: the rule by hand, the two networks at small size, a run that is stopped."""
 
 import json
+import threading
 
 import evaluation_files as files
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from mige.evaluation import entities, scoring
 from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
 from mige.evaluation.entities import Entity, EntityFinder, best_box, caption, extract
+from mige.utils.files import folder_lock
 
 torch.set_num_threads(1)
 
@@ -145,3 +147,26 @@ def test_the_tool(results, tmp_path, weights):
     prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "mb"))), tmp_path / "b" / "benchmark")
     done = run_here("tools/extract_entities.py", "--results", tmp_path / "b", *arguments)
     assert done.returncode == 1 and "magicbrush names no objects" in done.stderr
+
+
+def test_the_tool_refuses_a_folder_that_another_run_writes(results, tmp_path, weights):
+    out = tmp_path / "r" / "entities"
+    out.mkdir()
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with folder_lock(out):
+            held.set()
+            end.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    arguments = ("--detector", weights[0], "--segmenter", weights[1], "--device", "cpu")
+    try:
+        done = run_here("tools/extract_entities.py", "--results", tmp_path / "r", *arguments)
+    finally:
+        end.set()
+        other.join()
+    assert done.returncode == 1 and f"{out}: another run writes here; wait for it to end" in done.stderr
+    assert not (out / "entities.jsonl").exists() and not list((out / "crops").iterdir())

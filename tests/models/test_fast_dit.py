@@ -160,6 +160,7 @@ def test_what_it_does_not_know_is_refused():
         FastDenoiser(other, torch.float32)
 
 
+@pytest.mark.processes  # of the compiler
 @pytest.mark.parametrize("task", list(Task))
 def test_compiled_images_are_the_plain_ones(folder, photos, task):
     """With the compiler itself, on batches of different lengths and sizes, with our solver and another."""

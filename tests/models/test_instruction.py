@@ -178,7 +178,7 @@ def test_a_whole_image_over_the_limit_is_fatal(tokenizer):
     instruction = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer)
     start = len(instruction.segments[0])
     (fault,) = issues(tokenizer, row, max_tokens=start)
-    assert fault.fatal and "a whole picture" in fault.message
+    assert fault.fatal and "a whole image" in fault.message
     (note,) = issues(tokenizer, row, max_tokens=start + 1)  # a part of it is read
     assert not note.fatal
 
@@ -200,4 +200,4 @@ def test_the_appended_placeholder_of_a_long_edit_is_lost_too(tokenizer):
 
 def test_a_second_mention_of_the_image_is_a_note(tokenizer):
     (note,) = issues(tokenizer, record(Task.EDIT, "make the image like this photo"))
-    assert not note.fatal and "mentions the picture 2 times; 1 mention(s) read an empty picture" in note.message
+    assert not note.fatal and "mentions the image 2 times; 1 mention(s) read an empty image" in note.message

@@ -72,7 +72,7 @@ def build(model: Path, run: Path, features: Path | None) -> Trainer:
 
 def losses(trainer: Trainer, change=lambda batch: batch) -> torch.Tensor:
     """Both terms of the hybrid loss of `SAMPLES`, through everything the trainer does: [2, samples]."""
-    batch = change(collate([trainer.dataset[counter] for counter in SAMPLES]))
+    batch = change(collate([trainer.dataset[index] for index in SAMPLES]))
     assert (batch.pixels_PCHW is None) == (trainer.config.data.features is not None)
     trainer._seed_dropout(0)
     with torch.no_grad():
@@ -99,8 +99,8 @@ def without_sources(batch):
 
 def test_the_loss_from_the_store_is_the_loss_from_pixels(model, store, tmp_path):
     from_store, from_pixels = build(model, tmp_path / "a", store), build(model, tmp_path / "b", None)
-    records = [from_store.dataset.record(counter) for counter in SAMPLES]
-    assert records == [from_pixels.dataset.record(counter) for counter in SAMPLES]
+    records = [from_store.dataset.record(index) for index in SAMPLES]
+    assert records == [from_pixels.dataset.record(index) for index in SAMPLES]
     assert {record.task for record in records} == set(Task)
     kinds = {(s.drop_text, s.drop_source) for s in map(from_store.dataset.__getitem__, SAMPLES)}
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
@@ -111,7 +111,7 @@ def test_the_loss_from_the_store_is_the_loss_from_pixels(model, store, tmp_path)
     for task in Task:
         assert max(by for by, record in zip(by_moments, records, strict=True) if record.task is task) > 1e-4
     by_source = moved(losses(from_store, without_sources), want) > 1e-3
-    samples = [from_store.dataset[counter] for counter in SAMPLES]
+    samples = [from_store.dataset[index] for index in SAMPLES]
     kept = [r.source is not None and not s.drop_source for r, s in zip(records, samples, strict=True)]
     assert by_source.tolist() == kept, "a source counts where there is one that is not dropped, and there only"
 

@@ -27,7 +27,7 @@ SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1),
 INVENTED = 0.7
 """Share of the referenced subjects that `invented` is asked for; one of twelve of these comes back as it is drawn."""
 INVENTED_THERE = 0.5
-"""Share of what stands in the pictures to edit; the rest must do for learning names."""
+"""Share of what stands in the images to edit; the rest must do for learning names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Case:
 
     Attributes:
         kind: of task, a key of `KINDS`.
-        references: the pictures of the prompt, in order. source: which of them is edited, None for the subject task.
+        references: the images of the prompt, in order. source: which of them is edited, None for the subject task.
         asked: the subjects of the target that came from a reference, or that an edit added or changed.
     """
 
@@ -58,12 +58,15 @@ class Author:
         self.used: set[int] = set()
 
     def chance(self, p: float) -> bool:
+        """True with probability p."""
         return self.rng.random() < p
 
     def pick(self, options: Sequence):
+        """One of the options, all alike likely."""
         return options[int(self.rng.integers(len(options)))]
 
     def scatter(self, spread: float) -> float:
+        """Uniform in [-spread, spread]."""
         return float(self.rng.uniform(-spread, spread))
 
     def subject(self, *, named: bool = False, lopsided: bool = False) -> int:
@@ -75,13 +78,16 @@ class Author:
                 return number
 
     def variant(self) -> np.ndarray:
+        """The numbers in [0, 1) that a background is drawn from, float32 [backgrounds.VARIANT]."""
         return self.rng.random(backgrounds.VARIANT, dtype=np.float32)
 
     def background(self, other_than: int = -1) -> int:
+        """A kind of background, never `other_than`."""
         kind = int(self.rng.integers(backgrounds.KINDS - (other_than >= 0)))
         return kind + (0 <= other_than <= kind)
 
     def places(self, many: int) -> list[int]:
+        """So many different places of `PLACES`."""
         return [int(place) for place in self.rng.permutation(len(PLACES))[:many]]
 
     def there(self, number: int, place: int, *, sizes: tuple[float, float] = (30, 48), plain: bool = False) -> Placed:
@@ -104,7 +110,7 @@ class Author:
         return Scene(self.background(), self.variant(), tuple(placed)), places
 
     def portrait(self) -> tuple[Scene, Placed]:
-        """A picture of one subject alone, large, and the subject as it will appear elsewhere."""
+        """An image of one subject alone, large, and the subject as it will appear elsewhere."""
         swap = self.pick(SWAPS) if self.chance(0.5) else SWAPS[0]
         subject = Placed(self.subject(), SIDE / 2, SIDE / 2, SIZES[""], self.scatter(12), self.chance(0.5), swap)
         subject = self.invented(subject) if self.invent and self.chance(INVENTED) else subject
@@ -121,7 +127,7 @@ class Author:
         return replace(turned, other=self.subject(), cut=(self.scatter(180), self.scatter(0.4)))
 
     def old(self, subject: Placed, place: int) -> str:
-        """How an instruction calls something in the picture: by its name, its place, or both."""
+        """How an instruction calls something in the image: by its name, its place, or both."""
         as_drawn = np.array_equal(subject.colour, SWAPS[0]) and abs(subject.angle) < 45 and subject.other < 0
         known = subject.sprite in self.named and as_drawn
         way = self.rng.random()
@@ -136,6 +142,7 @@ class Author:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
     def size(self) -> str:
+        """A size of `SIZES`, every other time the usual one."""
         return self.pick(("", "", "small", "large"))
 
 

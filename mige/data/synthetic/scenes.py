@@ -1,6 +1,6 @@
 """Scenes: a background and up to five subjects, as plain numbers; and their drawing, batched, on any device.
 
-Letters: P pictures, S places for subjects, N pictures or subjects drawn in one go, H and W pixels.
+Letters: P images, S places for subjects, N images or subjects drawn in one go, H and W pixels.
 """
 
 import math
@@ -159,7 +159,7 @@ def _join(drawings: Tensor, sheet: Tensor, other: Tensor, cut: Tensor) -> Tensor
 
 
 def _layer(drawings: Tensor, place: Tensor, colour: Tensor, side: int) -> Tensor:
-    """Subjects [N, 4, h, w] put in their places on transparent pictures -> [N, 4, side, side], alpha multiplied in."""
+    """Subjects [N, 4, h, w] put in their places on transparent images -> [N, 4, side, side], alpha multiplied in."""
     x, y, size, angle, flip = place.unbind(1)
     half = side / SIDE * size / 2
     x, y = x * side / SIDE, y * side / SIDE

@@ -1,4 +1,4 @@
-"""The miniature world as training data without end: cases made in worker processes, pictures drawn on the GPU."""
+"""The miniature world as training data without end: cases made in worker processes, images drawn on the GPU."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ from mige.utils.images import CLIP_MEAN, CLIP_STD
 _EPOCH = 1_000_000  # samples called an epoch; none is ever shown twice
 
 Drawn = tuple[TrainingSample, tuple[Scene, ...], int, int]
-"""A sample, its scenes (the target, then the references), the side of pictures and of the vision tower's."""
+"""A sample, its scenes (the target, then the references), the side of images and of the vision tower's."""
 
 
 @dataclass(frozen=True)
 class WorldBatch:
-    """A batch whose pictures are not drawn yet."""
+    """A batch whose images are not drawn yet."""
 
     batch: TrainingBatch
     scenes: Scenes  # targets and references, in the order of `TrainingBatch.pixels_PCHW`
@@ -35,7 +35,7 @@ class WorldBatch:
     vision_size: int
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """The whole batch on the device, its pictures drawn there."""
+        """The whole batch on the device, its images drawn there."""
         batch = self.batch.to(device)
         pixels = draw(self.scenes, device, self.size)
         seen = vision_pixels(pixels[batch.reference_R], self.vision_size)
@@ -47,7 +47,7 @@ class WorldBatch:
 
 
 def vision_pixels(pixels_RCHW: Tensor, size: int) -> Tensor:
-    """`images.vision_pixels` of drawn pictures in [-1, 1], on their device."""
+    """`images.vision_pixels` of drawn images in [-1, 1], on their device."""
     squeezed = F.resize(pixels_RCHW, [size, size], InterpolationMode.BICUBIC, antialias=True)
     mean, std = _statistics(pixels_RCHW.device)
     return ((squeezed / 2 + 0.5).clamp(0, 1) - mean) / std
@@ -63,8 +63,8 @@ class WorldDataset(Dataset):
 
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
-        size: side of the pictures in pixels (128); `latent_shape`: of their latents.
-        vision_size: side of the vision tower's pictures.
+        size: side of the images in pixels (128); `latent_shape`: of their latents.
+        vision_size: side of the vision tower's images.
     """
 
     def __init__(
@@ -127,5 +127,5 @@ class WorldDataset(Dataset):
 def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
     """Samples of a `WorldDataset` -> batch."""
     samples, scenes, sizes, vision_sizes = zip(*drawn, strict=True)
-    stacked = Scenes.stack([scene for pictures in scenes for scene in pictures])
+    stacked = Scenes.stack([scene for images in scenes for scene in images])
     return WorldBatch(collate(samples), stacked, sizes[0], vision_sizes[0])

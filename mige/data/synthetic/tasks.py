@@ -1,4 +1,4 @@
-"""The world's tasks: a seed -> pictures, an instruction for them, and the one picture that answers it.
+"""The world's tasks: a seed -> images, an instruction for them, and the one image that answers it.
 
 Text to image and subject-driven scenes, nine edits, three edits with a subject. What an instruction adds stands upright
 in the middle of its place, so that the answer is exact; what is there already is scattered and turned.
@@ -32,14 +32,14 @@ def sample(
 def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, invent: bool = False) -> Case:
     """A case of one kind about the given subjects; those that are called by a name are always seen ones.
 
-    invent: most subjects that a reference shows, and half of those in pictures to edit, are no drawing of the sheet:
-    turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins pictures), or both.
+    invent: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
+    turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins images), or both.
     A model that has only some hundred drawings to learn from remembers them else, and doesn't look at a new one.
     """
     return KINDS[kind](Author(rng, subjects, invent))
 
 
-# ---- from words and references to a new picture ------------------------------------------------------------------
+# ---- from words and references to a new image --------------------------------------------------------------------
 
 
 def _text_to_image(a: Author) -> Case:
