@@ -101,6 +101,13 @@ def test_more_pixels_than_the_page_takes_are_refused_to_a_client(http, monkeypat
 def test_requests_in_flight_are_limited(http, monkeypatch):
     """Two that never finish sending take the places; once they leave there is room again."""
     monkeypatch.setattr(guard, "MAX_IN_FLIGHT", 2)
+    receive, begun = guard.Guard._upload, []
+
+    async def upload(self, request):
+        begun.append(request)
+        return await receive(self, request)
+
+    monkeypatch.setattr(guard.Guard, "_upload", upload)
     host, port = http.base_url.host, http.base_url.port
     head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n"
     head += "Content-Type: multipart/form-data; boundary=a\r\n\r\n"
@@ -111,7 +118,8 @@ def test_requests_in_flight_are_limited(http, monkeypatch):
     def answer() -> httpx.Response:
         return http.post("/gradio_api/call/v2/edit", json={"instruction": "a"})
 
-    wait_until(lambda: answer().status_code == 503)
+    wait_until(lambda: len(begun) == 2)  # asking earlier would take the place of one
+    assert answer().status_code == 503
     assert "too many requests at once" in answer().json()["error"]
     for connection in slow:
         connection.close()
