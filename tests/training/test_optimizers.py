@@ -207,7 +207,7 @@ def compare_kernel_with_plain(device: str) -> None:
 @pytest.mark.skipif(adamw.triton is None, reason="needs Triton")
 def test_the_kernel_is_the_plain_update_interpreted():
     here = Path(__file__)
-    path = os.pathsep.join([str(here.parent), str(here.parents[2])])
+    path = os.pathsep.join([str(here.parent), str(here.parents[1]), str(here.parents[2])])
     code = "import test_optimizers; test_optimizers.compare_kernel_with_plain('cpu')"
     done = run_program(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
