@@ -2,7 +2,7 @@
 # make web    install into .venv, then serve the page of the trained small model on localhost
 # make tiny   install into .venv, then make the tiny untrained model that configs/tiny.py starts from
 # make readme   run the demo, then copy the images that README.md shows
-# make test   install into .venv, then lint and run the tests; make test-fast: those that start no process
+# make test   install into .venv, then lint and run the tests; make test-fast: those that start no process and are not slow
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -49,7 +49,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not processes and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not processes and not browser and not slow"
 
 clean:
 	rm -rf output/demo output/tiny_official $(TINY)

@@ -16,8 +16,8 @@ After an exact case of the same task, batch and steps, a case says how far it is
 final latents, and `psnr` of the images in dB. Random weights make noise: trained ones deviate otherwise.
 
 `peak_gib`: what whole calls, the first one and its captures included, took from the device ("call"); of a dit or a
-naive case the steps alone ("denoise"). --phases makes one more call that waits between encode, denoise, decode and
-to_pil: milliseconds of each, and its peak from an empty cache on.
+naive case the steps alone ("denoise"). --phases makes one more call that waits between prepare, encode, denoise, decode
+and to_pil: milliseconds of each, and its peak from an empty cache on.
 
 FLOPs: branches x steps x DiT and the encoders once, as the exact computation needs them; the VAE is not counted, keys
 and values of the context (1 % of the DiT) count at every step though "compiled" keeps them. The share is of the card's
@@ -39,9 +39,10 @@ from naive import naive_denoiser
 from random_model import draw, random_pipeline, samples
 from torch import Tensor
 
-from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
-from mige.diffusion.guidance import Branch
+from mige.diffusion.guidance import Branch, Guidance
+from mige.diffusion.settings import resolve
+from mige.inference.inputs import instruct
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, SampleNoise
 from mige.models.fast_dit import FastDenoiser
@@ -88,7 +89,7 @@ class Bench:
         pipeline._fast = None  # what an earlier case captured would count as this one's memory
         pipeline.vae = copy.deepcopy(self.vae).to(self.device)  # rounded weights would stay rounded
         if "vae16" in case.options:
-            pipeline.halve_vae()
+            pipeline.vae_to_bfloat16()
         self.machine.free()
 
     def _call(self, case: Case, chosen: list[Sample], noise: list[SampleNoise]) -> dict:
@@ -131,11 +132,11 @@ class Bench:
         self, chosen: list[Sample], noise: list[SampleNoise], steps: int, settings: dict
     ) -> tuple[dict[str, float], dict[str, float | None]]:
         """Milliseconds and peak GiB of every phase of one more call, waiting between them."""
-        pipeline, official = self.pipeline, TASKS[chosen[0].task]
-        branches = guidance.branches(chosen[0].task, official.guidance, official.source_guidance)
+        pipeline, official = self.pipeline, Guidance(chosen[0].task)
         phases = {
-            "encode": lambda _: pipeline.encode(chosen, noise),
-            "denoise": lambda condition: pipeline.denoise(condition, branches, noise, steps, **settings),
+            "prepare": lambda _: pipeline.prepare(chosen, noise),
+            "encode": pipeline.encode,
+            "denoise": lambda condition: pipeline.denoise(condition, noise, official, steps=steps, **settings),
             "decode": pipeline.decode,
             "to_pil": images.to_pil,
         }
@@ -174,12 +175,11 @@ class Bench:
 
     def _line(self, case: Case, chosen: list[Sample], steps: int, seconds: float) -> dict:
         """The table's columns, from the median seconds of a whole call."""
-        task, official = Task(case.task), TASKS[case.task]
-        branches = len(guidance.branches(task, official.guidance, official.source_guidance))
+        branches = len(resolve(self.pipeline.scheduler.config, Task(case.task)).branches)
         queries, most = self.pipeline.fusion.config.num_queries, self.pipeline.fusion.config.max_tokens
         work = 0.0
         for sample in chosen:  # of the exact computation, also where a mode does less
-            context = min(self.pipeline.instruct(sample).length(queries), most)
+            context = min(instruct(sample, self.pipeline.tokenizer).length(queries), most)
             by_part = self._flops(context, len(sample.references))
             work += sum(by_part.values()) + (branches * steps - 1) * by_part["transformer"]
         return {

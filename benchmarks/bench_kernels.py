@@ -19,10 +19,10 @@ from harness import Machine, Report, parser
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mige.models.fast_dit import Linear, add_modulate, widened
+from mige.models.fast_blocks import Linear, add_modulate, padded_head_dim
 
 HEADS, HEAD_SIZE, TOKENS, CONTEXT = 16, 72, 1024, 64
-WIDTH, WIDE = HEADS * HEAD_SIZE, HEADS * widened(HEAD_SIZE)
+WIDTH, WIDE = HEADS * HEAD_SIZE, HEADS * padded_head_dim(HEAD_SIZE)
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -35,7 +35,7 @@ def attention(batch: int) -> list[dict]:
     own = random(batch, TOKENS, 3, HEADS, HEAD_SIZE).permute(2, 0, 3, 1, 4).unbind()
     cross, wide = (
         tuple(random(batch, length, HEADS, size).transpose(1, 2) for length in (TOKENS, CONTEXT, CONTEXT))
-        for size in (HEAD_SIZE, widened(HEAD_SIZE))
+        for size in (HEAD_SIZE, padded_head_dim(HEAD_SIZE))
     )
     mask = random(batch, 1, 1, CONTEXT).expand(-1, HEADS, TOKENS, -1)
     lines = []

@@ -30,9 +30,13 @@ def random_clip(name: str, device: str) -> backbones.Clip:
     width, depth, heads, patch, projection = VISION[name]
     vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
     vision |= {"num_attention_heads": heads, "patch_size": patch, "image_size": 224}
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1}  # is not run
+    text |= {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     clip = backbones.Clip.__new__(backbones.Clip)
     clip.name, clip.device, clip.fingerprint = f"CLIP {name}", device, "random"
-    clip.model = CLIPModel(CLIPConfig(vision_config=vision, projection_dim=projection)).eval().to(device)
+    clip.model = (
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).eval().to(device)
+    )
     clip.transform = backbones.clip_transform(224)
     return clip
 

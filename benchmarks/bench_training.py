@@ -72,14 +72,13 @@ TABLE = [
 
 
 def make_optimizer(settings: TrainConfig, name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    if name != "torchao":
-        ours, dtype = ("adamw", "float32") if name == "fused" else ("adamw_bf16", "bfloat16")
-        # Of the config, which refuses AdamW for bfloat16 parameters: here its speed alone is asked, not what it learns.
-        chosen = dataclasses.replace(settings, optimizer=ours, param_dtype=dtype)
-        return build_optimizer(chosen, parameters, parameters[0].device)
+    if name.startswith("stochastic"):
+        return build_optimizer(settings, parameters, parameters[0].device)
+    options = dict(betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
+    if name == "fused":  # what it learns on bfloat16 parameters is not asked here: the speed is
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True, **options)
     from torchao.optim import _AdamW
 
-    options = dict(betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
     return _AdamW(parameters, lr=settings.learning_rate, bf16_stochastic_round=True, **options)
 
 

@@ -92,9 +92,9 @@ class Machine:
         return round(peak(self.device) / GIB, 2)
 
     def free(self) -> None:
-        """Give back what a case has left behind."""
-        gc.collect()
+        """Give back what a case has left behind on the GPU."""
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def print_kernels(self, work: Callable[[], object], title: str, rows: int = 25) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.guidance import Branch
+from mige.inference.encoding import encode_references, encode_sources
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, SampleNoise
 from mige.tasks import TASKS, Task
@@ -18,20 +19,20 @@ def naive_denoiser(pipeline: MIGEPipeline, chosen: list[Sample], noise: list[Sam
     """The released sampling loop's `denoise`: encodes all slots and the padded text again, runs every branch."""
     task, model = chosen[0].task, pipeline.model
     model.encoder.pad_to = pipeline.fusion.config.max_tokens
-    instructions = [pipeline.instruct(sample) for sample in chosen]
-    unscaled = pipeline._encode_references(chosen, noise)
-    source = pipeline._encode_sources(chosen, noise, unscaled)
+    inputs = pipeline.prepare(chosen, noise)
+    unscaled = encode_references(pipeline.vae, inputs, pipeline._execution_device)
+    source = encode_sources(pipeline.vae, inputs, unscaled)
     counts = [len(sample.references) for sample in chosen]
     used = [SLOTS * n + slot for n, count in enumerate(counts) for slot in range(count)]
-    slots = [_slots(rows, used, len(chosen)) for rows in (pipeline._vision_pixels(chosen), unscaled)]
+    slots = [_slots(rows, used, len(chosen)) for rows in (inputs.vision_RCHW.to(unscaled.device), unscaled)]
     scale = TASKS[task].guidance
     branches = [Branch(1 - scale, True, False), Branch(scale, False, False)]
     if task is not Task.SUBJECT:
         branches = [Branch(0.0, True, True), *branches]
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        tokens_RQC = model.encoder.see(slots[0], model.patchify(slots[1]))[used]
-        embeds, mask = model.encoder.interleave(instructions, tokens_RQC)
+        tokens_RQC = model.encoder.encode_images(slots[0], model.patchify(slots[1]))[used]
+        embeds, mask = model.encoder.interleave(inputs.instructions, tokens_RQC)
         context = model.encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         stacked = guidance.stack(Condition(context, mask, source), branches, model.null_context.to(context))
         repeated = x_BCHW.repeat(len(branches), 1, 1, 1)

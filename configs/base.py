@@ -45,7 +45,7 @@ data = dict(
     drop_both=0.05,
 )
 
-# The official recipe, for weights in float32 under mixed precision; the rate is for 256 samples a step.
+# The official recipe; the rate is for 256 samples a step.
 train = dict(
     pretrained=None,
     tokenizer=None,
@@ -62,14 +62,14 @@ train = dict(
     eps=1e-10,
     max_grad_norm=0.01,
     optimizer="adamw",
-    param_dtype="float32",
+    precision="auto",
     trainable="full",
     noise_levels=1,
     snr_gamma=None,
     snr_power=0.0,
     lora_rank=16,
     gradient_checkpointing=["transformer"],
-    compile=[],
+    compile=None,
     ema=None,
     log_every=10,
     checkpoint_every=1000,

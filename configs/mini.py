@@ -99,4 +99,4 @@ train = dict(
     keep_checkpoints=1,
     trackers=[],
 )
-"""For one H100 under bfloat16 autocast: `accelerate launch --mixed_precision bf16`."""
+"""For one H100, on which train.precision=auto is mixed."""

@@ -13,14 +13,25 @@ from typing import Any
 
 import mmengine
 
-from mige.utils.settings import ConfigError, agree, at_least, check_type, check_types, one_of, positive, within
+from mige.utils.settings import (
+    ConfigError,
+    agree,
+    at_least,
+    check_type,
+    check_types,
+    one_of,
+    positive,
+    positive_fraction,
+    within,
+)
 
 RENAMED = {
     "accumulate": "gradient_accumulation_steps",
     "clip": "max_grad_norm",
     "lr_batch": "lr_reference_batch",
     "start": "pretrained",
-    "weights": "param_dtype",
+    "param_dtype": "precision",
+    "weights": "precision",
 }
 """Former keys of `train` -> today's; a config with a former one is refused by name."""
 
@@ -64,7 +75,7 @@ class ModelConfig:
 class DataConfig:
     """What is trained on."""
 
-    sets: Sequence[Mapping[str, Any]]  # file, weight (views of each record an epoch), and if need be root, task
+    sets: Sequence[Mapping[str, Any]]  # file, weight (views of a record an epoch, also "1/3"), if need be root, task
     world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
     size: int  # side of the square pictures, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
@@ -90,7 +101,7 @@ class DataConfig:
             known = {"file", "weight", "root", "task"}
             _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
             _refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
-            positive(f"data.sets[{number}].weight", one["weight"])
+            positive_fraction(f"data.sets[{number}].weight", one["weight"])
             for key in one.keys() - {"weight"}:
                 if one[key] is not None or key == "file":
                     check_type(f"data.sets[{number}].{key}", one[key], str)
@@ -114,17 +125,16 @@ class TrainConfig:
     betas: Sequence[float]
     eps: float
     max_grad_norm: float  # largest gradient norm
-    optimizer: str  # adamw; adamw_bf16 (stochastic rounding); adamw_8bit (bitsandbytes); muon (and adamw)
-    param_dtype: str  # dtype of the trained weights: float32, bfloat16
-    trainable: str  # full (all but the vision tower); text_encoder_frozen; lora (adapters in the DiT); all
+    optimizer: str  # adamw; adamw_8bit (bitsandbytes); muon (and adamw)
+    precision: str  # auto; float32; mixed (float32 parameters, bfloat16 products); bfloat16 (stochastic rounding)
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; dit; lora (adapters in the DiT); all
     noise_levels: int  # of every sample a step: the encoder's work is shared by them
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    compile: Sequence[
-        str
-    ]  # parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae
+    # Parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae.
+    compile: Sequence[str] | None  # None: the blocks of all four on a GPU, nothing on a CPU
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
@@ -142,13 +152,11 @@ class TrainConfig:
             raise ConfigError("train.pretrained is None: fresh weights need train.tokenizer, a tokenizer folder")
         if self.pretrained is None and self.trainable == "lora":
             raise ConfigError("train.trainable is 'lora', but train.pretrained is None: adapters need trained weights")
-        if self.optimizer == "adamw_bf16" and self.param_dtype != "bfloat16":
-            raise ConfigError("train.optimizer is 'adamw_bf16', but train.param_dtype is not 'bfloat16'")
         # The updates, a millionth of a weight, would be rounded away. Adapters are float32 whatever lies below them.
-        if self.param_dtype == "bfloat16" and self.optimizer != "adamw_bf16" and self.trainable != "lora":
+        if self.precision == "bfloat16" and self.optimizer != "adamw" and self.trainable != "lora":
             raise ConfigError(
-                f"train.param_dtype is 'bfloat16', but train.optimizer is {self.optimizer!r}, whose updates bfloat16 "
-                "rounds away: set train.optimizer=adamw_bf16, or train.param_dtype=float32"
+                f"train.precision is 'bfloat16', but train.optimizer is {self.optimizer!r}, whose updates bfloat16 "
+                "rounds away: set train.optimizer=adamw, or train.precision=mixed"
             )
         if self.trainable == "lora" and self.optimizer == "muon":
             raise ConfigError("train.optimizer is 'muon', which trains whole matrices: use adamw with 'lora'")
@@ -157,15 +165,28 @@ class TrainConfig:
         if self.sample_every and not self.sample_records:
             raise ConfigError("train.sample_every is set, but train.sample_records names no file")
 
+    @property
+    def param_dtype(self) -> str:
+        """Of the parameters, "float32" or "bfloat16"; of frozen ones with LoRA, whose adapters are float32."""
+        return "bfloat16" if self.precision == "bfloat16" else "float32"
+
+    @property
+    def mixed_precision(self) -> str:
+        """accelerate's word for the products: "bf16" under autocast, "no" in the parameters' own dtype."""
+        adapters = self.precision == "bfloat16" and self.trainable == "lora"
+        return "bf16" if self.precision == "mixed" or adapters else "no"
+
     def _check_names(self) -> None:
-        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_bf16", "adamw_8bit", "muon"))
-        one_of("train.param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        if self.optimizer == "adamw_bf16":
+            raise ConfigError("train.optimizer: 'adamw_bf16' is now 'adamw' with train.precision=bfloat16")
+        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
+        one_of("train.precision", self.precision, ("auto", "float32", "mixed", "bfloat16"))
         if self.trainable == "scratch":
             raise ConfigError("train.trainable: 'scratch' is now 'all'")
-        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "lora", "all"))
+        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "dit", "lora", "all"))
         for part in self.gradient_checkpointing:
             one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
-        for part in self.compile:
+        for part in self.compile or ():
             one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer", "vae"))
 
     def _check_ranges(self) -> None:
@@ -188,12 +209,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Whom a few-step student follows (train_scripts/distill.py); `train.pretrained` is its teacher."""
+
+    steps: int  # of the student
+    teacher_steps: int  # of the teacher's solver, a multiple of them
+    guidance: float  # of the teacher, towards the instruction; inside the student from then on
+    source_guidance: float  # ... towards the edited image
+
+    def __post_init__(self):
+        check_types(self, "distillation")
+        at_least("distillation.steps", self.steps, 1)
+        at_least("distillation.guidance", self.guidance, 0)
+        at_least("distillation.source_guidance", self.source_guidance, 0)
+        if self.teacher_steps < self.steps or self.teacher_steps % self.steps:
+            raise ConfigError(
+                f"distillation.teacher_steps is {self.teacher_steps}, expected a multiple of distillation.steps, "
+                f"which is {self.steps}: the student is asked at points of the teacher's path"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole config file."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    distillation: DistillationConfig | None = None
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts, for JSON."""
@@ -214,6 +257,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(data, override, str(path))
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    if "distillation" in data:
+        sections["distillation"] = DistillationConfig
     _refuse_unknown(data.keys() - sections.keys(), str(path), sections.keys())
     _refuse_missing(sections.keys() - data.keys(), str(path))
     return Config(**{name: _section(cls, data[name], f"{path}: {name}") for name, cls in sections.items()})

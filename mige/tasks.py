@@ -7,11 +7,11 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 
 PLACEHOLDER = "<imagehere>"
-MOST_REFERENCES = 4  # the model was trained with at most this many pictures in a prompt
+MAX_REFERENCES = 4  # the model was trained with at most this many images in a prompt
 
 
 class Task(StrEnum):
-    """What is asked for; which of the three follows from the pictures of a record."""
+    """What is asked for; which of the three follows from the images of a record."""
 
     SUBJECT = "subject"
     EDIT = "edit"
@@ -27,9 +27,9 @@ class TaskSettings:
     training_prefix: str  # stands before the cleaned prompt in training, as it is
     steps: int  # solver steps
     guidance: float  # text guidance
-    source_guidance: float  # guidance towards the source picture
+    source_guidance: float  # guidance towards the source image
     batch_size: int
-    letterbox: bool  # VAE references: True fits the whole picture on black, False crops the centre
+    letterbox: bool  # VAE references: True fits the whole image on black, False crops the centre
 
 
 TASKS: dict[Task, TaskSettings] = {
@@ -69,8 +69,24 @@ TASKS: dict[Task, TaskSettings] = {
 
 
 def placeholders(prompt: str) -> int:
-    """How many pictures the prompt asks for: occurrences of `<imagehere>` in any case."""
+    """How many images the prompt asks for: occurrences of `<imagehere>` in any case."""
     return prompt.lower().count(PLACEHOLDER)
+
+
+def is_rewritten(task: Task, prompt: str) -> bool:
+    """Whether the prompt gets its markers from its words: an edit's without any (`instruction.point_at_source`)."""
+    return task is Task.EDIT and placeholders(prompt) == 0
+
+
+def can_pair(task: Task, prompt: str, markers: int, references: int) -> bool:
+    """The rule of markers: one for each reference, in order.
+
+    Args:
+        markers: how many are in the text as the model reads it, which is cut after so many words.
+
+    An edit that is rewritten may mention its image again: the first mention reads it, the others an empty image.
+    """
+    return markers == references or (is_rewritten(task, prompt) and markers > references)
 
 
 # Brackets of any script, and as HTML, URLs and JSON escape them.

@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it later: the 
 
 import contextlib
 import io
+import multiprocessing.util
 import runpy
 import shutil
 import signal
@@ -24,10 +25,11 @@ from pathlib import Path
 import processes
 import pytest
 from filelock import FileLock
-from processes import ROOT, environment, run_python
+from PIL import Image
+from processes import ROOT, environment, run_python, shell_environment
 
-__all__ = ["ROOT", "environment", "lively", "official_dir", "release_arguments", "run_here", "run_script", "run_tool",
-           "tiny_model"]  # fmt: skip
+__all__ = ["ROOT", "environment", "image_size", "lively", "official_dir", "release_arguments", "run_here",
+           "run_script", "run_tool", "shell_environment", "tiny_model"]  # fmt: skip
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
@@ -40,6 +42,8 @@ FIRST = ("test_many_processes.py", "test_trainer.py", "test_ablation.py", "test_
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(processes.watch)
+    multiprocessing.util.spawnv_passfds = processes.spawnv_passfds
     if not hasattr(config, "workerinput"):  # not in xdist's workers
         folder = Path(tempfile.mkdtemp(prefix="mige-tests-"))
         os.environ[RUN] = str(folder)
@@ -47,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         server = processes.start_server(folder)
 
         def finish() -> None:
-            server.kill()
+            server.terminate()
             server.wait()
             shutil.rmtree(folder)
 
@@ -63,7 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    processes.allowed = item.get_closest_marker("processes") is not None
+    processes.allowed = any(item.get_closest_marker(name) for name in ("processes", "browser"))
+    processes.unmarked.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    yield
+    assert not processes.unmarked, f"a test without @pytest.mark.processes has started {processes.unmarked}"
 
 
 def pytest_runtest_teardown() -> None:
@@ -104,6 +115,12 @@ def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess:
     if isinstance(code, str):  # as the interpreter does it
         code, err = 1, io.StringIO(f"{err.getvalue()}{code}\n")
     return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, of a file that is closed again."""
+    with Image.open(path) as image:
+        return image.size
 
 
 # ---- folders of the whole run ----------------------------------------------------------------------------------------

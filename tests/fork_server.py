@@ -1,14 +1,16 @@
 """One process a test run that has imported the libraries and starts scripts as its forks; `processes.py` talks to it.
 
-python -P tests/fork_server.py SOCKET PID     # ends with the process PID
+python -P tests/fork_server.py SOCKET PID     # ends with the process PID, and with it all that it has started
 
 A fork has its own pid, environment, folder and streams, and ends as Python does: exit codes, tracebacks and death by
 SIGINT included. Unlike a fresh process it has what is read while importing (`READ_ON_IMPORT`), the seed of `hash` and
-the peak memory of this one. The Python processes that it starts, torchrun's workers among them, are its own forks.
+the peak memory of this one. The Python processes that it starts, torchrun's workers among them, are its own forks, and
+os.execve of Python lets it go on as another one. Other programs and fresh processes of Python are started as ever.
 """
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -24,17 +26,21 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
 import warnings
 from pathlib import Path
 
+import psutil
+
 READ_ON_IMPORT = ("HF_", "OMP_", "TRITON_", "TORCH_", "PYTHONHASHSEED")  # of the environment
-IMPORTED = ("accelerate", "datasets", "peft", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp",
-            "torchvision.transforms.v2")  # fmt: skip
+IMPORTED = ("accelerate", "datasets", "diffusers.guiders", "peft", "torch._dynamo", "torch.distributed.run",
+            "torch.distributed.fsdp", "torchvision.transforms.v2")  # fmt: skip
 LATE = ("mige.web", "mige.cli",  # Gradio is for one script only; mains import by themselves
         "mige.fusion", "mige.pipeline", "mige.sampler")  # warn when imported  # fmt: skip
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
 KEPT = 3  # stdin, stdout, stderr; descriptors after them are kept open
 
 
@@ -46,52 +52,92 @@ def preload() -> None:
     for name in (*IMPORTED, *(name for name in modules if not name.startswith(LATE))):
         importlib.import_module(name)
     import torch
+    from PIL import Image
 
+    Image.init()  # its formats
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # the collector writes into no page that forks share
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-def serve(address: str, watched: int) -> None:
-    with selectors.DefaultSelector() as selector, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(64)
-        selector.register(listener, selectors.EVENT_READ)
-        end = os.pidfd_open(watched)
-        selector.register(end, selectors.EVENT_READ)
-        print("listening", flush=True)
-        loaded = False
-        while True:
-            for key, _ in selector.select():
-                if key.fileobj == end:
-                    return _kill_all(selector)
-                if key.fileobj is not listener:
-                    _report_end(selector, key)
-                    continue
-                client = listener.accept()[0]
-                if not loaded:  # a run that starts no process pays nothing
-                    preload()
-                    loaded = True
-                _fork(selector, client)
+class Server:
+    """Forks when asked and tells how forks have ended. What they leave behind becomes its own and ends with it."""
 
+    def __init__(self, address: str, watched: int):
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.asking = socket.socket(socket.AF_UNIX)
+        self.asking.bind(address)
+        self.asking.listen(64)
+        self.watched = os.pidfd_open(watched)
+        self.ended, self.ending = socket.socketpair()
+        self.ending.setblocking(False)
+        signal.set_wakeup_fd(self.ending.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        self.clients: dict[int, socket.socket] = {}  # by the pid of their fork
+        self.loaded = False
 
-def _fork(selector: selectors.BaseSelector, client: socket.socket) -> None:
-    request, descriptors = _receive(client)
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    assert threads == 1, f"{threads} threads in the fork server: a fork may hang; which import has started one?"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _leave(selector, client)
-        become(request, descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    client.sendall(struct.pack("i", pid))
-    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
+    def serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for one in (self.asking, self.watched, self.ended):
+                selector.register(one, selectors.EVENT_READ)
+            print("listening", flush=True)
+            try:
+                while True:
+                    ready = [key.fileobj for key, _ in selector.select()]
+                    if self.watched in ready:
+                        return
+                    if self.ended in ready:
+                        self._report_ends()
+                    if self.asking in ready:
+                        self._fork(self.asking.accept()[0])
+            finally:
+                kill_all()
+
+    def _fork(self, client: socket.socket) -> None:
+        request, descriptors = _receive(client)
+        if not self.loaded and request["program"] is None:  # a run that needs no fork pays nothing
+            preload()
+            self.loaded = True
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        assert threads == 1, f"{threads} threads in the fork server: a fork may hang; which import has started one?"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            with _fatal():
+                self._leave(client)
+                _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                assert os.getppid() == server, "the server has ended"
+                become(request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.clients[pid] = client
+        with contextlib.suppress(BrokenPipeError):  # who started it has ended meanwhile
+            client.sendall(struct.pack("i", pid))
+
+    def _leave(self, client: socket.socket) -> None:
+        """In a fork: close what is the server's."""
+        signal.set_wakeup_fd(-1)
+        for one in (self.asking, self.ended, self.ending, client, *self.clients.values()):
+            one.close()
+        os.close(self.watched)
+
+    def _report_ends(self) -> None:
+        """Send the wait status of forks that have ended to who started them; orphans of theirs end unheard."""
+        self.ended.recv(4096)
+        with contextlib.suppress(ChildProcessError):
+            while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                if client := self.clients.pop(end[0], None):
+                    with client, contextlib.suppress(BrokenPipeError):  # who started it has ended before
+                        client.sendall(struct.pack("i", end[1]))
 
 
 def _receive(client: socket.socket) -> tuple[dict, list[int]]:
@@ -101,31 +147,18 @@ def _receive(client: socket.socket) -> tuple[dict, list[int]]:
         return json.loads(stream.read(length)), descriptors
 
 
-def _leave(selector: selectors.BaseSelector, client: socket.socket) -> None:
-    """In a fork: close what is the server's."""
-    for key in list(selector.get_map().values()):
-        if key.data:
-            key.data[1].close()
-        key.fileobj.close() if isinstance(key.fileobj, socket.socket) else os.close(key.fileobj)
-    selector.close()
-    client.close()
+def kill_all() -> None:
+    """Kill all that this process has started, and what that has left."""
+    while below := psutil.Process().children(recursive=True):
+        for one in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        os.waitpid(-1, 0)
 
 
-def _report_end(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
-    """Send the wait status of a fork that has ended to who started it."""
-    pid, client = key.data
-    status = os.waitpid(pid, 0)[1]
-    selector.unregister(key.fileobj)
-    os.close(key.fileobj)
-    with client, contextlib.suppress(BrokenPipeError):  # who started it has ended before
-        client.sendall(struct.pack("i", status))
-
-
-def _kill_all(selector: selectors.BaseSelector) -> None:
-    for key in list(selector.get_map().values()):
-        if key.data:
-            os.kill(key.data[0], signal.SIGKILL)
-            os.waitpid(key.data[0], 0)
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 # ---- a fork ----------------------------------------------------------------------------------------------------------
@@ -133,19 +166,24 @@ def _kill_all(selector: selectors.BaseSelector) -> None:
 
 def become(request: dict, descriptors: list[int]) -> None:
     """Be the process that was asked for, to its end."""
-    with _fatal():
-        for number, descriptor in enumerate(descriptors[:KEPT]):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.setsid() if request["start_new_session"] else os.setpgid(0, request["group"])
-        if request["file_size"] is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
-        os.chdir(request["cwd"])
-        env = request["env"]
-        other = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
-        other = [name for name in sorted(other) if name.startswith(READ_ON_IMPORT)]
-        assert not other, f"{other} are read on import: this process must be a fresh one"
-        run(request["arguments"], env)
+    for number, descriptor in enumerate(descriptors[:KEPT]):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.setsid() if request["start_new_session"] else os.setpgid(0, request["group"])
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+    os.chdir(request["cwd"])
+    env = request["env"]
+    if request["program"]:
+        for name in (signal.SIGINT, signal.SIGPIPE):
+            signal.signal(name, signal.SIG_DFL)
+        for descriptor in descriptors[KEPT:]:
+            os.set_inheritable(descriptor, True)
+        os.execvpe(request["program"], [request["program"], *request["arguments"]], env)
+    other = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
+    other = [name for name in sorted(other) if name.startswith(READ_ON_IMPORT)]
+    assert not other, f"{other} are read on import: this process must be a fresh one"
+    run(request["arguments"], env)
 
 
 @contextlib.contextmanager
@@ -170,10 +208,12 @@ def run(arguments: list[str], env: dict[str, str]) -> None:
     import numpy as np
     import torch
 
+    tempfile.tempdir = None  # TMPDIR may be another one
     random.seed()
     np.random.seed()
     torch.set_num_threads(1)
     subprocess._fork_exec = fork_exec
+    os.execve, multiprocessing.util.spawnv_passfds = execve, spawnv_passfds
     end(call(*command([argument for argument in arguments if argument != "-u"])))
 
 
@@ -219,8 +259,9 @@ def end(code: int) -> None:
     threading._shutdown()
     atexit._run_exitfuncs()
     multiprocessing.util._exit_function()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
     os._exit(code)
 
 
@@ -258,6 +299,34 @@ def fork_exec(args, executables, close, keep, cwd, env, *others) -> int:
         run(arguments[1:], dict(pairs))
 
 
+def spawnv_passfds(path, arguments, kept) -> int:
+    """In the place of multiprocessing's, which starts the server that its workers are forked from."""
+    pid = os.fork()
+    if pid == 0:
+        with _fatal():
+            atexit._clear()
+            for name in [path.name for path in Path("/proc/self/fd").iterdir()]:
+                if int(name) >= KEPT and int(name) not in kept:
+                    with contextlib.suppress(OSError):  # that of the listing itself
+                        os.close(int(name))
+            run([os.fsdecode(argument) for argument in arguments[arguments.index("-c") :]], {**os.environ})
+    return pid
+
+
+_execve = os.execve
+
+
+def execve(path, arguments, env) -> None:
+    """In the place of os.execve: this process goes on as that Python one."""
+    if os.fsdecode(path) != sys.executable:
+        _execve(path, arguments, env)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._clear()
+    with _fatal():
+        run([*arguments[1:]], {**env})
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for pytest; this ends when pytest has ended
-    serve(sys.argv[1], int(sys.argv[2]))
+    Server(sys.argv[1], int(sys.argv[2])).serve()

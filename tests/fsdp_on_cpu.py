@@ -12,7 +12,7 @@ _init = AcceleratorState.__init__
 
 
 def init(self, *args, fsdp_plugin=None, **kwargs):
-    first = not self.initialized
+    first = not AcceleratorState._shared_state  # PartialState may have been there before
     _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if first and fsdp_plugin is not None:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mige import config
-from mige.checkpoints.convert import fill, official_shapes
+from mige.checkpoints.key_map import load_official, official_shapes
 from mige.models.build import build_parts
 from mige.models.mige import MIGEModel
 
@@ -54,5 +54,5 @@ def golden_state(parts) -> dict[str, Tensor]:
 def golden_model() -> MIGEModel:
     """The golden model in float32 on the CPU, in evaluation mode."""
     parts = build_parts(config.load(CONFIG, OVERRIDES).model)
-    fill(parts, golden_state(parts))
+    load_official(parts, golden_state(parts))
     return MIGEModel(*(parts[n] for n in ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")))

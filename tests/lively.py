@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from golden import golden_state
 
-from mige.checkpoints.convert import fill
+from mige.checkpoints.key_map import load_official
 from mige.inference.pipeline import MIGEPipeline
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other, for minutes on a busy machine
@@ -16,6 +16,6 @@ def lively_checkpoint(tiny_model: Path, folder: Path) -> Path:
     pipe = MIGEPipeline.from_pretrained(tiny_model)
     names = ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")
     parts = {name: pipe.components[name] for name in names}
-    fill(parts, golden_state(parts))
+    load_official(parts, golden_state(parts))
     pipe.save_pretrained(folder)
     return folder

@@ -48,8 +48,8 @@ def verify(folder: Path, variant: str | None = None) -> None:
     Args:
         variant: of the weight files, such as "fp16"; a part that has none of it is read without, as diffusers does.
 
-    Raises CheckpointError naming every missing part, every file that would be left out, every missing, unexpected or
-    misshapen key, and what is wrong with classes, dtypes, tokenizer and scheduler.
+    Raises CheckpointError naming every missing part, every file that would be left out, every key that is missing,
+    unexpected or of another shape, and what is wrong with classes, dtypes, tokenizer and scheduler.
     """
     index = folder / "model_index.json"
     if not folder.exists():
@@ -231,4 +231,9 @@ def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
         return [f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1"]
     if float(betas[-1]) < float(betas[0]):
         return [f"its betas fall from {float(betas[0]):g} to {float(betas[-1]):g}, expected that noise grows"]
+    trained = DPMSolver2M().betas
+    if len(betas) != len(trained) or not torch.allclose(betas.double(), trained, rtol=1e-3):
+        got = f"{len(betas)} betas from {float(betas[0]):g} to {float(betas[-1]):g}"
+        return [f"its noise schedule, {got}, is not the one that MIGE models are trained on, 1000 linear betas from "
+                "0.0001 to 0.02: make it with from_config(pipeline.scheduler.config)"]  # fmt: skip
     return []

@@ -7,9 +7,9 @@ import sentencepiece
 import torch
 
 from mige import config
-from mige.checkpoints import convert
+from mige.checkpoints.key_map import to_official
 from mige.models.build import build_parts
-from mige.utils.files import whole_folder
+from mige.utils.files import atomic_directory
 
 EXTRA_IDS = 100  # T5's sentinel tokens come after the sentencepiece vocabulary
 
@@ -63,8 +63,8 @@ def write_official(folder: Path, config_file: Path, seed: int) -> None:
     sizes = config.load(config_file).model
     torch.manual_seed(seed)
     parts = build_parts(sizes)
-    with whole_folder(folder) as made:
-        released = dict(state_dict=convert.to_official(parts), optimizer={}, scheduler={}, epoch=0)
+    with atomic_directory(folder) as made:
+        released = dict(state_dict=to_official(parts), optimizer={}, scheduler={}, epoch=0)
         torch.save(released, made / "model.pth")
         parts["vae"].save_pretrained(made / "vae")
         parts["text_encoder"].save_pretrained(made / "t5")

@@ -7,7 +7,7 @@
 Writes OUT/table.md, report.json and curves.png. The same command goes on where it was stopped; a run that has its
 scores in OUT/scores.jsonl is finished, and its weights are deleted. Runs of several machines (the same options and
 start, a folder each) are merged by joining their scores.jsonl beside one settings.json, also with the published ones
-in docs/ablation/, of which the defaults are the options. Several at a time on one card, a folder each, need
+in mige/mini/published/, of which the defaults are the options. Several at a time on one card, a folder each, need
 OMP_NUM_THREADS=2. docs/mini.md says what is compared.
 """
 

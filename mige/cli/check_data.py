@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mige.cli import command
 from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.parsing import read_records
-from mige.data.records import Finding, Record
+from mige.data.records import Issue, Record
 from mige.tasks import Task
 from mige.utils.errors import UserError
 
@@ -42,9 +42,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_targets(records: Sequence[Record]) -> list[Finding]:
+def check_targets(records: Sequence[Record]) -> list[Issue]:
     remedy = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
-    return [Finding(record.where, "no target picture", remedy) for record in records if record.target is None]
+    return [Issue(record.where, "no target picture", remedy) for record in records if record.target is None]
 
 
 def _leave_ctrl_c_to_the_parent() -> None:
@@ -52,7 +52,7 @@ def _leave_ctrl_c_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]:
+def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Issue]:
     """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
     chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
     context = get_context("forkserver")
@@ -62,11 +62,11 @@ def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Finding]
         ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
     ):
         try:
-            for chunk, findings in zip(
+            for chunk, issues in zip(
                 chunks, pool.map(partial(check_images, workers=1, training=True), chunks), strict=True
             ):
                 bar.update(len(chunk))
-                yield from findings
+                yield from issues
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error
         except KeyboardInterrupt:
@@ -91,16 +91,16 @@ def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[st
 def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(args.files))
     report = read_records(files, root=args.root)
-    findings = report.findings + check_targets(report.records) + check_repeats(report.records)
-    findings += [finding for record in report.records for finding in check_training_text(record)]
+    issues = report.issues + check_targets(report.records) + check_repeats(report.records)
+    issues += [issue for record in report.records for issue in check_training_text(record)]
     if args.pictures and report.records:
-        findings += check_pictures(report.records, args.workers)
-    faults = [finding for finding in findings if finding.fatal]
+        issues += check_pictures(report.records, args.workers)
+    faults = [issue for issue in issues if issue.fatal]
     bad = dict.fromkeys(fault.where for fault in faults)
     good = [record for record in report.records if record.where not in bad]
     print_counts(files, good, list(bad))
-    for finding in [*faults, *(finding for finding in findings if not finding.fatal)]:
-        print(finding)
+    for issue in [*faults, *(issue for issue in issues if not issue.fatal)]:
+        print(issue)
     print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
     return 1 if faults else 0
 

@@ -8,7 +8,7 @@
         --blip2 blip2_pretrained_flant5xxl.pth --vae sd-vae-ft-ema --t5 t5-v1_1-xxl \\
         --output output/pretrained_models/start
 
-Prints a line a key (official name -> ours); a file with a missing, unexpected or misshapen key is refused.
+Prints a line a key (official name -> ours); a file with a key missing, unexpected or of another shape is refused.
 --t5 needs only the tokenizer for `release`.
 """
 
@@ -46,12 +46,12 @@ def run(args: argparse.Namespace) -> None:
     from safetensors import SafetensorError
 
     from mige import config
-    from mige.utils.files import whole_folder
+    from mige.utils.files import atomic_directory
 
     command.quiet_libraries()
     sizes = config.load(args.config)
     try:
-        with whole_folder(args.output) as folder:
+        with atomic_directory(args.output) as folder:
             report = write(args, sizes, folder)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{args.output}: cannot be written: {error}") from error

@@ -14,19 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mige.cli import command
-from mige.cli.places import MINI
+from mige.cli.places import MINI, MINI_STUDENT
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder (%(default)s)")
+    parser.add_argument("--student", help=f"a few-step student, shown beside it ({MINI_STUDENT}, where it is)")
     parser.add_argument(
         "--output", type=command.folder_to_write, default=Path("output/demo"), help="folder to make (%(default)s)"
     )
     parser.add_argument("--seed", type=int, help="of the fresh case (another one at every run)")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s; a student has its own)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (the faster one here)")
     args = parser.parse_args(argv)
+    if args.student is None and args.model == str(MINI) and MINI_STUDENT.is_dir():
+        args.student = str(MINI_STUDENT)
     args.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     if args.seed < 0 or args.steps < 1:
         parser.error(f"--seed is {args.seed}, --steps {args.steps}; expected >= 0 and >= 1")
@@ -44,12 +47,14 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     dtype = args.dtype or faster_dtype()
     print(f"{dtype} weights; the fresh case has --seed {args.seed}")
-    pipeline = MIGEPipeline.from_pretrained(args.model, dtype=getattr(torch, dtype))
-    pipeline.set_progress_bar_config(disable=True)
+    models = [args.model, args.student] if args.student else [args.model]
+    pipelines = [MIGEPipeline.from_pretrained(model, dtype=getattr(torch, dtype)) for model in models]
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
     for folder in ("images", "inputs"):
         (args.output / folder).mkdir(parents=True, exist_ok=True)
-    cards = [answer(pipeline, one, args) for one in tqdm(chosen(args.seed), unit="picture")]
-    rows = [{"id": c.one.id, "prompt": c.one.case.prompt, "scores": c.scores, "seconds": c.remark} for c in cards]
+    cards = [answer(pipeline, one, args) for one in tqdm(chosen(args.seed), unit="case") for pipeline in pipelines]
+    rows = [{"id": c.output.stem, "prompt": c.one.case.prompt, "scores": c.scores, "seconds": c.remark} for c in cards]
     write_text(args.output / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     pages(cards, args, dtype)
 

@@ -1,9 +1,9 @@
-"""Encode every picture of the given records once, into a store of VAE moments that training reads.
+"""Encode every image of the given records once, into a store of VAE moments that training reads.
 
     python tools/extract_features.py --model output/pretrained_models/mige --records train.json --output output/features
     accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, of one machine or more
 
-A second run encodes what is missing and what has changed. Pictures that cannot be used are listed in the store's
+A second run encodes what is missing and what has changed. Images that cannot be used are listed in the store's
 failures.jsonl; the others are done and the exit code is 3 (launchers make it 1). See docs/features.md.
 """
 
@@ -21,6 +21,7 @@ from mige.cli.choices import STORE_DTYPES
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from mige.data.crops import Crop
     from mige.data.latent_store.store import FeatureStore
     from mige.data.records import Report
 
@@ -35,8 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=command.folder_to_write, required=True, help="the store")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float32", help="stored (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="processes opening pictures, for each GPU")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes opening images, for each GPU")
     parser.add_argument("--device", help="default: a GPU for each process where there are any")
     args = parser.parse_args(argv)
     if (args.size is not None and args.size < 1) or args.batch_size < 1 or args.workers < 0:
@@ -47,14 +48,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
     """The checkpoint's VAE in float32, and the side of the images the model was trained on."""
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    from diffusers import AutoencoderKL
 
     from mige.checkpoints import folder as checkpoint
-    from mige.models import vae as latents
+    from mige.inference.sizes import SizeGrid
 
     checkpoint.verify(model)
-    vae = AutoencoderKL.from_pretrained(model / "vae").float().eval()
-    return vae, PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * latents.downscale(vae)
+    return AutoencoderKL.from_pretrained(model / "vae").float().eval(), SizeGrid.of_folder(model).native
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,37 +73,38 @@ def run(args: argparse.Namespace) -> int:
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    pictures = extraction.distinct_pictures(read_records(args.records, root=args.root).require())
+    crops = extraction.distinct_crops(read_records(args.records, root=args.root).raise_if_errors())
     vae, native = load_vae(MIGEPipeline.locate(args.model))
     root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
     settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
-    findings = extraction.extract(
+    issues = extraction.extract(
         features.create_store(args.output, **settings),
         vae.to(args.device or state.device),
-        pictures,
+        crops,
         process=state.process_index,
         processes=state.num_processes,
+        wait=state.wait_for_everyone,
         batch_size=args.batch_size,
         workers=args.workers,
         progress=state.is_main_process,
     )
-    findings = gather_object(findings)
+    issues = gather_object(issues)
     if state.is_main_process:
-        report(features.create_store(args.output, **settings), pictures, Report(findings=findings), args.output)
+        report(features.create_store(args.output, **settings), crops, Report(issues=issues), args.output)
     state.wait_for_everyone()  # a launcher stops all processes when one ends with a failure
-    return SOME_FAILED if findings and state.is_main_process else 0
+    return SOME_FAILED if issues and state.is_main_process else 0
 
 
-def report(store: "FeatureStore", pictures: dict[Path, str], failures: "Report", folder: Path) -> None:
+def report(store: "FeatureStore", crops: "dict[Crop, str]", failures: "Report", folder: Path) -> None:
     from mige.inference.run import write_failures
 
-    there = len(pictures) - len(store.missing(pictures))
-    print(f"{folder}: {there:,} of {len(pictures):,} pictures, {len(store):,} in all, "
-          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes a picture")  # fmt: skip
+    there = len(crops) - len(store.missing(crops))
+    print(f"{folder}: {there:,} of {len(crops):,} images, {len(store):,} in all, "
+          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes an image")  # fmt: skip
     path = write_failures(failures, folder)
-    if failures.findings:
-        print(f"{len(failures.findings)} could not be used, listed in {path}", file=sys.stderr)
-        print("\n".join(map(str, failures.findings[:20])), file=sys.stderr)
+    if failures.issues:
+        print(f"{len(failures.issues)} could not be used, listed in {path}", file=sys.stderr)
+        print("\n".join(map(str, failures.issues[:20])), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--records", nargs="+", type=Path, help=".json or .jsonl files")
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
     parser.add_argument("--prompt", help="one case: text with <imagehere> for every reference")
-    parser.add_argument("--reference", nargs="+", default=[], help="one case: the pictures, in order")
+    parser.add_argument("--reference", nargs="+", default=[], help="one case: the images, in order")
     parser.add_argument("--source", help="one case: the image to edit")
     parser.add_argument("--id", default="image", help="one case: its name in the run folder (default: %(default)s)")
     parser.add_argument("--task", type=Task, choices=list(Task), help="insist on this task")
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="the fast mode; the first picture waits a little")
+    parser.add_argument("--compile", action="store_true", help="the fast mode; the first image waits a little")
     parser.add_argument(
         "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
     )
@@ -111,8 +111,8 @@ def read(args: argparse.Namespace) -> "Report":
     row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
     row["source_path"] = [args.source] * bool(args.source)
     root = args.root or Path()
-    record, findings = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
-    return records.Report([record] if record else [], findings)
+    record, issues = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
+    return records.Report([record] if record else [], issues)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,10 +130,11 @@ def run(args: argparse.Namespace) -> int:
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
-    report = inference.check(read(args), model, settings)
+    opened = inference.OpenedRecords(ignore_profiles=settings.ignore_profiles)
+    report = inference.check(read(args), model, settings, opened)
     if args.lora:
         check_lora(model, Path(args.lora))
-    if report.findings and main_process:
+    if report.issues and main_process:
         print(report.text(), file=sys.stderr)
     if report.faults and not (args.keep_going and report.records):
         return 1
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             "note": args.note,
             "sheets": args.contact_sheets or None,
             "state": state,
+            "opened": opened,
         }
         inference.run(report.records, pipeline, settings, args.output, **options)
     if main_process:
@@ -170,7 +172,7 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     if args.lora:
         add_adapters(pipeline, Path(args.lora))
     if args.vae_dtype == "bfloat16":
-        pipeline.halve_vae()
+        pipeline.vae_to_bfloat16()
     if args.t5_bits:
         pipeline.quantise_text_encoder(args.t5_bits)
     pipeline.offload_encoders(device) if args.offload else pipeline.to(device)

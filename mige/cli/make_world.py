@@ -34,11 +34,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     from mige.data.synthetic import sprites, tasks
     from mige.data.synthetic.write_records import write
-    from mige.utils.files import whole_folder
+    from mige.utils.files import atomic_directory
 
     mixture = {kind: tasks.MIXTURE[kind] for kind in args.kinds}
     cases, subjects = range(args.first, args.first + args.cases), sprites.split()[args.unseen]
-    with whole_folder(args.folder) as folder:
+    with atomic_directory(args.folder) as folder:
         counts = write(folder, args.seed, cases, subjects, mixture, invent=not args.unseen)
     for kind in args.kinds:
         print(f"{counts[kind]:8d} {kind}")

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from mige import config
     from mige.mini.start import start_from
     from mige.training.signals import PREEMPTED
-    from mige.utils.files import whole_folder
+    from mige.utils.files import atomic_directory
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # the training saves before it ends
     start, seeing, model = (args.folder / name for name in ("start", "seeing", "model"))
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if not seeing.exists():
         teach_encoder(start, seeing, args)
     trained = teach_drawing(seeing, args.folder / "text", args)
-    with whole_folder(model) as folder:
+    with atomic_directory(model) as folder:
         shutil.copytree(trained, folder, dirs_exist_ok=True)
 
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from mige.inference.pipeline import MIGEPipeline
     from mige.mini.start import fresh_parts, start_from, write_tokenizer
     from mige.mini.vae_training import set_scale, train_vae
-    from mige.utils.files import whole_folder
+    from mige.utils.files import atomic_directory
 
     args.device = command.check_device(command.parser(None), args.device)
     device, sizes = torch.device(args.device), config.load(args.config, args.overrides).model
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline.vae.eval()
     set_scale(pipeline.vae, device)
     pipeline.vae.cpu()
-    with whole_folder(args.folder) as folder:
+    with atomic_directory(args.folder) as folder:
         if args.go_on is None:
             pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"]))
         pipeline.save_pretrained(folder)

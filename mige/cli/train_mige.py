@@ -14,8 +14,8 @@ from pathlib import Path
 from mige.cli import command
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
+def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argparse.Namespace:
+    parser = command.parser(doc)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from mige import config
     from mige.training.trainer import Trainer
 
-    return Trainer(config.load(args.config, args.overrides), args.output).run(args.resume)
+    return Trainer(config.load(args.config, args.overrides), args.output, args.resume).run(args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

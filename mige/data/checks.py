@@ -4,22 +4,24 @@ Nothing here loads torch.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mige.data.records import Finding, Record, count
-from mige.models.instruction import MAX_WORDS, full_text, tokenize, training_text, unspelled
+from PIL import Image
+
+from mige.data.records import Issue, Record, count
+from mige.models.instruction import MAX_WORDS, Instruction, read_prompt, training_text, unspelled
 from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
 from mige.utils.images import BadImageError, check_shape, image_key, open_image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RATIO_TOLERANCE = 0.02  # relative difference of width / height between source and target beyond which they lie apart
+RATIO_TOLERANCE = 0.02  # relative difference of width / height between source and target beyond which it is noted
 MANY = 5  # records of one target from which on it is worth a word
 
 
@@ -38,34 +40,35 @@ def check_images(
     *,
     size: tuple[int, int] = (512, 512),
     training: bool = False,
-    ignore_profiles: bool = False,
-) -> list[Finding]:
-    """Decode each distinct image of the records once, in threads; one fatal finding a record and bad file.
+    opener: Callable[[Path], Image.Image] | None = None,
+) -> list[Issue]:
+    """Decode each distinct image of the records once, in threads; one fatal issue a record and bad file.
 
     size: height and width that the images will be fitted to, px; what is too long for that is a fault.
     training: fitted as in training (never letterboxed).
+    opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
     Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
     with ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(files, pool.map(partial(_look, ignore_profiles=ignore_profiles), files), strict=True))
-    findings = []
+        seen = dict(zip(files, pool.map(partial(_look, opener=opener or open_image), files), strict=True))
+    issues = []
     for record, own in files_of:
         for file in own:
             if error := seen[file].error or _too_long(record, file, seen[file].size, size, training):
-                findings.append(Finding(record.where, f"{file}: {error.problem}", error.remedy))
-        findings += _compare(record, seen)
-    return findings
+                issues.append(Issue(record.where, f"{file}: {error.message}", error.hint))
+        issues += _compare(record, seen)
+    return issues
 
 
 def _files(record: Record) -> list[Path]:
     return list(dict.fromkeys((*record.references, *filter(None, (record.source, record.target)))))
 
 
-def _look(path: Path, ignore_profiles: bool) -> _Seen:
+def _look(path: Path, opener: Callable[[Path], Image.Image]) -> _Seen:
     try:
-        image = open_image(path, ignore_profiles=ignore_profiles)
+        image = opener(path)
     except BadImageError as error:
         return _Seen(error=error)
     return _Seen(image.size, image_key(image))
@@ -78,11 +81,11 @@ def _too_long(
     try:
         check_shape(size, *fitted, letterboxed=letterboxed)
     except BadImageError as error:
-        return BadImageError(file, f"{error.args[0]}: {error.problem}", error.remedy)
+        return BadImageError(file, f"{error.args[0]}: {error.message}", error.hint)
     return None
 
 
-def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
+def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
     """Notes on a source and its target, where both can be used."""
     if record.source is None or record.target is None:
         return []
@@ -90,44 +93,44 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Finding]:
     if source.error or target.error:
         return []
     if source.key == target.key:
-        return [Finding(record.where, f"source and target are the same image ({record.target})", "check it", False)]
+        return [Issue(record.where, f"source and target are the same image ({record.target})", "check it", False)]
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
         problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
-        return [Finding(record.where, problem, "what does not overlap is cropped away; crop both alike", False)]
+        return [Issue(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
     return []
 
 
-def check_repeats(records: Iterable[Record]) -> list[Finding]:
+def check_repeats(records: Iterable[Record]) -> list[Issue]:
     """A note for each target that MANY or more records of a training set share."""
     targets = Counter(record.target for record in records if record.target is not None)
     return [
-        Finding(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
+        Issue(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
         for target, times in targets.items()
         if times >= MANY
     ]
 
 
-def check_markers(record: Record) -> list[Finding]:
+def check_markers(record: Record) -> list[Issue]:
     """A note for what in the prompt looks like the marker and is read as words."""
     near = near_markers(record.prompt)
     if not near:
         return []
     problem = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
-    return [Finding(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
+    return [Issue(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
 
 
-def check_training_text(record: Record) -> list[Finding]:
+def check_training_text(record: Record) -> list[Issue]:
     """Whether the text that the record is trained on mentions each of its references once; needs no tokenizer.
 
     An edit without a marker gets its mentions from its words, and text is cut after MAX_WORDS words: both can leave
     another number of markers than references, which training cannot pair, so it is a fault.
     """
     found, given = placeholders(training_text(record.task, record.prompt, record.edit_type)), len(record.references)
-    findings = check_markers(record)
+    issues = check_markers(record)
     if found == given:
-        return findings
+        return issues
     asked = placeholders(record.prompt)
     problem = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
     if asked == 0 and found > given:
@@ -136,52 +139,52 @@ def check_training_text(record: Record) -> list[Finding]:
     else:
         problem += f", as the text is cut after {MAX_WORDS} words"
         remedy = "shorten the prompt"
-    return [*findings, Finding(record.where, problem, remedy)]
+    return [*issues, Issue(record.where, problem, remedy)]
 
 
 def check_lengths(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
-) -> list[Finding]:
+) -> list[Issue]:
     """What of each record's instruction is not read as written.
 
     Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
     tokens over the limit) are notes; a marker or a whole image that is cut is a fault.
     """
-    return [f for record in records for f in _check_length(record, tokenizer, num_queries, max_tokens)]
+    read = [(r, read_prompt(r.task, r.prompt, r.edit_type, tokenizer)) for r in records]
+    return [f for record, one in read for f in check_instruction(record, one, tokenizer, num_queries, max_tokens)]
 
 
-def _check_length(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
-) -> list[Finding]:
-    text = full_text(record.task, record.prompt, record.edit_type)
-    instruction = tokenize(text, tokenizer)
-    findings = check_markers(record) + check_spelling(record, tokenizer)
-    read, given = instruction.pictures, len(record.references)
+def check_instruction(
+    record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase", num_queries: int, max_tokens: int
+) -> list[Issue]:
+    """`check_lengths` of one record whose prompt has been read (`read_prompt`)."""
+    issues = check_markers(record) + check_spelling(record, instruction, tokenizer)
+    read, given = instruction.num_images, len(record.references)
     if read < given:
         problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
-        findings.append(Finding(record.where, problem, "shorten the prompt", fatal=True))
+        issues.append(Issue(record.where, problem, "shorten the prompt", fatal=True))
     if (extra := read - given) > 0:
-        problem = f"it mentions the picture {read} times; {extra} mention(s) read an empty picture"
-        findings.append(Finding(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
+        problem = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
+        issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
         last_picture_starts = length - len(instruction.segments[-1]) - num_queries
-        lost = instruction.pictures > 0 and last_picture_starts >= max_tokens
+        lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
-        findings.append(
-            Finding(record.where, problem + (" and with them a whole picture" if lost else ""), "shorten it", lost)
+        issues.append(
+            Issue(record.where, problem + (" and with them a whole image" if lost else ""), "shorten it", lost)
         )
-    return findings
+    return issues
 
 
-def check_spelling(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> list[Issue]:
     """Notes on tokens of the prompt that the tokenizer does not know, and on special tokens written out in it."""
-    unknown, special = unspelled(record.prompt, tokenizer)
-    findings = []
+    unknown, special = unspelled(record.prompt, instruction, tokenizer)
+    issues = []
     if special:
         problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
-        findings.append(Finding(record.where, problem, "leave them out", fatal=False))
+        issues.append(Issue(record.where, problem, "leave them out", fatal=False))
     if unknown:
         problem = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
-        findings.append(Finding(record.where, problem, "write it in English, without emoji", fatal=False))
-    return findings
+        issues.append(Issue(record.where, problem, "write it in English, without emoji", fatal=False))
+    return issues

@@ -7,26 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mige.data.records import Finding
+from mige.data.records import Issue
 from mige.utils.path_hints import hint
 
 Rows = list[tuple[int, Any]]
 
 
-def read_rows(file: Path) -> tuple[Rows, list[Finding]]:
+def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
     """The rows of a file with their numbers from 1, and the faults of the file and of its rows as JSON."""
     where = str(file)
     if file.suffix.lower() not in (".json", ".jsonl"):
-        return [], [Finding(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
+        return [], [Issue(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
     try:
         text = file.read_text(encoding="utf-8-sig")  # a byte order mark is legal and skipped
     except UnicodeDecodeError as error:
         return [], [_not_utf8(where, file.read_bytes()[:4], error)]
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
-        return [], [Finding(where, f"cannot be read: {reason}", hint(file) or "check the path and its permissions")]
+        return [], [Issue(where, f"cannot be read: {reason}", hint(file) or "check the path and its permissions")]
     if not text.strip():
-        return [], [Finding(where, "the file is empty", "write at least one record")]
+        return [], [Issue(where, "the file is empty", "write at least one record")]
     return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
 
 
@@ -81,34 +81,34 @@ class _Decoder:
         return 0.0
 
 
-def _parse_list(where: str, text: str) -> tuple[Rows, list[Finding]]:
+def _parse_list(where: str, text: str) -> tuple[Rows, list[Issue]]:
     decoder = _Decoder()
     try:
         rows = decoder.decode(text)
     except json.JSONDecodeError as error:
         if _are_lines(text):
             problem = "it holds JSON Lines (an object a line), not one list"
-            return [], [Finding(where, problem, "name it .jsonl, or put the records in [ ] with commas")]
+            return [], [Issue(where, problem, "name it .jsonl, or put the records in [ ] with commas")]
         return [], [_malformed(where, error.lineno, error)]
     if decoder.problems:
         return _located(where, text)
     if not isinstance(rows, list):
         remedy = "put the records in [ ], or name the file .jsonl where each line is a record"
-        return [], [Finding(where, f"the top level is {type_name(rows)}, expected a list", remedy)]
+        return [], [Issue(where, f"the top level is {type_name(rows)}, expected a list", remedy)]
     if not rows:
-        return [], [Finding(where, "the list is empty", "write at least one record")]
+        return [], [Issue(where, "the list is empty", "write at least one record")]
     return list(enumerate(rows, 1)), []
 
 
-def _located(where: str, text: str) -> tuple[Rows, list[Finding]]:
+def _located(where: str, text: str) -> tuple[Rows, list[Issue]]:
     """The rows of a list in which something is odd, read one by one to find where."""
-    rows, findings = [], []
+    rows, issues = [], []
     for number, start, row, problems in _elements(text):
         line = text.count("\n", 0, start) + 1
-        findings += [_odd(f"{where}, line {line}", problem) for problem in problems]
+        issues += [_odd(f"{where}, line {line}", problem) for problem in problems]
         if not problems:
             rows.append((number, row))
-    return rows, findings
+    return rows, issues
 
 
 def _elements(text: str) -> Iterator[tuple[int, int, Any, list[str]]]:
@@ -132,8 +132,8 @@ def _skip_blanks(text: str, place: int) -> int:
     return re.compile(r"[ \t\r\n]*").match(text, place).end()
 
 
-def _parse_lines(where: str, text: str) -> tuple[Rows, list[Finding]]:
-    rows, findings, decoder = [], [], _Decoder()
+def _parse_lines(where: str, text: str) -> tuple[Rows, list[Issue]]:
+    rows, issues, decoder = [], [], _Decoder()
     # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for position, (number, line) in enumerate(lines, 1):
@@ -142,15 +142,15 @@ def _parse_lines(where: str, text: str) -> tuple[Rows, list[Finding]]:
         except json.JSONDecodeError as error:
             if position == 1 and _is_list_or_spread(text):
                 problem = "it holds one JSON value over several lines, not an object a line"
-                return [], [Finding(where, problem, "name it .json (a list of records), or write a record a line")]
-            findings.append(_malformed(where, number, error))
+                return [], [Issue(where, problem, "name it .json (a list of records), or write a record a line")]
+            issues.append(_malformed(where, number, error))
             continue
         if isinstance(row, list) and len(lines) == 1 and not decoder.problems:
-            return [], [Finding(where, "it holds one JSON list, not an object a line", "name it .json")]
-        findings += [_odd(f"{where}, line {number}", problem) for problem in decoder.problems]
+            return [], [Issue(where, "it holds one JSON list, not an object a line", "name it .json")]
+        issues += [_odd(f"{where}, line {number}", problem) for problem in decoder.problems]
         if not decoder.problems:
             rows.append((position, row))
-    return rows, findings
+    return rows, issues
 
 
 def _are_lines(text: str) -> bool:
@@ -171,16 +171,16 @@ def _loads(text: str) -> type | None:
         return None
 
 
-def _malformed(where: str, line: int, error: json.JSONDecodeError) -> Finding:
-    return Finding(f"{where}, line {line}, column {error.colno}", f"malformed JSON: {error.msg}", "correct it there")
+def _malformed(where: str, line: int, error: json.JSONDecodeError) -> Issue:
+    return Issue(f"{where}, line {line}, column {error.colno}", f"malformed JSON: {error.msg}", "correct it there")
 
 
-def _odd(where: str, problem: str) -> Finding:
-    return Finding(where, f"malformed JSON: {problem}", "correct the record")
+def _odd(where: str, problem: str) -> Issue:
+    return Issue(where, f"malformed JSON: {problem}", "correct the record")
 
 
-def _not_utf8(where: str, head: bytes, error: UnicodeDecodeError) -> Finding:
+def _not_utf8(where: str, head: bytes, error: UnicodeDecodeError) -> Issue:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Finding(where, "not UTF-8 but UTF-16, by its byte order mark", "save the file as UTF-8")
+        return Issue(where, "not UTF-8 but UTF-16, by its byte order mark", "save the file as UTF-8")
     line = error.object.count(b"\n", 0, error.start) + 1
-    return Finding(where, f"not UTF-8: {error.reason} at byte {error.start}, line {line}", "save the file as UTF-8")
+    return Issue(where, f"not UTF-8: {error.reason} at byte {error.start}, line {line}", "save the file as UTF-8")

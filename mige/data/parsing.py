@@ -1,12 +1,12 @@
 """Records: JSON in, validated records out, and the official settings of the three tasks.
 
-A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference picture, in order.
+A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference image, in order.
 Two row layouts are recognised by their fields; both may stand in one file:
 
-  multi_prompt, entity_path [], source_path [], image (the true picture)      official files, DreamBench, MIGEBench
-  instruction, image (the source picture), task (the type of edit)            Emu Edit
+  multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
+  instruction, image (the source image), task (the type of edit)            Emu Edit
 
-Reading never stops at the first fault: a `Report` holds the good records and every finding. Pictures are not opened
+Reading never stops at the first fault: a `Report` holds the good records and every issue. Pictures are not opened
 here (`checks.check_images` does that).
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mige.data.json_rows import read_rows, type_name
-from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Finding, Record, Report, count
-from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task, near_markers, placeholders
+from mige.data.records import ID_PATTERN, ID_RULE, RESERVED, SURROGATE, UNSTORABLE, Issue, Record, Report, count
+from mige.tasks import MAX_REFERENCES, PLACEHOLDER, Task, can_pair, is_rewritten, near_markers, placeholders
 
 
 def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task | None = None) -> Report:
@@ -32,21 +32,21 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
     """
     report = Report()
     if not files:
-        report.findings.append(Finding("no files", "nothing to read", "give at least one .json or .jsonl file"))
+        report.issues.append(Issue("no files", "nothing to read", "give at least one .json or .jsonl file"))
     records_of: list[tuple[Path, list[Record]]] = []
     for file in files:
-        rows, findings = read_rows(file)
-        report.findings += findings
+        rows, issues = read_rows(file)
+        report.issues += issues
         records = []
         for number, row in rows:
-            record, findings = make_record(
+            record, issues = make_record(
                 row,
                 where=f"{file}, record {number}",
                 root=file.parent if root is None else root,
                 default_id=f"{number:05d}",
                 task=task,
             )
-            report.findings += findings
+            report.issues += issues
             records += [record] if record else []
         records_of.append((file, records))
     _gather(records_of, report)
@@ -55,15 +55,15 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
 
 def make_record(
     row: Any, *, where: str, root: Path, default_id: str, task: Task | None = None
-) -> tuple[Record | None, list[Finding]]:
-    """Turn one row into a record; None where a finding is fatal. All findings of the row are returned.
+) -> tuple[Record | None, list[Issue]]:
+    """Turn one row into a record; None where an issue is fatal. All issues of the row are returned.
 
     where: names the row in messages; the id is added to it. root: what relative paths are relative to.
     task: what the record must be (None: its fields decide).
     """
     if not isinstance(row, Mapping):
         problem = f"the row is {type_name(row)}, expected an object"
-        return None, [Finding(where, problem, "write it as {...} with the fields of the record")]
+        return None, [Issue(where, problem, "write it as {...} with the fields of the record")]
     reader = _RowReader(row, where, root)
     record_id = reader.identifier(default_id)
     reader.storable()
@@ -80,7 +80,7 @@ def make_record(
         edit_type = None
         named += reader.named_task()
     if sources is not None and len(sources) > 1:
-        reader.fault(f'"source_path" has {len(sources)} pictures, expected at most one', "split the record")
+        reader.fault(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
         sources = None
     if sources is not None and references is not None:
         source = sources[0] if sources else None
@@ -89,12 +89,12 @@ def make_record(
         _check_tasks(reader, named, implied, source, references)
         if prompt:
             _check_placeholders(reader, prompt, implied, references)
-    if any(finding.fatal for finding in reader.findings):
-        return None, reader.findings
+    if any(issue.fatal for issue in reader.issues):
+        return None, reader.issues
     used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
     extra = {name: value for name, value in row.items() if name not in used}
     record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra)
-    return record, reader.findings
+    return record, reader.issues
 
 
 _READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction")
@@ -107,10 +107,10 @@ def _implied_task(source: Path | None, references: tuple[Path, ...]) -> Task:
     return Task.EDIT if references in ((), (source,)) else Task.SUBJECT_EDIT
 
 
-_PICTURES = {
-    Task.SUBJECT: "no source picture",
-    Task.EDIT: "a source picture and no other reference",
-    Task.SUBJECT_EDIT: "a source picture and other references",
+_IMAGES = {
+    Task.SUBJECT: "no source image",
+    Task.EDIT: "a source image and no other reference",
+    Task.SUBJECT_EDIT: "a source image and other references",
 }
 
 
@@ -120,8 +120,8 @@ def _check_tasks(
     for task in dict.fromkeys(named):
         if task != implied:
             reader.fault(
-                f'the task is named "{task}", but the record has {_PICTURES[implied]}, which makes it "{implied}"',
-                f'a record of task "{task}" has {_PICTURES[task]}: correct the pictures or the task',
+                f'the task is named "{task}", but the record has {_IMAGES[implied]}, which makes it "{implied}"',
+                f'a record of task "{task}" has {_IMAGES[task]}: correct the images or the task',
             )
     if source is not None and source not in references:
         reader.fault(
@@ -135,13 +135,12 @@ def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, reference
     found = f"{asked} {PLACEHOLDER} in the prompt, {count(given, 'reference')}"
     if near := near_markers(prompt):
         found += f" ({', '.join(map(repr, near))} is read as words)"
-    rewritten_later = task is Task.EDIT and asked == 0
     if asked == 0 and given == 0:
-        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its picture in "entity_path"')
-    elif asked != given and not rewritten_later:
+        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its image in "entity_path"')
+    elif not is_rewritten(task, prompt) and not can_pair(task, prompt, asked, given):
         reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
-    if given > MOST_REFERENCES:
-        reader.note(count(given, "reference"), f"the model was trained with at most {MOST_REFERENCES}")
+    if given > MAX_REFERENCES:
+        reader.note(count(given, "reference"), f"the model was trained with at most {MAX_REFERENCES}")
 
 
 class _RowReader:
@@ -149,18 +148,18 @@ class _RowReader:
 
     def __init__(self, row: Mapping[str, Any], where: str, root: Path):
         self.row, self.where, self.root = row, where, root
-        self.findings: list[Finding] = []
+        self.issues: list[Issue] = []
 
     def fault(self, problem: str, remedy: str) -> None:
         """Note what makes the row unusable."""
-        self.findings.append(Finding(self.where, problem, remedy))
+        self.issues.append(Issue(self.where, problem, remedy))
 
     def note(self, problem: str, remedy: str) -> None:
         """Note what is odd but usable."""
-        self.findings.append(Finding(self.where, problem, remedy, fatal=False))
+        self.issues.append(Issue(self.where, problem, remedy, fatal=False))
 
     def identifier(self, default: str) -> str | None:
-        """The row's "id", else its "idx", else the default; further findings name it."""
+        """The row's "id", else its "idx", else the default; further issues name it."""
         name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
         value = default if name is None else self.row[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -202,9 +201,7 @@ class _RowReader:
     def required_path(self, name: str) -> tuple[Path, ...] | None:
         """A path that has to be there, as a list of one."""
         if self.row.get(name) is None:
-            self.fault(
-                f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the picture'
-            )
+            self.fault(f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the image')
         path = self.path(name)
         return None if path is None else (path,)
 
@@ -253,19 +250,19 @@ def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None
     shared = [folded for folded, files in files_with.items() if files > 1]
     if shared:
         problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
-        report.findings.append(Finding("all files", problem, "every id now starts with its file's name", fatal=False))
+        report.issues.append(Issue("all files", problem, "every id now starts with its file's name", fatal=False))
     first: dict[str, Record] = {}
     for file, records in records_of:
         for record in records:
             record_id = f"{file.stem}_{record.id}" if shared else record.id
             if not ID_PATTERN.fullmatch(record_id) or RESERVED.fullmatch(record_id):
                 problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
-                report.findings.append(Finding(record.where, problem, f"rename the file; ids are {ID_RULE}"))
+                report.issues.append(Issue(record.where, problem, f"rename the file; ids are {ID_RULE}"))
             elif taken := first.get(record_id.casefold()):
                 problem = f"the id {record_id!r} is already taken by {taken.where}"
                 if taken.id != record.id:
                     problem += ", as file names may not tell upper from lower case"
-                report.findings.append(Finding(record.where, problem, "give each record its own id"))
+                report.issues.append(Issue(record.where, problem, "give each record its own id"))
             else:
                 first[record_id.casefold()] = record
                 report.records.append(replace(record, id=record_id))

@@ -24,24 +24,24 @@ class Record:
     task: Task
     prompt: str  # as the user wrote it
     references: tuple[Path, ...]  # in the order of the placeholders; an edit's only reference is its source
-    source: Path | None  # the picture to edit; None for the subject task
-    target: Path | None  # the true picture, where the data has one
+    source: Path | None  # the image to edit; None for the subject task
+    target: Path | None  # the true image, where the data has one
     edit_type: str | None  # of an Emu Edit row: its "task" column (global, local, add, ...), "" without; else None
     where: str  # "train.json, record 12 (id 7)", counted from 1: for messages
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # every other field of the row, untouched
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One thing wrong (`fatal`) or noteworthy in the data; `str()` gives one readable line."""
 
     where: str
-    problem: str
-    remedy: str
+    message: str
+    hint: str
     fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{'' if self.fatal else 'note: '}{self.where}: {self.problem}; {self.remedy}"
+        return f"{'' if self.fatal else 'note: '}{self.where}: {self.message}; {self.hint}"
 
 
 class BadRecordsError(UserError, ValueError):
@@ -53,24 +53,24 @@ class Report:
     """The records without a fault, and everything found on the way."""
 
     records: list[Record] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
 
     @property
-    def faults(self) -> list[Finding]:
+    def faults(self) -> list[Issue]:
         """What makes a record unusable."""
-        return [finding for finding in self.findings if finding.fatal]
+        return [issue for issue in self.issues if issue.fatal]
 
     @property
-    def notes(self) -> list[Finding]:
+    def notes(self) -> list[Issue]:
         """What is worth knowing and stops nothing."""
-        return [finding for finding in self.findings if not finding.fatal]
+        return [issue for issue in self.issues if not issue.fatal]
 
     def text(self) -> str:
-        """A line with the counts, then one line a finding, faults first."""
+        """A line with the counts, then one line an issue, faults first."""
         counts = f"{count(len(self.faults), 'fault')}, {count(len(self.notes), 'note')}"
         return "\n".join([counts, *map(str, self.faults), *map(str, self.notes)])
 
-    def require(self) -> list[Record]:
+    def raise_if_errors(self) -> list[Record]:
         """The records, if nothing was fatal; raises BadRecordsError with the whole report otherwise."""
         if self.faults:
             raise BadRecordsError(self.text())

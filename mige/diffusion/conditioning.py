@@ -12,8 +12,8 @@ class Condition:
 
     Attributes:
         context_BLC: float [B, L, text width], the multimodal encoder's output; rows where the mask is 0 are ignored.
-        mask_BL: int64 [B, L], 1 for a valid token; None where all are valid (`without_idle_mask`).
-        source_BCHW: float [B, 4, h, w], scaled latent of the source picture; zeros where there is none.
+        mask_BL: int64 [B, L], 1 for a valid token; None where all are valid (`drop_full_mask`).
+        source_BCHW: float [B, 4, h, w], scaled latent of the source image; zeros where there is none.
     """
 
     context_BLC: Tensor
@@ -38,13 +38,16 @@ class Condition:
             source_latent = torch.where(_per_sample(source, source_latent), 0.0, source_latent)
         return replace(self, context_BLC=context, source_BCHW=source_latent)
 
-    def without_idle_mask(self) -> "Condition":
-        """No mask if nothing is masked: attention has faster kernels then. On a GPU this waits for the encoder."""
+    def drop_full_mask(self) -> "Condition":
+        """The same without its mask if nothing is masked: attention has faster kernels then.
+
+        On a GPU this waits for the encoder.
+        """
         return replace(self, mask_BL=None) if bool(self.mask_BL.all()) else self
 
     @staticmethod
     def stack(conditions: "list[Condition]") -> "Condition":
-        """Concatenate along the batch."""
+        """Concatenate along the batch; conditions of one length L and one size, with their masks."""
         return Condition(*(torch.cat(parts) for parts in zip(*map(_fields, conditions), strict=True)))
 
 

@@ -6,6 +6,7 @@ point that the student was not taught from.
 """
 
 import torch
+from diffusers import SchedulerMixin  # noqa: F401 - where diffusers loads a part of a folder, it looks for this beside it
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def first_order_step(x_BCHW: Tensor, x0_BCHW: Tensor, grid: Grid, i: int) -> Ten
 def x0_between(x_BCHW: Tensor, next_BCHW: Tensor, grid: Grid, i: int) -> Tensor:
     """The estimate of x0 by which `first_order_step` goes from x at point i to `next_BCHW` at point i + 1.
 
-    It is the target of progressive distillation (arXiv 2202.00512, appendix G).
+    All [B, C, h, w]. It is the target of progressive distillation (arXiv 2202.00512, appendix G).
     """
     return (next_BCHW - _carry(grid, i) * x_BCHW) / _gain(grid, i)
 
@@ -81,5 +82,5 @@ class FewStepSolver(DPMSolver2M):
         self.register_to_config(_use_default_values=[])  # or another class's from_config would skip our defaults
 
     def sample(self, denoise: Denoise, noise: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
-        """`first_order_solver` from `noise` in `steps` steps."""
+        """`first_order_solver` from `noise`, [B, C, h, w], in `steps` steps -> latents of that shape."""
         return first_order_solver(denoise, noise, time_grid(steps, self.betas, noise.device), on_step)

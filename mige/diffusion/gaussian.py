@@ -20,7 +20,7 @@ class Loss:
 
     @property
     def total(self) -> Tensor:
-        """mse + vb, with no 1/1000 on vb and no SNR weighting: as the released model was trained."""
+        """mse + vb, [B], with no 1/1000 on vb and no SNR weighting: as the released model was trained."""
         return self.mse + self.vb
 
 
@@ -60,17 +60,9 @@ class Diffusion:
         return self.at("sqrt_abar", t_B) * x0_BCHW + self.at("sqrt_one_minus_abar", t_B) * noise_BCHW
 
     def weight(self, t_B: Tensor, gamma: float | None = None, power: float = 0.0) -> Tensor:
-        """Weights of the samples' losses by their signal-to-noise ratio, float32 [B]; 1 by the defaults.
-
-        min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss,
-        times max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise
-        decides, namely what is drawn and where. At power 1 the error of the picture counts there.
-        """
+        """`snr_weight` at integer times [B], float32 [B]."""
         abar = self._on(t_B.device)["sqrt_abar"][t_B].square()
-        snr = abar / (1 - abar)
-        little_noise = 1.0 if gamma is None else (gamma / snr).clamp(max=1)
-        much_noise = (snr**-power).clamp(min=1)
-        return (little_noise * much_noise).float()
+        return snr_weight(abar / (1 - abar), gamma, power)
 
     def loss(self, output_BCHW: Tensor, x0_BCHW: Tensor, x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Loss:
         """Hybrid loss of the network's output [B, 2C, h, w] (noise estimate, variance interpolation v). [iDDPM] eq. 16.
@@ -92,6 +84,18 @@ class Diffusion:
         nll = -discretised_log_likelihood(x0, mean, 0.5 * log_var)  # [DDPM] eq. 13
         per_dimension = torch.where((t_B == 0).reshape(-1, 1, 1, 1), nll, kl)
         return per_dimension.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def snr_weight(snr_B: Tensor, gamma: float | None = None, power: float = 0.0) -> Tensor:
+    """Weights of losses by the signal-to-noise ratio of their samples, float32 [B]; 1 by the defaults.
+
+    min(SNR, gamma) / SNR (arXiv 2303.09556, for noise estimates), so that little noise does not rule the loss, times
+    max(1, SNR ** -power): the error of a noise estimate, which falls as SNR, must not hide what much noise decides,
+    namely what is drawn and where. At power 1 the error of the image counts there.
+    """
+    little_noise = torch.ones_like(snr_B) if gamma is None else (gamma / snr_B).clamp(max=1)
+    much_noise = (snr_B**-power).clamp(min=1)
+    return (little_noise * much_noise).float()
 
 
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:

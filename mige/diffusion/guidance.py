@@ -24,6 +24,15 @@ class Branch:
     drop_source: bool
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How far the caller wants a batch of samples of one task guided; None: as `settings.resolve` says."""
+
+    task: Task
+    text: float | None = None  # towards the whole instruction; 1: none
+    source: float | None = None  # towards the source image; 1: none; without meaning for the subject task
+
+
 def branches(task: Task, guidance: float, source_guidance: float) -> list[Branch]:
     """The branches to evaluate; one that weighs exactly nothing is left out (same result, less work).
 

@@ -6,7 +6,7 @@ scheduler can take its place (`run_scheduler`).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Grid:
-    """The noise schedule at the steps + 1 time points of a run; float32 on purpose, as the released model sampled."""
+    """The noise schedule at the N + 1 time points of a run of N steps, float32 [N + 1]; float32 as released."""
 
     model_time: Tensor
     alpha: Tensor
@@ -34,8 +34,8 @@ class Grid:
 def time_grid(steps: int, betas: Tensor, device: torch.device | str = "cpu") -> Grid:
     """Schedule at `linspace(1, 1e-3, steps + 1)`.
 
-    log(alpha) is interpolated linearly between the training times. `betas`: float64 [T]. The last point (model time 0)
-    is arrived at but never evaluated. Raises ValueError if steps < 1.
+    log(alpha) is interpolated linearly between the training times. `betas`: float64 [T]. Returns tensors float32
+    [steps + 1]. The last point (model time 0) is arrived at but never evaluated. Raises ValueError if steps < 1.
     """
     _require_steps(steps)
     train_steps = len(betas)
@@ -131,7 +131,14 @@ def run_scheduler(
 ) -> Tensor:
     """Sample with any diffusers scheduler that predicts epsilon (Euler, DDIM, UniPC, ...) in place of our solver.
 
-    `generators`, one a sample, feed the stochastic ones. Raises ValueError for another prediction type or steps < 1.
+    Args:
+        denoise: the (guided) noise estimate of x, float [B, C, h, w], at a model time.
+        noise: standard normal, float32 [B, C, h, w].
+        steps: of the scheduler, at least 1.
+        generators: on the CPU, one a sample; they feed the stochastic schedulers.
+
+    Returns the final latents, float32 [B, C, h, w]. Raises ValueError for a scheduler that cannot sample (`why_not`)
+    and for steps < 1.
     """
     if reason := why_not(scheduler):
         raise ValueError(reason)
@@ -147,6 +154,37 @@ def run_scheduler(
         if on_step is not None:
             on_step(i, x, getattr(result, "pred_original_sample", x))
     return x
+
+
+def sample(
+    scheduler: SchedulerMixin,
+    denoise: Denoise,
+    noise: Tensor,
+    steps: int,
+    step_seeds: Sequence[int],
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample with our solver or with any diffusers scheduler that predicts epsilon.
+
+    Args:
+        denoise: the (guided) noise estimate of x, float [B, C, h, w], at a model time.
+        noise: standard normal, float32 [B, C, h, w].
+        step_seeds: B of them, of what a stochastic scheduler draws at its steps.
+
+    Returns the final latents, float32 [B, C, h, w]. Raises ValueError as `run_scheduler` does.
+    """
+    if isinstance(scheduler, DPMSolver2M):
+        return scheduler.sample(denoise, noise, steps, on_step)
+    generators = [torch.Generator().manual_seed(seed) for seed in step_seeds]
+    return run_scheduler(scheduler, denoise, noise, steps, generators, on_step)
+
+
+def model_times(scheduler: SchedulerMixin, steps: int) -> Tensor:
+    """The model times that `sample` will ask for, float [steps] (more for a scheduler that asks twice a step)."""
+    if isinstance(scheduler, DPMSolver2M):
+        return time_grid(steps, scheduler.betas).model_time[:-1]
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.float()
 
 
 def why_not(scheduler: SchedulerMixin) -> str | None:

@@ -20,7 +20,7 @@ from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 
 from mige.reports.cases import Case
 from mige.reports.page import html_page
-from mige.utils.files import append_json_lines, json_lines, read_json_lines, write_text
+from mige.utils.files import append_json_lines, folder_lock, json_lines, read_json_lines, write_text
 from mige.utils.images import BadImageError, open_image, save_image
 
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"  # Swin-B and ViT-H, as published
@@ -110,10 +110,20 @@ def extract(
         rows: with an id and the object's name under score.object. pictures: by id.
 
     Writes out/crops/ID.png, then a line of out/entities.jsonl (box, score and crop null where nothing was found), and
-    out/index.html for looking.
+    out/index.html for looking. Raises FolderInUseError where another process does so in the same folder.
     """
     (out / "crops").mkdir(parents=True, exist_ok=True)
     (out / "marked").mkdir(exist_ok=True)
+    with folder_lock(out):
+        lines = _cut_out_all(rows, pictures, finder, out, batch)
+        _write_page(lines, pictures, out)
+    return sum(line["crop"] is not None for line in lines), len(lines)
+
+
+def _cut_out_all(
+    rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Path], finder: EntityFinder, out: Path, batch: int
+) -> list[dict[str, Any]]:
+    """The line of every row, in order; those that are not there yet are made and written."""
     path = out / "entities.jsonl"
     done, faults = finished(out)
     for fault in faults:
@@ -130,9 +140,7 @@ def extract(
                 done[row["id"]] = _save(row, picture, entity, out)
             append_json_lines(path, [done[row["id"]] for row in part])
             bar.update(len(part))
-    lines = [done[row["id"]] for row in rows]
-    _write_page(lines, pictures, out)
-    return sum(line["crop"] is not None for line in lines), len(lines)
+    return [done[row["id"]] for row in rows]
 
 
 def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

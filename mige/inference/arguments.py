@@ -39,8 +39,27 @@ def optional(name: str, value: Any, **how: Any) -> int | float | None:
     return None if value is None else number(name, value, **how)
 
 
-def check_run(scheduler: Any, on_step: Any, reuse: int, compiled: bool) -> None:
-    """Raise ValueError for a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled."""
+def numbers_of(steps: Any, guidance: Any, source_guidance: Any) -> tuple[int | None, float | None, float | None]:
+    """Steps, text guidance and source guidance of a call as plain numbers or None; errors as `number`."""
+    return (
+        optional("num_inference_steps", steps, whole=True, least=1),
+        optional("guidance_scale", guidance, least=0),
+        optional("source_guidance_scale", source_guidance, least=0),
+    )
+
+
+def sides_of(height: Any, width: Any) -> tuple[int | None, int | None]:
+    """Height and width of a call, px, as plain numbers or None; errors as `number`."""
+    return optional("height", height, whole=True), optional("width", width, whole=True)
+
+
+def check_run(scheduler: Any, output_type: Any, on_step: Any, reuse: int, compiled: bool) -> None:
+    """Raise ValueError for how a call cannot run.
+
+    That is another output type, a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled.
+    """
+    if output_type not in ("pil", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
     if reason := why_not(scheduler):
         raise ValueError(reason)
     if on_step is not None and not callable(on_step):

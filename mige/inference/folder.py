@@ -28,7 +28,7 @@ _NAMED = 20  # faults of a folder that are printed; the others are counted
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot start or go on; the message says which records and what to do."""
+    """A run that cannot start or resume; the message says which records and what to do."""
 
 
 @contextmanager
@@ -110,13 +110,13 @@ def _check_records(folder: Path, records: Sequence[Record], lines: Mapping[str, 
         if record.id in lines and not is_of(lines[record.id], record):
             advice = "--id" if record.where.startswith("command line") else "id"
             raise RunError(
-                f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other pictures: "
+                f"{record.where}: {folder} has a finished {record.id!r} with another prompt or other images: "
                 f"use another --output or another {advice}"
             )
 
 
 def open_folder(folder: Path, settings: Settings, records: Sequence[Record]) -> None:
-    """Make a claimed folder ready for a run or for going on with one; says on stderr what counts as nothing in it.
+    """Make a claimed folder ready for a run or for resuming one; says on stderr what counts as nothing in it.
 
     Raises RunError where `check_folder` does.
     """
@@ -169,7 +169,7 @@ def write_failures(report: Report, folder: Path) -> Path:
     path = folder / "failures.jsonl"
     if report.faults:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [{"where": f.where, "problem": f.problem, "remedy": f.remedy} for f in report.faults]
+        lines = [{"where": f.where, "problem": f.message, "remedy": f.hint} for f in report.faults]
         write_text(path, json_lines(lines))
     else:
         path.unlink(missing_ok=True)

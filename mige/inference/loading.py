@@ -1,4 +1,4 @@
-"""Where a pipeline comes from: a folder, or a model of the hub by its name."""
+"""Where a pipeline's weights come from: a folder, a model of the hub by its name, or a state dict."""
 
 import difflib
 import re
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
 
 from mige.checkpoints.errors import CheckpointError
+from mige.models.mige import MODEL_PREFIXES
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 """Options of `from_pretrained` that say how the hub is asked; they mean nothing for a folder."""
@@ -29,6 +32,22 @@ def check_options(given: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(unknown[0], known, 1)
         meant = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
         raise TypeError(f"from_pretrained() got the unknown option(s) {', '.join(unknown)}{meant}")
+
+
+def resolve_dtype(dtype: Any, torch_dtype: Any, parts: Iterable[str]) -> tuple[torch.dtype | dict, bool]:
+    """The dtype to load with, of the two names of one option, and whether it is half precision as trained.
+
+    None is float32, or transformers would take that of the file, and diffusers not. A half-precision dtype for all
+    leaves VAE and vision tower in float32; the tower's products then follow the weights (`set_product_dtype`).
+    Raises TypeError for two different ones, and as `check_dtype`.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise TypeError(f"dtype is {dtype} and torch_dtype {torch_dtype}: they are one option, give one of them")
+    dtype = torch_dtype if dtype is None else dtype
+    check_dtype(dtype, parts)
+    if isinstance(dtype, torch.dtype) and dtype.itemsize < 4:
+        return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}, True
+    return torch.float32 if dtype is None else dtype, False
 
 
 def check_dtype(dtype: Any, parts: Iterable[str]) -> None:
@@ -65,3 +84,29 @@ def locate(path: str | Path, download: Callable[..., str], **hub: Any) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: no such folder here, and the hub did not give it: {reason}") from error
+
+
+def exchange_weights(components: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Fresh parts of a pipeline that hold a `MIGEModel` state dict: those of `MODEL_PREFIXES`, by name.
+
+    Args:
+        components: the pipeline's, of which configs and tables that no state dict holds are taken.
+        state: tensors by `MIGEModel` key, of the parts' shapes, any float dtype; they become the parts' own.
+
+    Raises RuntimeError for a key that is missing, unexpected or of another shape.
+    """
+    parts = {}
+    for name, prefix in MODEL_PREFIXES.items():
+        part = components[name]
+        with torch.device("meta"):
+            fresh = part.from_config(part.config) if isinstance(part, ModelMixin) else type(part)(part.config)
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        fresh.load_state_dict(own, assign=True)
+        for path, buffer in part.named_buffers():  # tables that no state dict holds
+            module, _, buffer_name = path.rpartition(".")
+            if fresh.get_buffer(path).is_meta:
+                setattr(fresh.get_submodule(module), buffer_name, buffer)
+        if name == "text_encoder":
+            fresh.tie_weights()
+        parts[name] = fresh
+    return parts

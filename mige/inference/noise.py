@@ -30,6 +30,14 @@ def draw_noise(
     batch_size: int | None,
     size: tuple[int, int],
 ) -> Iterator[Drawn]:
+    """The records of `todo` in chunks of one task, task by task, each record with its noise.
+
+    Args:
+        records: of the whole run: the official noise is drawn for them all, whatever is finished.
+        todo: those that have no image yet.
+        batch_size: records of a chunk; None: the official one of each task.
+        size: height and width of the images, px.
+    """
     for task in Task:
         every, pending = ([record for record in some if record.task is task] for some in (records, todo))
         yield from _draw(pipeline, settings, every, pending, batch_size or TASKS[task].batch_size, size)

@@ -14,6 +14,10 @@ def stream_blocks(parts: Iterable[nn.Module], blocks: Sequence[nn.Module], devic
     """Move the parts to the device, but of these blocks of theirs, and of token embeddings, only the computation.
 
     Token embeddings stay where they are for good: they are read a few rows at a time.
+
+    Args:
+        parts: modules whose remaining tensors move to the device now.
+        blocks: modules inside them that are called once a forward pass; from page-locked memory where it is a GPU.
     """
     for block in blocks:
         _visit(block, device)

@@ -36,7 +36,7 @@ def write_pages(
 
 def _case(record: Record, line: Mapping[str, Any], folder: Path) -> Case:
     inputs = tuple(
-        (f"picture {n}" + (", source" if path == record.source else ""), path)
+        (f"image {n}" + (", source" if path == record.source else ""), path)
         for n, path in enumerate(record.references, start=1)
     )
     detail = f"seed {line['seed']}, {line['steps']} steps, guidance {line['guidance']:g}"

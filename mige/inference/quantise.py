@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits: matrices stored as rounded codes, widened again just before their product.
+"""Weights in 8 or 4 bits: matrices stored as rounded codes, made floats again just before their product.
 
-Every group of 64 neighbouring values of a row has its own lowest value and step (round to nearest, no calibration). It
-saves memory, not time. Meant for the text encoder, which runs once a picture and is most of the model.
+Every group of 64 neighbouring numbers of a row has its own lowest value and step (round to nearest, no calibration). It
+saves memory, not time. Meant for the text encoder, which runs once an image and is most of the model.
 """
 
 import torch
@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 64
-"""Values that share a lowest value and a step; a row is padded to a multiple of it."""
+"""Numbers that share a lowest value and a step; a row is padded to a multiple of it."""
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer whose weight [out, in] is kept in `bits` bits a value, 4 or 8."""
+    """A linear layer whose weight [out, in] is kept in `bits` bits a number, 4 or 8.
+
+    Buffers: `codes`, uint8 [out, groups, 64], or two 4-bit codes a byte, [out, groups, 32]; `low` and `step`, of the
+    weight's dtype, [out, groups, 1].
+    """
 
     def __init__(self, linear: nn.Linear, bits: int):
         super().__init__()
@@ -29,18 +33,19 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing but the dtype of the products: transformers' T5 asks its layers for it."""
+        """An empty tensor, [0], of the products' dtype: transformers' T5 asks its layers for it."""
         return self.step.new_empty(0)
 
-    def widened(self) -> Tensor:
-        """The weight [out, in], as near as the codes have it."""
+    def dequantised(self) -> Tensor:
+        """The weight, float [out, in] of the linear layer's dtype, as near as the codes have it."""
         codes = self.codes
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2)
         return (codes * self.step + self.low).flatten(1)[:, : self.columns]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.widened(), self.bias)
+        """Float [..., in] in the weight's dtype -> [..., out]."""
+        return F.linear(x, self.dequantised(), self.bias)
 
 
 def quantise(module: nn.Module, bits: int) -> None:

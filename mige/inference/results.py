@@ -121,17 +121,17 @@ def _facts(path: Path, image: Image.Image) -> dict[str, int]:
 
 
 class ResultsWriter:
-    """A process's lines, one a record, each written after its picture: the truth about what is finished."""
+    """A process's lines, one a record, each written after its image: the truth about what is finished."""
 
     def __init__(self, folder: Path, name: str, settings: Settings):
         self.folder, self.path, self.settings = folder, folder / name, settings.changed()
 
-    def add(self, record: Record, picture: Image.Image, facts: Mapping[str, Any]) -> None:
-        """Save the picture, then the line; `facts`: further fields of it. Both are on the disk when this returns."""
+    def add(self, record: Record, image: Image.Image, facts: Mapping[str, Any]) -> None:
+        """Save the image, then the line; `facts`: further fields of it. Both are on the disk when this returns."""
         name = f"images/{record.id}.png"
-        images.save_image(picture, self.folder / name)
+        images.save_image(image, self.folder / name)
         line = {"id": record.id, "task": record.task, "image": name, "record": identity(record), **facts}
-        append_json_line(self.path, {**line, "settings": self.settings, "saved": _facts(self.folder / name, picture)})
+        append_json_line(self.path, {**line, "settings": self.settings, "saved": _facts(self.folder / name, image)})
 
 
 def identity(record: Record) -> dict[str, Any]:

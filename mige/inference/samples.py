@@ -1,25 +1,26 @@
-"""What the pipeline works on: a prompt with its pictures, and the randomness of its picture."""
+"""What the pipeline works on: a prompt with its images, and the randomness of its image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from mige.models.instruction import Instruction
 from mige.tasks import Task
-
-Picture = Image.Image
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its pictures. The source, if any, is one of the references (the same object)."""
+    """One prompt with its images. The source, if any, is one of the references (the same object)."""
 
     task: Task
     prompt: str
-    references: tuple[Picture, ...]
-    source: Picture | None = None
-    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no placeholder
+    references: tuple[Image.Image, ...]
+    source: Image.Image | None = None
+    edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no marker
+    instruction: Instruction | None = None  # of the prompt, where it has been tokenised before
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,25 @@ class SampleNoise:
     step_seed: int  # of what a stochastic scheduler draws at its steps
 
 
+def draw_sample_noise(
+    shape: tuple[int, int, int], reference_shapes: Sequence[tuple[int, int, int]], generator: torch.Generator
+) -> SampleNoise:
+    """A sample's random numbers from its own CPU generator, in a fixed order.
+
+    shape: [4, h, w] of its latent; reference_shapes: those of its references' latents.
+    """
+    return SampleNoise(
+        torch.randn(shape, generator=generator),
+        tuple(torch.randn(one, generator=generator) for one in reference_shapes),
+        torch.randn(shape, generator=generator),
+        int(torch.randint(2**63 - 1, (), generator=generator)),
+    )
+
+
 def make_sample(
-    prompt: str, references: Sequence[Picture], source: Picture | None, edit_type: str | None = None
+    prompt: str, references: Sequence[Image.Image], source: Image.Image | None, edit_type: str | None = None
 ) -> Sample:
-    """A sample whose task follows from its pictures; raises ValueError if the source is not among the references."""
+    """A sample whose task follows from its images; raises ValueError if the source is not among the references."""
     if source is None:
         return Sample(Task.SUBJECT, prompt, tuple(references))
     references = tuple(references) or (source,)

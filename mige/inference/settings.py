@@ -6,12 +6,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
-
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a run's pictures look like. None: the official value of the record's task."""
+    """Everything that decides what a run's images look like. None: the official value of the record's task."""
 
     model: str  # checkpoint folder or hub name
     dtype: str  # of the weights: float32, bfloat16
@@ -89,20 +87,3 @@ def is_same_file(known: str, resolved: str | None, path: str | Path) -> bool:
     except (OSError, ValueError):  # no path at all: a NUL character, a name that is too long
         return known == str(path)
     return known == str(path) or os.path.abspath(before) == os.path.abspath(path)  # noqa: PTH100 - no link followed
-
-
-def image_size(settings: Settings, model: Path) -> tuple[int, int]:
-    """Height and width of the images that a run of these settings makes, px; reads the model's configs only."""
-    blocks = AutoencoderKL.load_config(model / "vae")["block_out_channels"]
-    native = PixArtTransformer2DModel.load_config(model / "transformer")["sample_size"] * 2 ** (len(blocks) - 1)
-    return settings.height or native, settings.width or native
-
-
-def check_size(settings: Settings, model: Path) -> None:
-    """Raise ValueError if the model cannot make pictures of the settings' size; reads its configs only."""
-    blocks = AutoencoderKL.load_config(model / "vae")["block_out_channels"]
-    grid = 2 ** (len(blocks) - 1) * PixArtTransformer2DModel.load_config(model / "transformer")["patch_size"]
-    for name in ("height", "width"):
-        side = getattr(settings, name)
-        if side is not None and (side < grid or side % grid):
-            raise ValueError(f"{name} must be a multiple of {grid} px, got {side}")

@@ -15,7 +15,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -122,13 +121,17 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What decides the scores of a variant and a seed, in JSON; equal in folders that may be merged."""
-        dumped = self.config.dump()
+        dumped, train = self.config.dump(), self.config.train
+        if dumped["distillation"] is None:  # a student is no ablation, and older settings do not name it
+            del dumped["distillation"]
+        del dumped["train"]["precision"]
+        dumped["train"]["param_dtype"] = train.param_dtype
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}
         files = sorted(path for path in self.model.glob("*/*") if path.suffix in (".safetensors", ".json"))
         start = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
         how = {"per_kind": self.per_kind, "sampler_steps": self.sampler_steps, "bench_seed": SEED}
-        precision = "bf16" if torch.cuda.is_available() else "float32"
+        precision = "bf16" if torch.cuda.is_available() and train.precision != "float32" else "float32"
         made = {**dumped, **how, "start": start, "precision": precision}
         return json.loads(json.dumps(made))
 
@@ -242,12 +245,10 @@ def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
 def launch(trainer: Path, file: Path, folder: Path, overrides: Sequence[str], *passed: int) -> int:
     """Train in a process of its own, which is told when this one is stopped and waited for; returns its exit code.
 
-    One process and one card, as `accelerate launch --num_processes 1 --mixed_precision bf16` starts it, but as our own
-    child: signals reach it. `passed`: file descriptors that it inherits.
+    One process and one card, our own child: signals reach it. `passed`: file descriptors that it inherits.
     """
     command = [sys.executable, str(trainer), str(file), "--output", str(folder), *overrides]
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if torch.cuda.is_available() else {}
-    child = subprocess.Popen(command, env=os.environ | precision, pass_fds=passed)
+    child = subprocess.Popen(command, pass_fds=passed)
     try:
         return child.wait()
     finally:

@@ -286,7 +286,7 @@ def _table(scores: Scores, compared: Sequence, entries: Sequence[Mapping]) -> li
         "",
         "## The paper's numbers",
         "",
-        f"{SOURCE}. Photographs at 512 px and a model of 5.5 B values: what can be compared is the direction.",
+        f"{SOURCE}. Photographs at 512 px and the full model: what can be compared is the direction.",
         "",
         "| model | L1 |",
         "|---|---|",

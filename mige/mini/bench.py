@@ -28,7 +28,7 @@ from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
 from mige.diffusion.settings import WORLD, Sampling, resolve
 from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
+from mige.models.vae import decode, encode, scale
 from mige.tasks import Task
 from mige.utils import images
 from mige.utils.errors import UserError
@@ -336,8 +336,8 @@ def _answer(pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, how: S
         seed=[one.seed for one in part],
     ).images
     targets = torch.stack([pixels[0] for pixels in drawn])
-    moments = latents.encode(pipeline.vae, targets)
-    restored = latents.decode(pipeline.vae, latents.scale(pipeline.vae, moments.mean)).float()
+    moments = encode(pipeline.vae, targets)
+    restored = decode(pipeline.vae, scale(pipeline.vae, moments.mean)).float()
     rows = []
     for i, one in enumerate(part):
         images.save_image(made[i], out / "images" / f"{one.id}.png")

@@ -11,14 +11,13 @@ import torch
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
+from mige.diffusion.settings import WORLD, resolve
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench, bench_report
 from mige.mini.bench_report import Card
 from mige.reports.cases import TASK_NAMES
 from mige.reports.page import write_page
 from mige.utils import images
-
-GUIDANCE = 2.0
 
 
 def faster_dtype() -> str:
@@ -39,7 +38,9 @@ def chosen(seed: int) -> list[BenchCase]:
 
 
 def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
-    """Generate one picture, save it and measure it."""
+    """Generate one picture, save it and measure it. A few-step student has its own steps, any other `args.steps`."""
+    is_student = "num_inference_steps" in pipeline.scheduler.config
+    how = resolve(pipeline.scheduler.config, one.case.task, None if is_student else args.steps, usual=WORLD)
     drawn = draw(Scenes.stack([one.case.target, *one.case.references]))
     pictures, number = images.to_pil(drawn)[1:], one.case.source
     for n, picture in enumerate(pictures, start=1):
@@ -49,24 +50,28 @@ def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
         one.case.prompt,
         pictures,
         None if number is None else pictures[number],
-        num_inference_steps=args.steps,
-        guidance_scale=GUIDANCE,
-        source_guidance_scale=1.0,
+        num_inference_steps=how.steps,
+        guidance_scale=how.guidance,
+        source_guidance_scale=how.source_guidance,
         seed=one.seed,
     ).images[0]
     seconds = time.perf_counter() - started
-    path = args.output / "images" / f"{one.id}.png"
+    path = args.output / "images" / f"{one.id}{'-student' if is_student else ''}.png"
     images.save_image(made, path)
     source = None if number is None else drawn[1 + number]
     [scores] = bench.measure(one.case, images.to_pixels(made)[None], drawn[0], source)
-    return Card(one, path, scores, f"{seconds:.1f} s")
+    steps = f"student, {how.steps} step{'s' * (how.steps > 1)}" if is_student else f"{how.steps} steps"
+    return Card(one, path, scores, f"{steps}, {seconds:.1f} s")
 
 
 def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
-    note = (f"{args.model}, {args.steps} steps, guidance {GUIDANCE:g}, {dtype}. The subjects of the references "
-            f"were never shown in training. The first case is drawn from seed {args.seed}.")  # fmt: skip
-    groups = [("A fresh case", cards[:1])]
-    groups += [(TASK_NAMES[task], list(same)) for task, same in groupby(cards[1:], lambda card: card.one.case.task)]
+    """The page and the contact sheet of cards in the order of `chosen`, a student's after its teacher's."""
+    beside = f", beside it its few-step student {args.student}" if args.student else ""
+    note = (f"{args.model}{beside}, {dtype}. The subjects of the references were never shown in training. The first "
+            f"case is drawn from seed {args.seed}.")  # fmt: skip
+    fresh = 2 if args.student else 1
+    groups = [("A fresh case", cards[:fresh])]
+    groups += [(TASK_NAMES[task], list(same)) for task, same in groupby(cards[fresh:], lambda card: card.one.case.task)]
     draw = bench_report.drawing(args.output)
     sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
     page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mige.config import Config
-from mige.data.dataset import Counters, Dropout
+from mige.data.order import ResumableBatchSampler
+from mige.data.randomness import Dropout
 from mige.data.synthetic import backgrounds, sprites, tasks
 from mige.data.synthetic.scenes import SIDE, Scene, Scenes, draw
 from mige.data.synthetic.stream import Drawn, WorldBatch, WorldDataset, collate_world, vision_pixels
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
 from mige.models.instruction import Instruction, tokenize, training_text
 from mige.models.mige import MIGEModel
+from mige.models.vae import encode
 from mige.training.muon import BatchedMuon, muon_groups
 from mige.training.pretrained import check_sizes
-from mige.utils.files import whole_folder
+from mige.utils.files import atomic_directory
 
 MOST = 2  # pictures an instruction of the world shows at most
 SHOWN = 100  # side of a subject that is asked for by its place, px
@@ -129,8 +130,8 @@ def read(
     """
     context_BLC, mask_BL = model.encoder(instructions, vision_RCHW, model.patchify(references_RCHW))
     device, tower = vision_RCHW.device, model.encoder.image_encoder.config
-    row_R = torch.tensor([row for row, i in enumerate(instructions) for _ in range(i.pictures)], device=device)
-    which_R = torch.tensor([n for i in instructions for n in range(i.pictures)], device=device)
+    row_R = torch.tensor([row for row, i in enumerate(instructions) for _ in range(i.num_images)], device=device)
+    which_R = torch.tensor([n for i in instructions for n in range(i.num_images)], device=device)
     told = reader(context_BLC[row_R], mask_BL[row_R], reader.which(which_R))
     found = {"lost": lost(told, vision_RCHW, tower.patch_size)}
     if answered is not None:
@@ -148,7 +149,7 @@ def unseen_pairs(pipeline: MIGEPipeline, device: torch.device) -> tuple[list[Ins
     pixels = draw(Scenes.stack([picture for case in cases for picture in case.references]), device)
     told = [tokenize(training_text(case.task, case.prompt), pipeline.tokenizer) for case in cases]
     size = pipeline.image_encoder.config.image_size
-    return told, vision_pixels(pixels, size), latents.encode(pipeline.vae, pixels).mean, answers(cases)
+    return told, vision_pixels(pixels, size), encode(pipeline.vae, pixels).mean, answers(cases)
 
 
 def pretrain(
@@ -182,8 +183,8 @@ def pretrain(
         dropout=Dropout(0, 0, 0),
         noise_levels=1,
     )
-    counters = Counters(batch=batch, processes=1, rank=0, accumulate=1, start=0)
-    loader = DataLoader(dataset, batch_sampler=counters, collate_fn=collate_answered, num_workers=workers)
+    indices = ResumableBatchSampler(batch=batch, processes=1, rank=0, accumulate=1, start=0)
+    loader = DataLoader(dataset, batch_sampler=indices, collate_fn=collate_answered, num_workers=workers)
     torch.manual_seed(seed)
     patches, values = (tower.image_size // tower.patch_size) ** 2, 3 * tower.patch_size**2
     reader = Reader(pipeline.fusion.config.text_width, patches, values).to(device)
@@ -228,7 +229,7 @@ def teach(start: Path, folder: Path, settings: Config, **how: Any) -> None:
     `how`: arguments of `pretrain`. Raises FileExistsError if `folder` is there, CheckpointError if `start` is not
     whole, ConfigError if it is not of the settings' sizes.
     """
-    with whole_folder(folder) as beside:
+    with atomic_directory(folder) as beside:
         pipeline = MIGEPipeline.from_pretrained(start, dtype=torch.float32)
         check_sizes(settings, pipeline)
         curve = pretrain(pipeline, settings, **how)

@@ -17,7 +17,7 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
 from mige.models.instruction import training_text
 from mige.tasks import PLACEHOLDER
-from mige.utils.files import whole_folder
+from mige.utils.files import atomic_directory
 
 EXTRA_IDS = 100
 
@@ -83,7 +83,7 @@ def start_from(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
     """
     vae, tokenizer = trained_parts(model, sizes)
     parts = fresh_parts(sizes, seed) | {"vae": vae}
-    with whole_folder(folder) as beside:
+    with atomic_directory(folder) as beside:
         MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)
 
 
@@ -104,5 +104,5 @@ def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
             raise CheckpointError(f"{model}: its {name} is not of the config's sizes ({len(other)} tensors differ, the "
                                   f"first {other[0]}): make them equal, or start from another model")  # fmt: skip
         part.load_state_dict(own | fits)
-    with whole_folder(folder) as beside:
+    with atomic_directory(folder) as beside:
         MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)

@@ -1,6 +1,6 @@
-"""The multimodal encoder: pictures and text of an instruction -> the context the DiT attends to.
+"""The multimodal encoder: images and text of an instruction -> the context the DiT attends to.
 
-Letters: B instructions, L positions, R pictures of all instructions, Q positions a picture, N patches, C channels.
+Letters: B instructions, L positions, R images of all instructions, Q positions an image, N patches, C channels.
 """
 
 from collections.abc import Sequence
@@ -61,36 +61,53 @@ class MultimodalEncoder(nn.Module):
         self.text_encoder = text_encoder
         self.pad_to = 1
 
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of positions that contexts are padded to."""
+        limit = self.fusion.config.max_tokens
+        return [*range(self.pad_to, limit, self.pad_to), limit]
+
     def forward(
         self, instructions: Sequence[Instruction], vision_RCHW: Tensor, patches_RNC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Encode B instructions whose R pictures are given in order.
+        """Encode B instructions whose R images are given in order.
 
         Args:
-            instructions: B of them; the numbers of their pictures add up to R.
+            instructions: B of them; the numbers of their images add up to R.
             vision_RCHW: float [R, 3, 224, 224], CLIP-normalised; R may be 0.
-            patches_RNC: float [R, N, 1152], patch features of the pictures' unscaled VAE latents.
+            patches_RNC: float [R, N, 1152], patch features of the images' unscaled VAE latents.
 
         Returns context float [B, L, 4096] and mask int64 [B, L], L the longest instruction of the batch, rounded up to
         a multiple of `pad_to` (a compiled model then sees few lengths; padding is masked).
         """
-        pictures_RQC = self.see(vision_RCHW, patches_RNC)
-        embeds_BLC, mask_BL = self.interleave(instructions, pictures_RQC)
+        images_RQC = self.encode_images(vision_RCHW, patches_RNC)
+        embeds_BLC, mask_BL = self.interleave(instructions, images_RQC)
+        if not len(vision_RCHW) and self.training and self.fusion.config.num_queries:
+            embeds_BLC = embeds_BLC + self._unseen(patches_RNC)
         embeds_BLC = _in_dtype_of(self.text_encoder, embeds_BLC)
         context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=_additive(mask_BL, embeds_BLC.dtype))
         return context_BLC.last_hidden_state, mask_BL
 
-    def see(self, vision_RCHW: Tensor, patches_RNC: Tensor) -> Tensor:
-        """Pictures [R, 3, 224, 224] and patch features [R, N, 1152] -> text-like tokens [R, Q, 4096]."""
+    def encode_images(self, vision_RCHW: Tensor, patches_RNC: Tensor) -> Tensor:
+        """Images [R, 3, 224, 224] and patch features [R, N, 1152] -> text-like tokens [R, Q, 4096]."""
         shape = len(vision_RCHW), self.fusion.config.num_queries, self.fusion.config.text_width
-        if 0 in shape:  # no picture, or none that takes a position
+        if 0 in shape:  # no image, or none that takes a position
             return patches_RNC.new_zeros(shape)
-        vision_RLC = self.look(vision_RCHW).to(self.qformer.dtype)
+        vision_RLC = self.encode_vision(vision_RCHW).to(self.qformer.dtype)
         query_RQC = self.fusion.query_tokens.to(vision_RLC).expand(len(vision_RLC), -1, -1)
         tokens_RQC = self.qformer(query_embeds=query_RQC, encoder_hidden_states=vision_RLC).last_hidden_state
         return self.fusion(_in_dtype_of(self.fusion, tokens_RQC), _in_dtype_of(self.fusion, patches_RNC))
 
-    def look(self, vision_RCHW: Tensor) -> Tensor:
+    def _unseen(self, patches_RNC: Tensor) -> Tensor:
+        """Zero, from images that are not there: the parts that see have gradients in every batch of every process.
+
+        Where those of one process had none, it would wait for the others in another collective operation than they.
+        """
+        side = self.image_encoder.config.image_size
+        blank = patches_RNC.new_zeros(2, 3, side, side)  # two: kernels for any number are not those for one
+        return 0 * self.encode_images(blank, patches_RNC.new_zeros(2, *patches_RNC.shape[1:])).sum()
+
+    def encode_vision(self, vision_RCHW: Tensor) -> Tensor:
         """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408].
 
         Half-precision matrices decide the dtype of their products, whatever autocast runs around them.
@@ -99,27 +116,27 @@ class MultimodalEncoder(nn.Module):
         with torch.autocast(vision_RCHW.device.type, dtype) if dtype in _HALF else nullcontext():
             return self.image_encoder(vision_RCHW.to(self.image_encoder.dtype)).last_hidden_state
 
-    def interleave(self, instructions: Sequence[Instruction], pictures_RQC: Tensor) -> tuple[Tensor, Tensor]:
-        """Splice the pictures between the word embeddings; cut at the token limit, pad to the longest.
+    def interleave(self, instructions: Sequence[Instruction], images_RQC: Tensor) -> tuple[Tensor, Tensor]:
+        """Splice the images between the word embeddings; cut at the token limit, pad to the longest.
 
-        Returns embeddings [B, L, 4096] and mask int64 [B, L]. Raises ValueError if the pictures don't match.
+        Returns embeddings [B, L, 4096] and mask int64 [B, L]. Raises ValueError if the images don't match.
         """
-        room = sum(instruction.pictures for instruction in instructions)
-        if room != len(pictures_RQC):
-            raise ValueError(f"the instructions have room for {room} pictures, got {len(pictures_RQC)}")
-        words, slots, mask = _upload(self._layout(instructions), pictures_RQC.device)  # each int64 [B, L]
-        embeds_BLC = self._embed(words, like=pictures_RQC)
+        room = sum(instruction.num_images for instruction in instructions)
+        if room != len(images_RQC):
+            raise ValueError(f"the instructions have room for {room} images, got {len(images_RQC)}")
+        words, slots, mask = _upload(self._layout(instructions), images_RQC.device)  # each int64 [B, L]
+        embeds_BLC = self._embed(words, like=images_RQC)
         if room:
-            tokens = pictures_RQC.flatten(0, 1)
-            no_picture = tokens.new_zeros(1, tokens.shape[1])  # the row that slot R x Q reads
-            spliced = F.embedding(slots, torch.cat([tokens, no_picture]), padding_idx=len(tokens))
+            tokens = images_RQC.flatten(0, 1)
+            no_image = tokens.new_zeros(1, tokens.shape[1])  # the row that slot R x Q reads
+            spliced = F.embedding(slots, torch.cat([tokens, no_image]), padding_idx=len(tokens))
             embeds_BLC = torch.where((slots < len(tokens))[..., None], spliced, embeds_BLC)
         return embeds_BLC, mask
 
     def _layout(self, instructions: Sequence[Instruction]) -> np.ndarray:
-        """Word ids, places in the row of all picture tokens (R x Q where there is none) and mask, int64 [3, B, L]."""
+        """Word ids, places in the row of all image tokens (R x Q where there is none) and mask, int64 [3, B, L]."""
         many, limit = self.fusion.config.num_queries, self.fusion.config.max_tokens
-        gap, words, starts = [_PAD] * many, [], []  # `starts`: row and first position of every picture
+        gap, words, starts = [_PAD] * many, [], []  # `starts`: row and first position of every image
         for row, instruction in enumerate(instructions):
             line = list(instruction.segments[0])
             for segment in instruction.segments[1:]:

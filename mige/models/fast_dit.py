@@ -7,9 +7,9 @@ costs a compilation of minutes), and on a GPU the whole step, all guidance branc
 replayed as one CUDA graph: the host enqueues a step in well under a millisecond.
 
 Cross-attention needs no mask, which would rule out flash attention: padding is told by its keys. For contexts that have
-some, the heads of cross-attention are widened, for it and the products around it. The first new channel is 1 in every
-query, 0 in the key of a valid position and `_PADDED` in the key of a padded one, whose weight in the softmax then is
-exactly zero; the values are 0 in the new channels, and so are the weights that read them afterwards.
+some, the heads of cross-attention get more channels, for it and the products around it. The first new channel is 1 in
+every query, 0 in the key of a valid position and `PADDED_SCORE` in the key of a padded one, whose weight in the softmax
+then is exactly zero; the values are 0 in the new channels, and so are the weights that read them afterwards.
 
 One approximation, off unless asked for: with `reuse` n, only every n-th step computes all blocks. The others compute
 the outer ones and add what the middle ones would change if that went on as between the last two times (the idea of
@@ -20,185 +20,47 @@ head, S steps; K blocks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.guidance import Branch
+from mige.models.fast_blocks import (
+    CROSS_BACKENDS,
+    PADDED_SCORE,
+    SELF_BACKENDS,
+    Block,
+    Linear,
+    add,
+    add_modulate,
+    attend,
+    check_transformer,
+    modulate,
+    padded_head_dim,
+)
+from mige.models.fast_state import Inputs, Recording, Step
 
 LENGTHS = (32, 64, 96, 128, 192, 256)
 """Context lengths that a step is captured for; a shorter context is padded."""
 
 _OUTER = 7  # a step that reuses the middle computes the first and the last K / 7 blocks
-_KEPT = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
-
-# What a padded key adds to the product with any query. Softmax sees it times D^-0.5, -1931 at 72 channels, and its
-# float32 exponential is zero from 104 below the largest score on: valid scores would have to be below -1800. They are a
-# few hundred at most, and a padded key has nothing else in it. Exact in bfloat16 and float16.
-_PADDED = -(2.0**14)
-
-# In order of speed at head sizes 72 and 80 on a Hopper GPU; those that a device or a precision rules out are skipped.
-_SELF = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_CROSS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-# ---- the sums around the norms, compiled -----------------------------------------------------------------------------
-
-
-def _modulate(x_MC: Tensor, shift_C: Tensor, scale_C: Tensor) -> Tensor:
-    return F.layer_norm(x_MC, x_MC.shape[-1:], eps=1e-6) * (1 + scale_C) + shift_C
-
-
-def _add(x_MC: Tensor, more_MC: Tensor, gate_C: Tensor) -> Tensor:
-    return x_MC + gate_C * more_MC
-
-
-def _add_modulate(
-    x_MC: Tensor, more_MC: Tensor, gate_C: Tensor, shift_C: Tensor, scale_C: Tensor
-) -> tuple[Tensor, Tensor]:
-    x_MC = _add(x_MC, more_MC, gate_C)
-    return x_MC, _modulate(x_MC, shift_C, scale_C)
-
-
-modulate, add, add_modulate = (torch.compile(f, fullgraph=True) for f in (_modulate, _add, _add_modulate))
-
-
-# ---- matrix products and attention -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight [out, in] and its bias [out], called as a function."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def of(cls, *layers: torch.nn.Linear) -> "Linear":
-        """Layers of one input, as one product; a single one shares its tensors."""
-        if len(layers) == 1:
-            return cls(layers[0].weight, layers[0].bias)
-        return cls(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def gelu(self, x_MC: Tensor) -> Tensor:
-        """GELU (tanh) of the product; on a GPU in the product's own kernel, before anything is written."""
-        if x_MC.is_cuda:
-            return torch._addmm_activation(self.bias, x_MC, self.weight.t(), use_gelu=True)
-        return F.gelu(self(x_MC), approximate="tanh")
-
-
-def attend(q_BHND: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale: float, backends: list[SDPBackend]) -> Tensor:
-    """Attention by the first of the backends that applies -> [M, H x D]."""
-    with sdpa_kernel(backends, set_priority=True):
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHLD, v_BHLD, scale=scale)
-    return out_BHND.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def widened(head_size: int) -> int:
-    """Channels of a widened head: one more at least, and a multiple of 8, of which flash attention reads."""
-    return head_size + 8 - head_size % 8
-
-
-@dataclass(frozen=True)
-class Cross:
-    """The products before and after cross-attention: of the tokens, for its queries, and of its result."""
-
-    q: Linear
-    out: Linear
-
-    def widen(self, heads: int) -> "Cross":
-        """The same for widened heads, in new tensors."""
-        q_HDC, bias_HD = self.q.weight.unflatten(0, (heads, -1)), self.q.bias.unflatten(0, (heads, -1))
-        size = q_HDC.shape[1]
-        more = widened(size) - size
-        bias_HD = F.pad(bias_HD, (0, more))
-        bias_HD[:, size] = 1.0
-        out_CHD = F.pad(self.out.weight.unflatten(1, (heads, -1)), (0, more))
-        return Cross(
-            q=Linear(F.pad(q_HDC, (0, 0, 0, more)).flatten(0, 1), bias_HD.flatten()),
-            out=Linear(out_CHD.flatten(1), self.out.bias),
-        )
-
-
-@dataclass(frozen=True)
-class Block:
-    """The products of one transformer block."""
-
-    qkv: Linear
-    out: Linear
-    cross: Cross
-    cross_wide: Cross  # for contexts with padding
-    cross_kv: Linear
-    up: Linear
-    down: Linear
-
-    @classmethod
-    def of(cls, block: torch.nn.Module) -> "Block":
-        """Of a PixArt transformer's block; queries, keys and values are joined, cross-attention is widened too."""
-        own, other, mlp = block.attn1, block.attn2, block.ff.net
-        cross = Cross(q=Linear.of(other.to_q), out=Linear.of(other.to_out[0]))
-        return cls(
-            qkv=Linear.of(own.to_q, own.to_k, own.to_v),
-            out=Linear.of(own.to_out[0]),
-            cross=cross,
-            cross_wide=cross.widen(other.heads),
-            cross_kv=Linear.of(other.to_k, other.to_v),
-            up=Linear.of(mlp[0].proj),
-            down=Linear.of(mlp[2]),
-        )
-
-
-# ---- one step --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Inputs:
-    """What a step reads, at fixed addresses: a captured step is replayed over whatever they hold."""
-
-    x_BCHW: Tensor  # float32 [samples, 4, h, w], the noisy latents of one branch
-    source_BCHW: Tensor  # [B, 4, h, w]
-    modulation_K6C: Tensor  # of the current time: shift, scale, gate around attention; the same around the MLP
-    end_2C: Tensor  # of the current time: shift and scale before the last projection
-    kv_K2BLHD: Tensor  # keys and values of the context, of every block; D is that of widened heads if any is padding
-    position_NC: Tensor
-    change_2MC: Tensor | None  # what the middle blocks added last time, and the time before; None: never reused
-    ahead: Tensor  # float32 [1], how far past the last time, in distances of the last two
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A captured step: replaying it fills `eps`."""
-
-    graph: torch.cuda.CUDAGraph
-    eps: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of one shape: its inputs and, on a GPU, its recordings (True: the one that reuses the middle blocks)."""
-
-    inputs: Inputs
-    recordings: dict[bool, Recording] = field(default_factory=dict)
+MAX_CAPTURED = 6  # captured steps of different shapes kept at a time: each holds its keys, values and activations
 
 
 class FastDenoiser:
-    """Built once from a PixArt transformer (weights are shared, except the joined and the widened matrices).
+    """Built once from a PixArt transformer (weights are shared, except the joined and the padded matrices).
 
     Raises ValueError for a transformer with parts that this forward pass lacks.
     """
 
     def __init__(self, transformer: PixArtTransformer2DModel, timestep_dtype: torch.dtype):
-        _check(transformer)
+        check_transformer(transformer)
         self.transformer, self.timestep_dtype = transformer, timestep_dtype
         self.heads, self.patch = transformer.config.num_attention_heads, transformer.config.patch_size
         self.head_size = transformer.config.attention_head_dim
@@ -236,20 +98,20 @@ class FastDenoiser:
 
         Returns the `denoise` function of a sampler: (x [samples, 4, h, w], time) -> guided noise estimate, float32.
         """
-        condition = condition.without_idle_mask() if condition.mask_BL is not None else condition
+        condition = condition.drop_full_mask() if condition.mask_BL is not None else condition
         length = condition.context_BLC.shape[1]
         width = _width(length)
         has_padding = condition.mask_BL is not None or width > length
         key = (tuple(chosen), condition.source_BCHW.shape, width, has_padding, reuse > 1)
         step = self.steps.pop(key, None) or Step(self._inputs(*key))
         self.steps[key] = step  # the latest last
-        while len(self.steps) > _KEPT:
+        while len(self.steps) > MAX_CAPTURED:
             self.steps.pop(next(iter(self.steps)))
         self._fill(step.inputs, condition)
         if self.device.type == "cuda" and not step.recordings:
             with torch.cuda.device(self.device):
-                for light in {False, reuse > 1}:
-                    step.recordings[light] = self._record(step.inputs, chosen, light)
+                for skip_middle in {False, reuse > 1}:
+                    step.recordings[skip_middle] = self._record(step.inputs, chosen, skip_middle)
         return Sampling(self, step, list(chosen), times_S.to(self.device), *self._modulations(times_S), reuse)
 
     def _inputs(
@@ -261,7 +123,7 @@ class FastDenoiser:
             return torch.zeros(size, device=self.device, dtype=dtype)
 
         blocks, channels = len(self.blocks), self.transformer.inner_dim
-        size = widened(self.head_size) if has_padding else self.head_size
+        size = padded_head_dim(self.head_size) if has_padding else self.head_size
         rows, columns = shape[2] // self.patch, shape[3] // self.patch
         return Inputs(
             x_BCHW=zeros(shape[0] // len(chosen), *shape[1:], dtype=torch.float32),
@@ -271,7 +133,7 @@ class FastDenoiser:
             kv_K2BLHD=zeros(blocks, 2, shape[0], width, self.heads, size),
             position_NC=self._positions(rows, columns),
             change_2MC=zeros(2, shape[0] * rows * columns, channels) if reuses else None,
-            ahead=zeros(1, dtype=torch.float32),
+            extrapolation=zeros(1, dtype=torch.float32),
         )
 
     def _positions(self, rows: int, columns: int) -> Tensor:
@@ -303,7 +165,7 @@ class FastDenoiser:
             mask_BL = condition.mask_BL if condition.mask_BL is not None else context_BLC.new_ones(1, length)
             padding_BL = F.pad(mask_BL, (0, inputs.kv_K2BLHD.shape[3] - length)) == 0
             inputs.kv_K2BLHD.masked_fill_(padding_BL[..., None, None], 0.0)
-            inputs.kv_K2BLHD[:, 0, ..., size] = torch.where(padding_BL, _PADDED, 0.0)[..., None]
+            inputs.kv_K2BLHD[:, 0, ..., size] = torch.where(padding_BL, PADDED_SCORE, 0.0)[..., None]
 
     def _has_padding(self, inputs: Inputs) -> bool:
         return inputs.kv_K2BLHD.shape[-1] > self.head_size
@@ -315,35 +177,38 @@ class FastDenoiser:
         end_S2C = self.transformer.scale_shift_table + embedded_SC[:, None]
         return self.tables_K6C + mixed_SC.unflatten(1, (1, 6, -1)), end_S2C
 
-    def _record(self, inputs: Inputs, chosen: Sequence[Branch], light: bool) -> Recording:
+    def _record(self, inputs: Inputs, chosen: Sequence[Branch], skip_middle: bool) -> Recording:
         """Run the step outside (kernels compile, libraries choose their plans), then capture it."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                self.forward(inputs, chosen, light)
+                self.forward(inputs, chosen, skip_middle)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            eps = self.forward(inputs, chosen, light)
+            eps = self.forward(inputs, chosen, skip_middle)
         return Recording(graph, eps)
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs, chosen: Sequence[Branch], light: bool = False) -> Tensor:
-        """Guided noise estimate, float32 [samples, 4, h, w]; `light`: with the middle blocks' change of last time."""
+    def forward(self, inputs: Inputs, chosen: Sequence[Branch], skip_middle: bool = False) -> Tensor:
+        """Guided noise estimate, float32 [samples, 4, h, w].
+
+        skip_middle: leave out the middle blocks, and add what they would change, extrapolated from the last two times.
+        """
         x_MC = self._patchify(inputs, len(chosen))
         batch, mods = len(inputs.source_BCHW), inputs.modulation_K6C.unbind()
-        scale, is_wide = self.head_size**-0.5, self._has_padding(inputs)
+        scale, has_padding = self.head_size**-0.5, self._has_padding(inputs)
         h_MC = modulate(x_MC, mods[0][0], mods[0][1])
         many, outer = len(self.blocks), max(1, len(self.blocks) // _OUTER)
         for i, block in enumerate(self.blocks):
-            if light and outer <= i < many - outer:
+            if skip_middle and outer <= i < many - outer:
                 continue
             if i == outer and inputs.change_2MC is not None:
                 before_MC = x_MC
-            if i == many - outer and light:
+            if i == many - outer and skip_middle:
                 last_MC, earlier_MC = inputs.change_2MC
-                x_MC = x_MC + torch.lerp(last_MC, earlier_MC, -inputs.ahead.to(last_MC.dtype))
+                x_MC = x_MC + torch.lerp(last_MC, earlier_MC, -inputs.extrapolation.to(last_MC.dtype))
                 h_MC = modulate(x_MC, mods[i][0], mods[i][1])
             elif i == many - outer and inputs.change_2MC is not None:
                 inputs.change_2MC[1].copy_(inputs.change_2MC[0])
@@ -351,11 +216,11 @@ class FastDenoiser:
             _, _, gate_own, shift_mlp, scale_mlp, gate_mlp = mods[i].unbind()
             shift_next, scale_next = mods[i + 1][:2] if i + 1 < many else inputs.end_2C
             q, k, v = self._heads(block.qkv(h_MC).unflatten(0, (batch, -1)), 3)
-            x_MC = add(x_MC, block.out(attend(q, k, v, scale, _SELF)), gate_own)
-            cross = block.cross_wide if is_wide else block.cross
+            x_MC = add(x_MC, block.out(attend(q, k, v, scale, SELF_BACKENDS)), gate_own)
+            cross = block.cross_padded if has_padding else block.cross
             (q,) = self._heads(cross.q(x_MC).unflatten(0, (batch, -1)), 1)
             k, v = inputs.kv_K2BLHD[i].transpose(2, 3).unbind()
-            crossed = cross.out(attend(q, k, v, scale, _CROSS))
+            crossed = cross.out(attend(q, k, v, scale, CROSS_BACKENDS))
             x_MC, h_MC = add_modulate(x_MC, crossed, self.one, shift_mlp, scale_mlp)
             x_MC, h_MC = add_modulate(x_MC, block.down(block.up.gelu(h_MC)), gate_mlp, shift_next, scale_next)
         eps_BCHW = self._unpatchify(self.last(h_MC), inputs.source_BCHW.shape)
@@ -379,7 +244,14 @@ class FastDenoiser:
 
 @dataclass
 class Sampling:
-    """A `denoise` function over one run's condition and times."""
+    """A `denoise` function over one run's condition and times.
+
+    Attributes:
+        times_S: float32 [S]. modulation_SK6C, end_S2C: of the blocks [S, K, 6, C] and the last layer [S, 2, C] at them.
+        reuse: compute the middle blocks every so many calls. calls: how many there were.
+
+    Called with x [B, 4, h, w] and a time it returns the guided noise estimate of that shape.
+    """
 
     denoiser: FastDenoiser
     step: Step
@@ -397,12 +269,15 @@ class Sampling:
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
         since = self.calls % self.reuse
-        light, first = since > 0, self.calls < self.reuse  # in the first round there is nothing to go on from
-        inputs.ahead.fill_(0.0 if first else since / self.reuse)
+        skip_middle, first = (
+            since > 0,
+            self.calls < self.reuse,
+        )  # at first there is nothing to extrapolate
+        inputs.extrapolation.fill_(0.0 if first else since / self.reuse)
         self.calls += 1
         if not self.step.recordings:
-            return self.denoiser.forward(inputs, self.chosen, light)
-        recording = self.step.recordings[light]
+            return self.denoiser.forward(inputs, self.chosen, skip_middle)
+        recording = self.step.recordings[skip_middle]
         recording.graph.replay()
         return recording.eps.clone()  # the next replay overwrites it, and some schedulers keep what they are given
 
@@ -410,32 +285,3 @@ class Sampling:
 def _width(length: int) -> int:
     """The first of `LENGTHS` that is long enough; beyond them, multiples of 64."""
     return next((known for known in LENGTHS if known >= length), length + -length % 64)
-
-
-def _check(transformer: PixArtTransformer2DModel) -> None:
-    config = transformer.config
-    wanted = {
-        "norm_type": "ada_norm_single",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "norm_elementwise_affine": False,
-        "attention_type": "default",
-        "norm_eps": 1e-6,
-    }
-    other = [f"{name} is {config[name]!r}" for name, value in wanted.items() if config[name] != value]
-    if transformer.use_additional_conditions or transformer.caption_projection is None:
-        other.append("additional conditions or no caption projection")
-    if any(type(layer) is not torch.nn.Linear for layer in _products(transformer)):
-        other.append("adapters or quantised layers in its blocks")
-    if other:
-        raise ValueError(f"compile: the fast forward pass does not know this transformer ({'; '.join(other)})")
-
-
-def _products(transformer: PixArtTransformer2DModel) -> list[torch.nn.Module]:
-    """The layers of the blocks whose weights are read from here."""
-    layers = []
-    for block in transformer.transformer_blocks:
-        layers += [block.ff.net[0].proj, block.ff.net[2]]
-        for attention in (block.attn1, block.attn2):
-            layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
-    return layers

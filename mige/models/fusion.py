@@ -1,8 +1,8 @@
-"""Feature fusion: what the Q-Former sees of a picture, completed by what the VAE keeps of it.
+"""Feature fusion: what the Q-Former sees of an image, completed by what the VAE keeps of it.
 
 Source: MIGE, arXiv 2502.21291, the multimodal encoder.
 
-Shapes: R pictures, Q query tokens a picture, N patches of the VAE latent, C channels.
+Shapes: R images, Q query tokens an image, N patches of the VAE latent, C channels.
 """
 
 import torch
@@ -49,7 +49,7 @@ class MIGEFusion(ModelMixin, ConfigMixin):
     """The parts of the multimodal encoder that no library has: queries, fusion, projection to T5's width, null context.
 
     Args:
-        num_queries: learnt query tokens, and so text positions, a picture takes (32). 0: the instruction is text alone,
+        num_queries: learnt query tokens, and so text positions, an image takes (32). 0: the instruction is text alone,
             and the source reaches the DiT through its channels only.
         width: Q-Former width (768).
         patch_width: width of the DiT's patch embedding (1152).

@@ -1,10 +1,10 @@
-"""The multimodal instruction: a record's prompt -> the text the model was trained on -> token ids around pictures."""
+"""The multimodal instruction: a record's prompt -> the text the model was trained on -> token ids around images."""
 
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mige.tasks import PLACEHOLDER, TASKS, Task
+from mige.tasks import PLACEHOLDER, TASKS, Task, placeholders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ _RELEASED_THE_IMAGE = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """Token ids of the text between pictures; a picture goes between every two neighbouring segments.
+    """Token ids of the text between images; an image goes between every two neighbouring segments.
 
     The last segment ends with the end-of-sentence token. `["a", <imagehere>, "in snow"]` has two segments.
     """
@@ -29,13 +29,13 @@ class Instruction:
     segments: tuple[tuple[int, ...], ...]
 
     @property
-    def pictures(self) -> int:
-        """Pictures the instruction has room for."""
+    def num_images(self) -> int:
+        """Images the instruction has room for."""
         return len(self.segments) - 1
 
     def length(self, num_queries: int) -> int:
-        """Positions it takes in the text encoder, a picture taking `num_queries`."""
-        return sum(map(len, self.segments)) + self.pictures * num_queries
+        """Positions it takes in the text encoder, an image taking `num_queries`."""
+        return sum(map(len, self.segments)) + self.num_images * num_queries
 
 
 def clean(text: str) -> str:
@@ -54,7 +54,7 @@ def point_at_source(text: str, edit_type: str | None = None) -> str:
     edit_type: of an Emu Edit row ("" where it names none): "the photo" is found inside words too, as released. None for
       any other text: whole words only, so that "the photographer" stays.
     """
-    if PLACEHOLDER in text.lower():
+    if placeholders(text):
         return text
     mention = _THE_IMAGE if edit_type is None else _RELEASED_THE_IMAGE
     pointed, found = mention.subn(f" {PLACEHOLDER} ", text)
@@ -92,6 +92,11 @@ def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
     return Instruction(tuple(map(tuple, segments)))
 
 
+def read_prompt(task: Task, prompt: str, edit_type: str | None, tokenizer: "PreTrainedTokenizerBase") -> Instruction:
+    """A record's prompt as the model reads it in inference: `full_text`, tokenised."""
+    return tokenize(full_text(task, prompt, edit_type), tokenizer)
+
+
 def _as_text(segment: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Special tokens taken apart by blanks: they are pieces of T5's vocabulary too, so no option of its would do."""
     if "<" in segment:
@@ -100,10 +105,15 @@ def _as_text(segment: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return segment
 
 
-def unspelled(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, list[str]]:
-    """How many tokens of a prompt are unknown to the tokenizer, and the special tokens (`</s>`) written out in it."""
+def unspelled(prompt: str, instruction: Instruction, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, list[str]]:
+    """How many tokens of a prompt are unknown to the tokenizer, and the special tokens (`</s>`) written out in it.
+
+    instruction: the prompt as it is read. Where all its tokens are known, the prompt is not tokenised again.
+    """
     text = clean(prompt)
     special = [token for token in tokenizer.all_special_tokens if token in text]
+    if not any(tokenizer.unk_token_id in segment for segment in instruction.segments):
+        return 0, special
     for token in special:  # told by name: their brackets, unknown as well, are not counted
         text = text.replace(token, " ")
     return sum(segment.count(tokenizer.unk_token_id) for segment in tokenize(text, tokenizer).segments), special

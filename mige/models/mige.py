@@ -1,6 +1,6 @@
 """The trainable whole: multimodal encoder and DiT as one module.
 
-Letters: B samples, R pictures of all samples, L context positions, N patches, C channels; latents are [B, 4, h, w].
+Letters: B samples, R images of all samples, L context positions, N patches, C channels; latents are [B, 4, h, w].
 """
 
 from collections.abc import Sequence
@@ -49,20 +49,24 @@ class MIGEModel(nn.Module):
         self,
         x_t_BCHW: Tensor,
         t_B: Tensor,
-        instructions: Sequence[Instruction],
-        vision_RCHW: Tensor,
-        references_RCHW: Tensor,
-        source_BCHW: Tensor,
+        instructions: Sequence[Instruction] = (),
+        vision_RCHW: Tensor | None = None,
+        references_RCHW: Tensor | None = None,
+        source_BCHW: Tensor | None = None,
         drop_text_B: Tensor | bool = False,
         drop_source_B: Tensor | bool = False,
+        *,
+        condition: Condition | None = None,
     ) -> Tensor:
         """One training pass: encode, drop conditions, denoise -> [K B, 8, h, w]; arguments as in `encode`, `denoise`.
 
         `x_t_BCHW`, `t_B`: K noise levels of every sample, the first of all samples first: [K B, 4, h, w] and [K B].
+        `condition`: one that is made already, in place of all that it would be made of.
         """
-        condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
-        condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
-        levels = len(t_B) // len(instructions)
+        if condition is None:
+            condition = self.encode(instructions, vision_RCHW, references_RCHW, source_BCHW)
+            condition = condition.drop(self.null_context, text=drop_text_B, source=drop_source_B)
+        levels = len(t_B) // len(condition.context_BLC)
         return self.denoise(x_t_BCHW, t_B, Condition.stack([condition] * levels))
 
     def encode(
@@ -75,10 +79,10 @@ class MIGEModel(nn.Module):
         """Everything that does not depend on the timestep.
 
         Args:
-            instructions: B of them, with R pictures in all.
-            vision_RCHW: float [R, 3, 224, 224], the pictures for the vision tower.
-            references_RCHW: float [R, 4, h', w'], *unscaled* VAE latents of the same pictures.
-            source_BCHW: float [B, 4, h, w], *scaled* latents of the source pictures, zeros for none.
+            instructions: B of them, with R images in all.
+            vision_RCHW: float [R, 3, 224, 224], the images for the vision tower.
+            references_RCHW: float [R, 4, h', w'], *unscaled* VAE latents of the same images.
+            source_BCHW: float [B, 4, h, w], *scaled* latents of the source images, zeros for none.
         """
         patches_RNC = self.patchify(references_RCHW)
         context_BLC, mask_BL = self.encoder(instructions, vision_RCHW, patches_RNC)
@@ -104,10 +108,10 @@ class MIGEModel(nn.Module):
 
     def freeze(self, trainable: str) -> None:
         """Choose what trains: "all" all, "full" all but the vision tower, "text_encoder_frozen" neither
-        that nor T5, "lora" nothing.
+        that nor T5, "dit" the DiT but for its patch convolution, which the encoder reads too, "lora" nothing.
 
         The tower's last norm trains with "full", as in the released weights. What nothing reads does not train: where
-        pictures take no positions, the parts that see them. Call before the optimiser is built.
+        images take no positions, the parts that see them. Call before the optimiser is built.
         """
         self.requires_grad_(trainable != "lora")
         tower = self.encoder.image_encoder
@@ -115,6 +119,9 @@ class MIGEModel(nn.Module):
         tower.encoder.requires_grad_(trainable == "all")
         if trainable == "text_encoder_frozen":
             self.encoder.text_encoder.requires_grad_(False)
+        if trainable == "dit":
+            self.encoder.requires_grad_(False)
+            self.transformer.pos_embed.requires_grad_(False)
         if self.encoder.fusion.config.num_queries == 0:
             for part in (tower, self.encoder.qformer, self.encoder.fusion):
                 part.requires_grad_(False)
@@ -127,15 +134,20 @@ class MIGEModel(nn.Module):
             self.encoder.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self, parts: Sequence[str]) -> None:
-        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block, soon compiled."""
+        """torch.compile every repeated block of these `PARTS` by itself: one graph a kind of block and context width.
+
+        The number of images differs from batch to batch: the blocks that see them are compiled for any number.
+        """
         if not parts:
             return
-        torch._dynamo.config.recompile_limit = 64  # a graph a length of instruction
-        self.encoder.pad_to = 32
+        torch._dynamo.config.recompile_limit = 64  # of one kind of block
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks at DDP's buckets; they are small enough
+        self.encoder.pad_to = 64
         # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
-        for block in self.blocks(parts):
-            block.compile()
+        for part in parts:
+            for block in self.blocks([part]):
+                block.compile(dynamic=part in ("image_encoder", "qformer"))
 
     def blocks(self, parts: Sequence[str] = PARTS) -> list[nn.Module]:
         """The repeated blocks of these parts."""

@@ -41,6 +41,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed))
 
     def add_param_group(self, group: dict) -> None:
+        """As torch's; raises ValueError for parameters that are not contiguous, or neither bfloat16 nor float32."""
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in (torch.bfloat16, torch.float32) or not p.is_contiguous():
@@ -49,7 +50,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, scale: Tensor | None = None):
-        """One update. `scale`: a float32 scalar the gradients are multiplied with on the fly (clipping), on the GPU."""
+        """One update. `scale`: float32 [], what the gradients are multiplied with on the fly (clipping), on the GPU."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -88,7 +89,13 @@ def scalars(group: dict, step: int) -> dict:
 
 
 def plain(rows: list, scale: Tensor | None, *, key, decay, size, lift, rate1, rate2, eps) -> None:
-    """The update in plain torch; the kernel's reference."""
+    """The update in plain torch; the kernel's reference.
+
+    Args:
+        rows: (number, parameter, gradient, first moment, second moment), four tensors of one shape [...] each.
+        scale: of the gradients, float32 [], or None for 1.
+        The numbers are those of the step: decay and size of a weight's update, rates of the moments.
+    """
     for number, p, g, m, v in rows:
         grad, first, second = g.float() if scale is None else g.float() * scale, m.float(), v.float()
         first = first + rate1 * (grad - first)
@@ -118,7 +125,10 @@ def _mix(x):
 
 
 def launch(rows: list, scale: Tensor | None, *, key, **numbers) -> None:
-    """The same update of all rows by one kernel, which finds its tensors in a table of addresses."""
+    """The update of `plain` on the same rows, tensors of one shape [...] a row, by one kernel.
+
+    It finds its tensors in a table of addresses.
+    """
     _, p, *_ = rows[0]
     owner, starts = _blocks(tuple(row[1].numel() for row in rows), p.device)
     table = torch.tensor(

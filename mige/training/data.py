@@ -10,10 +10,12 @@ from torch.utils.data import Dataset
 
 from mige.config import Config, DataConfig
 from mige.data.checks import check_images, check_repeats, check_training_text
-from mige.data.dataset import Dropout, JointDataset, Mixture
+from mige.data.crops import training_crops
+from mige.data.dataset import JointDataset, Mixture
 from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
-from mige.data.records import Finding, Record, Report
+from mige.data.randomness import Dropout
+from mige.data.records import BadRecordsError, Issue, Record, Report
 from mige.data.synthetic.stream import WorldDataset
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
@@ -66,7 +68,13 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
         root = None if one.get("root") is None else Path(one["root"])
         report = read_records([Path(one["file"])], root=root, task=task)
         good = check_set(report, data)
-        sets.append(PackedRecords(good if store is None else stored(good, store, data)))
+        kept = good if store is None else stored(good, store, data)
+        if not kept:
+            raise BadRecordsError(
+                f"data.sets[{len(sets)}], {one['file']}: no record is left to train on; correct what the log names, or "
+                "leave the set out"
+            )
+        sets.append(PackedRecords(kept))
     return JointDataset(
         Mixture(sets, [one["weight"] for one in data.sets]),
         pipeline.tokenizer,
@@ -82,35 +90,45 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
 
     Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
     """
-    findings = list(report.findings) + check_repeats(report.records)
+    issues = list(report.issues) + check_repeats(report.records)
     if data.check_pictures:
-        findings += check_images(report.records, size=(data.size, data.size), training=True)
+        issues += check_images(report.records, size=(data.size, data.size), training=True)
     for record in report.records:
-        findings += check_training_text(record)
+        issues += check_training_text(record)
         if record.target is None:
-            findings.append(Finding(record.where, 'no target, the field "image"', "training needs one"))
-    bad = {finding.where for finding in findings if finding.fatal}
-    checked = Report([record for record in report.records if record.where not in bad], findings)
-    if checked.findings:
+            issues.append(Issue(record.where, 'no target, the field "image"', "training needs one"))
+    bad = {issue.where for issue in issues if issue.fatal}
+    checked = Report([record for record in report.records if record.where not in bad], issues)
+    if checked.issues:
         log.warning("%s", checked.text())
-    return checked.records if data.skip_bad else checked.require()
+    return checked.records if data.skip_bad else checked.raise_if_errors()
 
 
 def stored(records: Sequence[Record], store: FeatureStore | NpyFolder, data: DataConfig) -> list[Record]:
-    """The records whose pictures are all in the store.
+    """The records whose images are all in the store, and are still what was extracted.
 
     Raises TrainingError if any is not, unless `data.skip_bad`, which logs those.
     """
-    pictures = {record.where: (record.target, *record.references) for record in records}
-    wanted = sorted({path for paths in pictures.values() for path in paths})
-    missing = store.missing(wanted)
-    if missing and not data.skip_bad:
-        raise TrainingError(
-            f"{data.features} lacks {len(missing)} of {len(wanted)} pictures, the first {missing[0]}: "
-            "run tools/extract_features.py on the same records again, or set data.skip_bad=True to leave these out"
-        )
-    absent = set(missing)
-    left_out = [record.where for record in records if absent.intersection(pictures[record.where])]
+    named = {}
+    for record in records:
+        for crop in training_crops(record):
+            named.setdefault(crop, record.where)
+    unusable = {}
+    for crops, how in ((store.missing(named), "not in it"), (store.changed(named), "changed or gone since")):
+        if crops and not data.skip_bad:
+            raise TrainingError(
+                f"{data.features}: {len(crops)} of {len(named)} images {how}, the first {crops[0]} "
+                f"of {named[crops[0]]}: run tools/extract_features.py on the same records again, "
+                "or set data.skip_bad=True to leave these out"
+            )
+        unusable |= dict.fromkeys(crops, how)
+    kept, left_out = [], []
+    for record in records:
+        bad = [f"{crop} {unusable[crop]}" for crop in training_crops(record) if crop in unusable]
+        if bad:
+            left_out.append(f"{record.where}: {', '.join(bad)}")
+        else:
+            kept.append(record)
     if left_out:
-        log.warning("%s lacks pictures of %d records, left out: %s", data.features, len(left_out), "; ".join(left_out))
-    return [record for record in records if not absent.intersection(pictures[record.where])]
+        log.warning("%s: %d records are left out: %s", data.features, len(left_out), "; ".join(left_out))
+    return kept

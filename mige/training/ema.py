@@ -24,13 +24,16 @@ class AveragedWeights(EMAModel):
         self.to(dtype=torch.float32)
 
     def named(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor | None]:
-        """The whole averages by the parameters' names, a tied one under each of its names; called by all processes."""
+        """The averages by the parameters' names, whole and of the same shape, a tied one under each of its names.
+
+        Called by all processes.
+        """
         average = dict(zip(map(id, trained), self.whole(), strict=True))
         named = model.named_parameters(remove_duplicate=False)
         return {name: average[id(parameter)] for name, parameter in named if id(parameter) in average}
 
     def whole(self) -> list[Tensor | None]:
-        """The averages, in the parameters' order; sharded ones gathered in host memory.
+        """The averages, in the parameters' order and of the same shape; sharded ones gathered in host memory.
 
         Called by every process; None stands for what was gathered in all but the first, which alone writes files.
         """

@@ -66,6 +66,7 @@ def useful_flops(forward: dict[str, float], trainable: str) -> float:
         "all": {},
         "full": {"image_encoder": 1},
         "text_encoder_frozen": {"image_encoder": 1, "text_encoder": 2},
+        "dit": {"image_encoder": 1, "qformer": 1, "fusion": 1, "text_encoder": 1},
         "lora": {"image_encoder": 1, "qformer": 1, "fusion": 1, "text_encoder": 1, "transformer": 2},
     }[trainable]
     return sum(passes.get(part, 3) * flops for part, flops in forward.items())

@@ -58,7 +58,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], gpus: int) ->
     if rank >= machines:
         raise LaunchError(f"RANK is {rank}, expected 0 to {machines - 1}: it counts the {machines} MACHINES from 0")
     several = processes * machines > 1
-    how = environment.get("LAUNCH") or ("cpu" if gpus == 0 else "zero2" if several else "one_gpu")
+    how = environment.get("LAUNCH") or ("cpu" if gpus == 0 else "ddp" if several else "one_gpu")
     known = ("cpu", "one_gpu", "ddp", "fsdp2", "zero2")
     if how not in known:
         raise LaunchError(f"LAUNCH is {how!r}, expected one of {', '.join(known)}")
@@ -82,7 +82,7 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], gpus: int) ->
 
 
 def _accelerate(how: str) -> dict[str, str]:
-    return {"ACCELERATE_USE_CPU": "true"} if how == "cpu" else {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    return {"ACCELERATE_USE_CPU": "true"} if how == "cpu" else {}
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:

@@ -49,7 +49,7 @@ class Metrics:
         return self.work / (time.perf_counter() - self.started)
 
     def add(self, mse_B: Tensor, vb_B: Tensor, task_B: Tensor, time_B: Tensor, timesteps: int) -> None:
-        """The samples of all processes of one micro-batch; `task_B` holds positions in `Task`."""
+        """The samples of all processes of one micro-batch, [B] each; `task_B` holds positions in `Task`."""
         tasks = list(Task)
         rows = zip(mse_B.tolist(), vb_B.tolist(), task_B.tolist(), time_B.tolist(), strict=True)
         for mse, vb, task, when in rows:

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mige.config import Config
-from mige.data.dataset import TrainingBatch
-from mige.diffusion.gaussian import Loss
+from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
+from mige.models.vae import downscale
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
 from mige.training.metrics import Metrics, StepMetrics
+from mige.training.objective import Judged, Objective
 from mige.training.optimizers import learning_rate
+from mige.training.warm_up import compiled_graphs
 from mige.utils.files import append_json_line
 
 
@@ -39,26 +40,32 @@ class Monitor:
         pipeline: MIGEPipeline,
         dataset: Dataset,
         timesteps: int,
+        objective: Objective,
     ):
         self.accelerator, self.config, self.run = accelerator, config, run
         self.pipeline, self.model, self.dataset, self.timesteps = pipeline, pipeline.model, dataset, timesteps
+        self.objective = objective
         settings = config.train
         self.micro_batch = settings.batch_size * accelerator.num_processes  # samples of all processes
         self.global_batch_size = self.micro_batch * settings.gradient_accumulation_steps
-        self.metrics = Metrics(settings.noise_levels)
+        self.metrics = Metrics(objective.levels)
         self.pending: deque[StepMetrics] = deque()
         self.stop_everywhere, self.norm = False, None
+        self.warm_graphs: int | None = None  # compiled before the first step; None: nothing is compiled
         self.peak = measured_peak_flops(accelerator.device)
         self._work: dict[tuple[int, int], float] = {}
 
-    def add(self, step: int, micro: int, batch: TrainingBatch, loss: Loss, norm: Tensor | None, stop: bool) -> None:
-        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them."""
-        tasks = batch.task_B.repeat(self.config.train.noise_levels)
+    def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
+        """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them.
+
+        `norm`: the gradient's, [], in a micro-batch that ends a step.
+        """
+        loss, tasks = judged.loss, batch.task_B.repeat(self.objective.levels)
         stopping = torch.full_like(loss.mse, stop)
-        rows = torch.stack([loss.mse, loss.vb, tasks.float(), batch.time_B.float(), stopping]).detach()
+        rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         queries = self.pipeline.fusion.config.num_queries
-        work = sum(self._flops(one.length(queries), one.pictures) for one in batch.instructions)
+        work = sum(self._flops(one.length(queries), one.num_images) for one in batch.instructions)
         self.pending.append(StepMetrics(step, micro, everyone, norm, work))
 
     def flush(self, all_but: int = 0) -> None:
@@ -88,7 +95,7 @@ class Monitor:
 
     def _not_finite(self, micro: int, losses: Tensor) -> list[int]:
         """Places in the global batch of the samples with such a loss; they lie as process, noise level, sample."""
-        levels, size = self.config.train.noise_levels, self.config.train.batch_size
+        levels, size = self.objective.levels, self.config.train.batch_size
         bad = (~losses.isfinite()).reshape(-1, levels, size).any(1).flatten()
         return [micro * self.micro_batch + place for place in bad.nonzero().flatten().tolist()]
 
@@ -107,10 +114,12 @@ class Monitor:
         line = self.metrics.pop_means(
             step=step,
             samples=step * self.global_batch_size,
-            epoch=step * self.global_batch_size / len(self.dataset),
+            epoch=self.dataset.epochs(step * self.global_batch_size),
             lr=learning_rate(settings, step - 1, self.global_batch_size),
             grad_norm=self.norm,
         )
+        if self.warm_graphs is not None:
+            line["recompiles"] = compiled_graphs() - self.warm_graphs
         if self.peak is not None:
             line |= {"mfu": work / self.peak, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         if self.accelerator.is_main_process:
@@ -120,11 +129,12 @@ class Monitor:
     def _flops(self, context: int, images: int) -> float:
         """Useful FLOPs of one sample of this process."""
         if (context, images) not in self._work:
-            side = self.config.data.size // latents.downscale(self.pipeline.vae)
+            side = self.config.data.size // downscale(self.pipeline.vae)
             tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
             forward = forward_flops(self.model, tokens, context, images)
-            forward["transformer"] *= self.config.train.noise_levels
-            self._work[context, images] = useful_flops(forward, self.config.train.trainable)
+            frozen = self.objective.frozen_passes * forward["transformer"]
+            forward["transformer"] *= self.objective.levels
+            self._work[context, images] = useful_flops(forward, self.config.train.trainable) + frozen
         return self._work[context, images]
 
 

@@ -32,8 +32,7 @@ def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device
     matrices = {id(p) for group in groups for p in group["params"]}
     others = [p for p in model.parameters() if id(p) not in matrices]
     muon = BatchedMuon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-    rest = "adamw_bf16" if config.param_dtype == "bfloat16" else "adamw"
-    return [muon, build_optimizer(dataclasses.replace(config, optimizer=rest), others, device)]
+    return [muon, build_optimizer(dataclasses.replace(config, optimizer="adamw"), others, device)]
 
 
 def build_optimizer(
@@ -41,17 +40,17 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW with decay on every parameter, norms and biases too, as the released weights were trained.
 
-    "adamw" keeps its moments in the weights' dtype. On bfloat16 weights its updates, a millionth of the value, would
-    mostly round to nothing; "adamw_bf16" rounds weights and moments stochastically. "adamw_8bit" stores moments in
-    8 bits (bitsandbytes). Raises ImportError naming the extra to install.
+    On bfloat16 parameters the updates of "adamw", a millionth of the value, would mostly round to nothing: there it
+    rounds parameters and moments stochastically. "adamw_8bit" stores moments in 8 bits (bitsandbytes). Raises
+    ImportError naming the extra to install.
     """
     parameters = [p for p in parameters if p.requires_grad]
     options = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw" and any(p.dtype is torch.bfloat16 for p in parameters):
+        return StochasticAdamW(parameters, seed=config.seed, **options)
     if config.optimizer == "adamw":
         # The parameters may still be on the CPU: DeepSpeed moves them, and unfused steps of its flat ones take 10 GB.
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
-    if config.optimizer == "adamw_bf16":
-        return StochasticAdamW(parameters, seed=config.seed, **options)
     from bitsandbytes.optim import AdamW8bit  # extra: pip install 'mige[bitsandbytes]'
 
     return AdamW8bit(parameters, **options)

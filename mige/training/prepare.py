@@ -20,7 +20,7 @@ from mige.training.pretrained import adapters_to_float32
 def prepare_vae(config: Config, pipeline: MIGEPipeline, accelerator: Accelerator) -> AutoencoderKL:
     """The frozen VAE that encodes in training, outside the trained model."""
     vae = pipeline.vae.to(accelerator.device).requires_grad_(False)
-    if config.data.world and accelerator.mixed_precision == "bf16":  # encodes anew at every step: be fast
+    if config.data.world and config.train.precision != "float32":  # encodes anew at every step: be fast
         vae = copy.deepcopy(vae).to(torch.bfloat16, memory_format=torch.channels_last)
     if "vae" in config.train.compile:
         vae.encoder.compile(dynamic=True)  # the number of images differs from batch to batch

@@ -16,8 +16,8 @@ from mige.training.errors import TrainingError
 def load_pretrained(config: Config, device: torch.device) -> MIGEPipeline:
     """The pipeline that training starts from: a checkpoint folder, or fresh parameters from the seed.
 
-    Trained parts are in `train.param_dtype`, the frozen vision tower on a GPU in the dtype it was trained with, the VAE
-    in float32.
+    Parts are in the dtype of `train.precision`, the frozen vision tower on a GPU in the dtype it was trained with, the
+    VAE in float32.
     """
     settings = config.train
     dtype = getattr(torch, settings.param_dtype)
@@ -60,8 +60,8 @@ def check_shardable(settings: TrainConfig, by: str) -> None:
         raise TrainingError("train.trainable is 'lora': its few weights are not sharded; launch without FSDP2 (DDP)")
     if (settings.optimizer, settings.param_dtype) != ("adamw", "float32"):
         raise TrainingError(
-            f"train.optimizer is {settings.optimizer!r} on {settings.param_dtype} weights; {by} shards 'adamw' on "
-            "float32 weights (and computes in bfloat16): set these, or launch without it"
+            f"train.optimizer is {settings.optimizer!r} on {settings.param_dtype} parameters; {by} shards 'adamw' on "
+            "float32 parameters: set train.optimizer=adamw train.precision=mixed, or launch without it (LAUNCH=ddp)"
         )
 
 

@@ -4,30 +4,33 @@ Everything that decides which sample comes when, what is done with it, or what t
 is written into each checkpoint under the names below, which do not follow renamings in the code or the config.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from mige.config import Config
+from mige.config import Config, TrainConfig
+from mige.data.order import ORDER, exact
 from mige.data.records import Record
 from mige.training.errors import TrainingError
 
 
 def resume_invariants(
-    config: Config, dataset: Dataset, *, global_batch_size: int, precision: str, sharding: str, processes: int
+    config: Config, dataset: Dataset, *, global_batch_size: int, sharding: str, processes: int
 ) -> dict[str, Any]:
     """Name -> value in JSON of all that must stay.
 
     Args:
-        precision: mixed precision, of accelerate. sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
+        sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
     """
     data, train, model = config.data, config.train, config.model
     facts = {
         "seed": train.seed,
         "global_batch_size": global_batch_size,
         "epoch_samples": len(dataset),
+        "order": ORDER if data.sets else None,  # the miniature world's cases come as they are numbered
         "world": [[kind, float(weight)] for kind, weight in data.world.items()],
         "image_size": data.size,
         "features": data.features is not None,
@@ -37,13 +40,13 @@ def resume_invariants(
         "noise_levels": train.noise_levels,
         "snr_gamma": train.snr_gamma,
         "snr_power": float(train.snr_power),
-        "optimizer": train.optimizer,
+        "optimizer": "adamw_bf16" if _stochastic(train) else train.optimizer,
         "betas": [float(beta) for beta in train.betas],
         "eps": float(train.eps),
         "weight_decay": float(train.weight_decay),
         "ema": train.ema,
         "param_dtype": train.param_dtype,
-        "mixed_precision": precision,
+        "mixed_precision": train.mixed_precision,
         "trainable": train.trainable,
         "lora_rank": train.lora_rank if train.trainable == "lora" else None,
         "sharding": sharding,
@@ -63,13 +66,19 @@ def resume_invariants(
         facts[f"set_{number}"] = {
             "file": str(one["file"]).replace("\\", "/").rsplit("/", 1)[-1],
             "records": len(records),
-            "weight": float(one["weight"]),
+            "weight": float(exact(one["weight"])),
             "digest": _digest(records),
         }
     facts["sets"] = len(data.sets)
+    if config.distillation is not None:
+        facts["distillation"] = dataclasses.asdict(config.distillation)
     if sharding == "ZeRO-2":
         facts["processes"] = processes
     return facts
+
+
+def _stochastic(train: TrainConfig) -> bool:
+    return train.optimizer == "adamw" and train.precision == "bfloat16" and train.trainable != "lora"
 
 
 def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:

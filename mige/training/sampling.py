@@ -23,9 +23,9 @@ def load_sample_records(settings: TrainConfig, pipeline: MIGEPipeline) -> Sequen
         return []
     report = read_records([Path(file) for file in settings.sample_records])
     fusion = pipeline.fusion.config
-    findings = list(report.findings) + check_images(report.records, size=pipeline.output_size(None, None))
-    findings += check_lengths(report.records, pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
-    return Report(report.records, findings).require()
+    issues = list(report.issues) + check_images(report.records, size=pipeline.output_size(None, None))
+    issues += check_lengths(report.records, pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
+    return Report(report.records, issues).raise_if_errors()
 
 
 def sample(records: Sequence[Record], pipeline: MIGEPipeline, settings: TrainConfig, folder: Path, step: int) -> None:
@@ -34,14 +34,15 @@ def sample(records: Sequence[Record], pipeline: MIGEPipeline, settings: TrainCon
     how = inference.Settings(model=f"step {step}", dtype=settings.param_dtype, steps=settings.sample_steps)
     pipeline.model.eval()
     try:
-        inference.run(records, pipeline, how, folder)
+        with torch.compiler.set_stance("force_eager"):  # compiled for its few steps, a shape would take a minute
+            inference.run(records, pipeline, how, folder)
     finally:
         pipeline.model.train()
 
 
 @contextmanager
 def holding(named: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters hold other values for a while; their own wait in host memory."""
+    """Parameters hold averages of the same shape for a while; their own numbers wait in host memory."""
     own = {name: named[name].detach().cpu().clone() for name in averages}
     with torch.no_grad():
         for name, value in averages.items():

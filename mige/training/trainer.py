@@ -7,46 +7,65 @@ resumed equals one that never stopped, bit for bit.
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
-from mige.data.dataset import Counters, TrainingBatch, collate
+from mige.data.batch import TrainingBatch, collate
+from mige.data.order import ResumableBatchSampler
 from mige.data.synthetic.stream import collate_world
-from mige.diffusion.gaussian import Diffusion, Loss
-from mige.training import checkpointing, sampling
+from mige.diffusion.gaussian import Diffusion
+from mige.training import checkpointing, precision, sampling
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
 from mige.training.monitor import Monitor
+from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
 from mige.training.prepare import prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
 from mige.training.resume import check_invariants, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
+from mige.training.warm_up import compiled_graphs, warm_up_batches
 
 log = logging.getLogger("mige")
 
+# Gradients lie in the buckets that are reduced: no copies. Buckets of 250 MB keep NVLink busy. Buffers never change.
+DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=250, broadcast_buffers=False)
+
 
 class Trainer:
-    """A training in a run folder. Everything that the config names is opened here; nothing is written before `run`."""
+    """A training in a run folder. Everything that the config names is opened here; nothing is written before `run`.
 
-    def __init__(self, config: Config, run: Path):
-        self.config, self.run_folder, self.step = config, run, 0
-        settings = config.train
+    Args:
+        resume: the checkpoint that `run` is going to resume; None: the newest of the run folder, if there is one.
+    """
+
+    def __init__(self, config: Config, run: Path, resume: Path | None = None):
+        self.run_folder, self.step = run, 0
         check_run_folder(run)
-        check_trackers(settings.trackers)
+        check_trackers(config.train.trackers)
         if not config.data.sets and not config.data.world:
             raise ConfigError("data.sets is empty, and so is data.world: name a file of records or kinds of tasks")
+        config, chosen = self._resolve(config, resume)
+        self.config, settings = config, config.train
         self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            kwargs_handlers=[DDP],
             # As a number a launch file's own, which counts as 1 where it has none, would be taken instead.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
             log_with=list(settings.trackers) or None,
@@ -55,6 +74,7 @@ class Trainer:
         self.device, self.stop = self.accelerator.device, StopRequest()
         if self.accelerator.is_main_process:
             log_to_terminal()
+            log.info(chosen)
         zero2 = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         self.sharding = "ZeRO-2" if zero2 else "FSDP2" if self.accelerator.is_fsdp2 else "none"
         if self.sharding != "none":
@@ -64,6 +84,7 @@ class Trainer:
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
         self.vae = prepare_vae(config, self.pipeline, self.accelerator)
+        self.objective = self._make_objective()
         self.model, self.optimizers = prepare_model(settings, self.plain, self.accelerator)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = None
@@ -71,10 +92,25 @@ class Trainer:
             self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)
         timesteps = len(self.diffusion.tables["log_beta"])
-        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps)
+        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective)
         self.global_batch_size = self.monitor.global_batch_size
         many = sum(p.numel() for p in self.trained)
         log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
+
+    def _resolve(self, config: Config, resume: Path | None) -> tuple[Config, str]:
+        """The config with its precision chosen, and a line that says so; starts the group of processes."""
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        zero2, fsdp2 = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+        checkpoint = resume or next(iter(checkpointing.list_checkpoints(self.run_folder)[-1:]), None)
+        saved = None if checkpoint is None else checkpointing.read_progress(checkpoint)[1]
+        return precision.resolve(config, saved, state, "ZeRO-2" if zero2 else "FSDP2" if fsdp2 else "none")
+
+    def _make_objective(self) -> Objective:
+        """What is trained, made before the model is frozen and wrapped."""
+        settings = self.config.train
+        if self.config.distillation is not None:
+            raise ConfigError("the config has a section distillation: train it by train_scripts/distill.py")
+        return NoiseObjective(self.diffusion, settings.noise_levels, settings.snr_gamma, settings.snr_power)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -88,11 +124,25 @@ class Trainer:
         with self.stop.listening():
             with open_run_folder(self.accelerator, self.config, self.run_folder, self.step):
                 self._load(checkpoint)
+                self._warm_up()
                 code = self._loop()
             # Not after an error: it may wait for the other processes, they for this one, and it would go unheard.
             self.accelerator.state.destroy_process_group()
             report_outcome(str(code))
         return code
+
+    def _warm_up(self) -> None:
+        """Compile what the steps need; the parameters stay as they are."""
+        if not self.config.train.compile or self.sharding == "ZeRO-2":  # whose engine counts every backward pass
+            return
+        started = time.perf_counter()
+        for batch in warm_up_batches(self.config, self.pipeline):
+            judged = self._loss(batch.to(self.device))
+            self.accelerator.backward((judged.loss.total * judged.weight_B).mean())
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.monitor.warm_graphs = compiled_graphs()
+        log.info("warm-up: compiled in %.0f s", time.perf_counter() - started)
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
@@ -129,15 +179,14 @@ class Trainer:
             batch = self._next(batches, micro).to(self.device)
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
-                loss, norm = self._loss(batch), None
-                weight = self.diffusion.weight(batch.time_B, settings.snr_gamma, settings.snr_power)
-                self.accelerator.backward((loss.total * weight).mean())
+                judged, norm = self._loss(batch), None
+                self.accelerator.backward((judged.loss.total * judged.weight_B).mean())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                self.monitor.add(self.step, micro, batch, loss, norm, self.stop.given)
+                self.monitor.add(self.step, micro, batch, judged, norm, self.stop.given)
         if self.ema is not None:
             self.ema.step(self.trained)
 
@@ -153,22 +202,8 @@ class Trainer:
         number = (self.step * settings.gradient_accumulation_steps + micro) * accelerator.num_processes
         torch.manual_seed((settings.seed << 32) + number + accelerator.process_index)
 
-    def _loss(self, batch: TrainingBatch) -> Loss:
-        x0, references, source = batch.latents(self.vae)
-        x0 = x0.repeat(self.config.train.noise_levels, 1, 1, 1)
-        x_t = self.diffusion.add_noise(x0, batch.noise_BCHW, batch.time_B)
-        with self.accelerator.autocast():
-            output = self.model(
-                x_t,
-                batch.time_B.float(),
-                batch.instructions,
-                batch.vision_RCHW,
-                references,
-                source,
-                batch.drop_text_B,
-                batch.drop_source_B,
-            )
-        return self.diffusion.loss(output, x0, x_t, batch.noise_BCHW, batch.time_B)
+    def _loss(self, batch: TrainingBatch) -> Judged:
+        return self.objective(self.model, self.vae, batch, self.accelerator.autocast)
 
     # ---- samples and checkpoints -------------------------------------------------------------------------------------
 
@@ -202,7 +237,6 @@ class Trainer:
             self.config,
             self.dataset,
             global_batch_size=self.global_batch_size,
-            precision=self.accelerator.mixed_precision,
             sharding=self.sharding,
             processes=self.accelerator.num_processes,
         )
@@ -241,7 +275,7 @@ class Trainer:
 def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, step: int) -> DataLoader:
     """The micro-batches of this process from that step on."""
     settings, workers = config.train, config.data.workers
-    counters = Counters(
+    indices = ResumableBatchSampler(
         batch=settings.batch_size,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
@@ -250,7 +284,7 @@ def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, ste
     )
     return DataLoader(
         dataset,
-        batch_sampler=counters,
+        batch_sampler=indices,
         collate_fn=collate_world if config.data.world else collate,
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",

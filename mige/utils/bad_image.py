@@ -12,7 +12,7 @@ class BadImageError(UserError, ValueError):
 
     def __init__(self, image: Path | str, problem: str, remedy: str):
         super().__init__(image, problem, remedy)
-        self.problem, self.remedy = problem, remedy
+        self.message, self.hint = problem, remedy
 
     def __str__(self) -> str:
         return "{}: {}; {}".format(*self.args)

@@ -16,6 +16,11 @@ class FolderInUseError(OSError):
     """Another process writes into the folder; the message names it and says what to do."""
 
 
+def absolute(path: Path | str) -> str:
+    """The path from `/`, without `.` and `..`; touches no file."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links and ask the disk
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old one or the new one, never half of it."""
     write_bytes(path, text.encode("utf-8"))
@@ -45,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder to write into beside `path`, renamed to it at the end; on any error it is removed and `path` stays.
 
     Raises FileExistsError if `path` is there already.

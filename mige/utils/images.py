@@ -40,6 +40,7 @@ __all__ = [
     "center_crop",
     "check_shape",
     "image_key",
+    "image_size",
     "letterbox",
     "open_image",
     "save_image",
@@ -110,6 +111,29 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
         raise BadImageError(path, f"cannot be decoded ({error})", "the file is damaged: replace it") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright image in `path`, px, by its header; the same as `open_image(path).size`.
+
+    A PNG is decoded for it where it is not square, as its orientation may stand behind the pixels. Raises BadImageError
+    for what is no image.
+    """
+    _check_file(path)
+    try:
+        with Image.open(path, formats=_formats(path)) as image:
+            check_size(path, image.size)
+            if image.format == "PNG" and image.width != image.height:
+                image.load()
+            # Of a TIFF Pillow gives the upright size, but keeps the tag until the image is decoded.
+            turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+            return image.size[::-1] if turned else image.size
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise unknown_file(path) from error
+    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning, *DAMAGED) as error:
+        raise BadImageError(path, f"cannot be read ({error})", "replace the file") from error
+
+
 def image_key(image: Image.Image) -> bytes:
     """A digest of size and pixels of a result of `as_image`: two of the same key are the same image."""
     return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest()
@@ -130,10 +154,9 @@ def _from_pil(image: Image.Image, ignore_profiles: bool, max_pixels: int) -> Ima
 
 def _upright_rgb(name: Path | str, image: Image.Image, ignore_profiles: bool) -> Image.Image:
     """A new image; `image` stays as it is. Turned last, when it takes least memory, and in one step."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
     image.load()
-    # Only now are the tags complete: some formats keep them behind the pixels.
-    orientation = image.getexif().get(ExifTags.Base.Orientation, orientation)
+    # Asked only now: PNG may keep its tags behind the pixels, and Pillow turns a TIFF itself and drops the tag.
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
     rgb = to_rgb(name, image, ignore_profiles)
     if orientation in range(2, 9):
         rgb.getexif()[ExifTags.Base.Orientation] = orientation

@@ -28,18 +28,19 @@ def check_shape(size: tuple[int, int], height: int, width: int, *, letterboxed: 
             problem = f"fitted into {width} x {height} its short side is less than 1 px"
             raise BadImageError(_shape(size), problem, "crop it")
         return
-    covering = _covering(size, height, width)
-    check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering[::-1])
+    check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering(size, height, width)[::-1])
 
 
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def center_crop(image: Image.Image, height: int, width: int, *, like: tuple[int, int] | None = None) -> Image.Image:
     """Scale (bilinear, antialiased) to cover height x width, then cut out the centre; the mode is kept.
 
+    like: width and height of the image whose crop this one shares: it is scaled to the shape which that one is scaled
+      to, so that both show the same part (see `data/crops.py`). None: its own.
     For a square this is torchvision's Resize(size) + CenterCrop(size), bit for bit. Raises BadImageError where the
     image is so long that its scaled form would exceed MAX_PIXELS.
     """
-    check_shape(image.size, height, width)
-    tall, wide = _covering(image.size, height, width)
+    check_shape(like or image.size, height, width)
+    tall, wide = covering(like or image.size, height, width)
     scaled = image if image.size == (wide, tall) else image.resize((wide, tall), Image.Resampling.BILINEAR)
     left, top = round((wide - width) / 2), round((tall - height) / 2)
     return scaled.crop((left, top, left + width, top + height))
@@ -101,8 +102,8 @@ def _unit(image: Image.Image) -> "Tensor":
     return channels_last.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
-def _covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """Height and width of an image of `size` (width, height) scaled to cover height x width."""
+def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image of `size` (width, height) scaled to cover height x width, px."""
     if size[0] * height >= size[1] * width:
         return height, int(height * size[0] / size[1])
     return int(width * size[1] / size[0]), width

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mige.utils.errors import UserError
@@ -40,6 +41,11 @@ def check_type(name: str, value: Any, hint: Any) -> None:
                 check_type(f"{name}.{key}", one, float)
         return
     if not isinstance(value, list | tuple):
+        if isinstance(value, str) and value.lstrip().startswith("["):  # an override that is no literal stays text
+            raise ConfigError(
+                f"{name} is the text {value!r}, expected a list of plain values; "
+                'a dict is written {"file": "a.jsonl"}'
+            )
         raise ConfigError(f"{name} is {value!r}, expected a list, such as [{value!r}]")
     for number, one in enumerate(value):
         check_type(f"{name}[{number}]", one, inner[0])
@@ -54,6 +60,19 @@ def positive(name: str, got: Any) -> None:
     check_type(name, got, float)
     if got <= 0:
         raise ConfigError(f"{name} is {got}, expected a number above 0")
+
+
+def positive_fraction(name: str, got: Any) -> None:
+    """A number above 0, or a fraction as text."""
+    if not isinstance(got, str):
+        positive(name, got)
+        return
+    try:
+        fits = float(Fraction(got)) > 0
+    except (ValueError, ArithmeticError):
+        fits = False
+    if not fits:
+        raise ConfigError(f'{name} is {got!r}, expected a number above 0, or a fraction such as "1/3"')
 
 
 def within(name: str, got: float, low: float, high: float) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from mige.tasks import MOST_REFERENCES, Task
+from mige.tasks import MAX_REFERENCES, Task
 
 _FILE = {"title": "ImageData", "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 
@@ -47,7 +47,7 @@ JOBS = (
         Task.SUBJECT,
         "Generate with my subject",
         "generate",
-        ("Drop a subject, or click", *("Optional: one more subject",) * (MOST_REFERENCES - 1)),
+        ("Drop a subject, or click", *("Optional: one more subject",) * (MAX_REFERENCES - 1)),
         "a picture 1 next to a picture 2 on a beach",
     ),
     Job(Task.EDIT, "Edit a picture", "edit", ("Drop the picture to edit, or click",), "make it a snowy winter day"),
@@ -58,7 +58,7 @@ JOBS = (
         (
             "Drop the picture to edit, or click",
             "Drop a subject, or click",
-            *("Optional: one more subject",) * (MOST_REFERENCES - 2),
+            *("Optional: one more subject",) * (MAX_REFERENCES - 2),
         ),
         "put picture 2 to the left of the cup in picture 1",
     ),

@@ -38,7 +38,7 @@ def of_the_world(task: Task, folder: Path) -> list[Example]:
 
 def of_records(task: Task, folder: Path) -> list[Example]:
     """The records of `folder`/TASK.json, as `read_records` reads them; raises BadRecordsError where it finds faults."""
-    return [_from_record(record) for record in read_records([folder / f"{task}.json"]).require()]
+    return [_from_record(record) for record in read_records([folder / f"{task}.json"]).raise_if_errors()]
 
 
 def _spelled(one: BenchCase) -> str:

@@ -5,13 +5,16 @@ up on the disk before it was found among those. Folders have names of `secrets.t
 to whoever it was given to and to nobody else.
 """
 
+import logging
+import os
 import secrets
 import shutil
+import stat
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_STORED_BYTES = 4 * 2**30
 SUFFIXES = {
@@ -24,6 +27,8 @@ SUFFIXES = {
     ".webp": "image/webp",
 }
 """What a browser may show in place; everything else is a download. No SVG: it may hold scripts."""
+
+_log = logging.getLogger(__name__)
 
 
 class StoreFullError(Exception):
@@ -101,18 +106,40 @@ class FileStore:
         real = found.resolve()
         return found if found == real and found.is_file() and real.is_relative_to(self.folder) else None
 
+    def open(self, path: Any) -> BinaryIO | None:
+        """The file of a path that `find` finds, open for reading: what is swept or exchanged meanwhile changes nothing.
+
+        None where `find` gives None, and where the file became a link or went away in between.
+        """
+        found = self.find(path)
+        if found is None:
+            return None
+        try:
+            file = os.fdopen(os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        except OSError:  # swept, or a link by now
+            return None
+        if self.find(path) is None or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            return None
+        return file
+
     def sweep(self, keep_seconds: float) -> None:
         """Delete every folder and file older than that, the examples apart, and forget what lay in them."""
         oldest = time.time() - keep_seconds
         for entry in self.folder.iterdir():
-            if entry in self._permanent or entry.lstat().st_mtime > oldest:
-                continue
-            with self._lock:
-                self._forget(entry)
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+            try:
+                if entry not in self._permanent and entry.lstat().st_mtime <= oldest:
+                    self._delete(entry)
+            except OSError:  # tried again next time; the others go now
+                _log.exception("%s could not be deleted", entry)
+
+    def _delete(self, entry: Path) -> None:
+        with self._lock:
+            self._forget(entry)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
     def _forget(self, entry: Path) -> None:
         below = {path for path in self._sizes if Path(path).is_relative_to(entry)}

@@ -9,15 +9,18 @@ event it is for, and written anew. A value that looks like a file becomes the pa
 import asyncio
 import json
 import logging
+import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import gradio as gr
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mige.web import event_body
@@ -28,6 +31,7 @@ UPLOAD_MB = 20  # of one file
 MAX_FILES = 4  # of one upload
 MAX_BODY = 256 * 1024  # bytes of an event
 MAX_IN_FLIGHT = 64  # requests that send something, at the same time; finished ones wait in the queue instead
+CHUNK = 256 * 1024  # bytes of a file that is sent at once
 BODY_SECONDS = 120  # for a body to arrive
 
 API = "/gradio_api"
@@ -42,6 +46,7 @@ _READ = re.compile(
 _FILE = f"{API}/file="
 _EVENT = re.compile(rf"{API}/(queue/join|run|api|call/v2|call)(?:/(\w{{1,80}}))?/?", re.ASCII)
 _RESULT = re.compile(rf"{API}/call/(?:v2/)?\w{{1,80}}/({event_body.ID.pattern})", re.ASCII)
+_HOST = re.compile(r"(?:[\w.-]{1,253}|\[[\da-f:.]{2,45}\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 _FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 
 _log = logging.getLogger(__name__)
@@ -85,6 +90,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
+        scope = scope | {"headers": _checked_headers(scope)}
         if method in ("GET", "HEAD"):
             await self._read(path, scope, receive, send)
         elif method == "POST":
@@ -128,6 +134,7 @@ class Guard:
         if not match:
             body = event_body.of_cancel(sent)
         else:
+            self._require_room()
             route, name = match.groups()
             body = event_body.of_event(self.page(), self.store, route, name, sent)
             if route == "call/v2":  # parameters by name: now in their order
@@ -136,17 +143,16 @@ class Guard:
 
     def _file(self, path: str) -> Response:
         """A file that was handed out. For any other path one answer, be there a file or not."""
-        found = self.store.find(path)
-        if found is None:
+        file = self.store.open(path)
+        if file is None:
             raise _NOTHING_HERE
-        shown_as = SUFFIXES.get(found.suffix.lower())
-        return FileResponse(
-            found,
-            media_type=shown_as or "application/octet-stream",
-            content_disposition_type="inline" if shown_as else "attachment",
-            filename=found.name,
-            headers=_FILE_HEADERS,
-        )
+        name = PurePath(path).name
+        shown_as = SUFFIXES.get(PurePath(path).suffix.lower())
+        headers = _FILE_HEADERS | {
+            "Content-Length": str(os.fstat(file.fileno()).st_size),
+            "Content-Disposition": f"{'inline' if shown_as else 'attachment'}; filename*=utf-8''{quote(name)}",
+        }
+        return StreamingResponse(_chunks(file), headers=headers, media_type=shown_as or "application/octet-stream")
 
     async def _upload(self, request: Request) -> Response:
         """Keep the files of a form; answers with the paths by which the sender, and nobody else, may name them."""
@@ -169,6 +175,11 @@ class Guard:
         finally:
             await form.close()
 
+    def _require_room(self) -> None:
+        queue = self.page()._queue
+        if queue.max_size is not None and len(queue) >= queue.max_size:
+            raise BadRequestError(f"{queue.max_size} requests wait already: try again in some minutes.", 503)
+
     def _require_session(self, session: str | None) -> None:
         """Gradio would open a stream and fail within."""
         if session not in self.page()._queue.pending_messages_per_session:
@@ -185,8 +196,23 @@ _NOTHING_HERE = BadRequestError("There is nothing at this address.", 404)
 _NO_SESSION = BadRequestError("There is no such request: it has ended, or was never sent.", 404)
 
 
+def _checked_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The headers of a request, of which Gradio makes the addresses of its answer; without those of its own servers."""
+    for name, value in scope["headers"]:
+        hosts = value.decode("latin-1").split(",") if name in (b"host", b"x-forwarded-host") else []
+        if not all(_HOST.fullmatch(host.strip()) for host in hosts):
+            raise BadRequestError(f"The header “{name.decode()}” names no host: send one as in “example.org:7860”.")
+    return [(name, value) for name, value in scope["headers"] if not name.startswith(b"x-gradio-")]
+
+
 def _refusal(sentence: str, status: int) -> Response:
     return JSONResponse({"error": sentence, "detail": sentence}, status)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def _limited(receive: Receive, most: int) -> Receive:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mige.data.records import UNSTORABLE
-from mige.tasks import MOST_REFERENCES, PLACEHOLDER, Task
+from mige.tasks import MAX_REFERENCES, PLACEHOLDER, Task
 
 MAX_CHARACTERS = 2000  # the model reads 88 words
 
@@ -93,9 +93,9 @@ def _check_numbers(task: Task, numbers: Sequence[int], given: Sequence[bool]) ->
             f"The instruction does not name {_listed(unnamed)}: write “picture {unnamed[0]}” where it belongs, "
             "or take the picture away."
         )
-    if len(numbers) > MOST_REFERENCES:
+    if len(numbers) > MAX_REFERENCES:
         raise RefusedError(
-            f"The instruction names pictures {len(numbers)} times: the model reads at most {MOST_REFERENCES}, "
+            f"The instruction names pictures {len(numbers)} times: the model reads at most {MAX_REFERENCES}, "
             "name some of them less often."
         )
 

@@ -25,9 +25,8 @@ from mige.data.synthetic.scenes import SIDE
 from mige.diffusion.settings import WORLD, resolve
 from mige.diffusion.solver import OnStep
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
 from mige.models.instruction import MAX_WORDS, full_text
-from mige.tasks import MOST_REFERENCES, Task
+from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
 from mige.web.instructions import Reading, RefusedError, read
 
@@ -109,14 +108,13 @@ class GenerationService:
     @property
     def sides(self) -> tuple[int, int, int]:
         """Smallest and largest side of a result and the step between sizes, px: half to twice the native size."""
-        grid = latents.downscale(self.pipeline.vae) * self.pipeline.transformer.config.patch_size
-        native = self.pipeline.native_size
+        grid, native = self.pipeline.sizes.step, self.pipeline.sizes.native
         return max(grid, native // 2 // grid * grid), 2 * native, grid
 
     @property
     def capacity(self) -> int:
         """Most pictures that an instruction has room for."""
-        return min(MOST_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
+        return min(MAX_REFERENCES, self.pipeline.fusion.config.max_tokens // self.pipeline.fusion.config.num_queries)
 
     def explain(self, task: Task, text: str, given: Sequence[bool]) -> tuple[Reading, str, list[str]]:
         """How the model reads a numbered instruction: the reading, the whole text it is given, and what is odd.
@@ -127,13 +125,13 @@ class GenerationService:
         named = tuple(Path(str(number)) for number in reading.numbers)
         record = Record("request", task, reading.prompt, named, None, None, None, "request")
         fusion = self.pipeline.fusion.config
-        findings = check_lengths([record], self.pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
-        if any(finding.fatal for finding in findings):
+        issues = check_lengths([record], self.pipeline.tokenizer, fusion.num_queries, fusion.max_tokens)
+        if any(issue.fatal for issue in issues):
             raise RefusedError(
                 f"The instruction is too long: a picture in it would not be read. The model takes {MAX_WORDS} words "
                 f"and {fusion.max_tokens} tokens, of which each picture takes {fusion.num_queries}: use fewer."
             )
-        return reading, full_text(task, reading.prompt), [finding.problem for finding in findings]
+        return reading, full_text(task, reading.prompt), [issue.message for issue in issues]
 
     def check(self, request: Request) -> Reading:
         """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
@@ -163,6 +161,8 @@ class GenerationService:
         and whatever goes wrong at work.
         """
         reading = self.check(request)
+        if self._closed.is_set():
+            raise Stopped
         events: SimpleQueue[Step | None] = SimpleQueue()
         stop = threading.Event()
         job = self._worker.submit(self._make, request, reading, events, stop)
@@ -200,7 +200,7 @@ class GenerationService:
                 on_step=self._watch(request.steps, events, stop),
             ).images
         except images.BadImageError as error:  # one so long that scaling it would need too much memory
-            raise RefusedError(f"A {error.args[0]} has {error.problem}: {error.remedy}.") from error
+            raise RefusedError(f"A {error.args[0]} has {error.message}: {error.hint}.") from error
         settings = [self._settings(request, reading, seed) for seed in request.seeds]
         return Made(pictures, settings, before, time.perf_counter() - started)
 
@@ -246,4 +246,4 @@ def _open(path: Path, number: int) -> Image.Image:
     try:
         return images.open_image(path, max_pixels=MAX_IMAGE_PIXELS)
     except images.BadImageError as error:
-        raise RefusedError(f"Picture {number}: {error.problem}; {error.remedy}.") from error
+        raise RefusedError(f"Picture {number}: {error.message}; {error.hint}.") from error

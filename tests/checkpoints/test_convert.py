@@ -3,7 +3,6 @@
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -11,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, release_arguments
+from conftest import ROOT, release_arguments
 from golden import CONFIG, FIXTURES, OVERRIDES, golden_state
+from processes import run_program
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from mige import config
-from mige.checkpoints import convert
+from mige.checkpoints import convert, key_map, official_files
 from mige.checkpoints.errors import CheckpointError
 from mige.cli import convert_checkpoint
 from mige.models.build import PARTS, build_parts
@@ -55,7 +55,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_the_keys_of_the_full_size(full_size):
     want = official_keys()
     assert len(want) == 1451
-    assert convert.official_shapes(full_size) == want
+    assert key_map.official_shapes(full_size) == want
     tied = "t5_model.encoder.embed_tokens.weight"
     assert sum(count(shape) for key, shape in want.items() if key != tied) == 6_476_124_448
 
@@ -64,7 +64,7 @@ def test_the_values_of_the_full_size(full_size):
     """The parts hold what the file holds, and besides only EVA's key biases, zeros which the file leaves out."""
     stored = [p for name, part in full_size.items() if name != "vae" for p in part.parameters()]
     ours = sum(p.numel() for p in stored) + full_size["fusion"].null_context.numel()
-    tables = sum(count(shape) for key, shape in official_keys().items() if key in ("pos_embed", convert._POSITION_IDS))
+    tables = sum(count(shape) for key, shape in official_keys().items() if key in ("pos_embed", key_map.POSITION_IDS))
     assert ours == 6_476_124_448 - tables + 39 * 1408
 
 
@@ -72,7 +72,7 @@ def test_the_values_of_the_full_size(full_size):
 def test_every_key_once(full_size, size):
     """Each of our tensors has one piece; each official tensor's rows go out once, and none is left over."""
     parts = full_size if size == "full" else build_parts(TINY.model, device="meta")
-    table = list(convert.pieces(parts))
+    table = list(key_map.key_mappings(parts))
     ours = [(name, key) for name, part in parts.items() if name != "vae" for key in part.state_dict()]
     assert sorted((p.part, p.key) for p in table) == sorted(ours)
     used = Counter((name, p.rows) for p in table for name in p.official)
@@ -84,13 +84,13 @@ def test_every_key_once(full_size, size):
         n = 3 if name.endswith(("attn.qkv.weight", "attn.qkv.bias")) and "visual" not in name else 1
         n = 2 if "kv_linear" in name else n
         assert which == ([(i, n) for i in range(n)] if n > 1 else [None]), name
-    assert rows.keys() | {"pos_embed", convert._POSITION_IDS} == convert.official_shapes(parts).keys()
+    assert rows.keys() | {"pos_embed", key_map.POSITION_IDS} == key_map.official_shapes(parts).keys()
 
 
 def test_a_part_the_release_does_not_have_is_named():
     parts = {"fusion": torch.nn.ModuleDict({"surprise": torch.nn.Linear(1, 1)})}
     with pytest.raises(CheckpointError, match=r"fusion/surprise\.weight"):
-        list(convert.pieces(parts))
+        list(key_map.key_mappings(parts))
 
 
 # ---- values
@@ -101,17 +101,17 @@ def golden():
     """The golden state and the parts filled with it."""
     parts = build_parts(config.load(CONFIG, OVERRIDES).model, device="meta")
     state = golden_state(parts)
-    convert.fill(parts, state)
+    key_map.load_official(parts, state)
     return parts, state
 
 
 def test_there_and_back(golden):
     parts, state = golden
-    back = convert.to_official(parts)
+    back = key_map.to_official(parts)
     assert back.keys() == state.keys()
-    computed = {"pos_embed", convert._POSITION_IDS}  # the golden rule gives random numbers for these
+    computed = {"pos_embed", key_map.POSITION_IDS}  # the golden rule gives random numbers for these
     assert [key for key in state.keys() - computed if not same(back[key], state[key])] == []
-    assert same(back[convert._POSITION_IDS], torch.arange(16)[None])
+    assert same(back[key_map.POSITION_IDS], torch.arange(16)[None])
 
 
 def test_split_and_joined_tensors(golden):
@@ -169,7 +169,7 @@ def test_the_release_end_to_end(official_dir, tiny_model, released):
         assert [key for key in want if not same(got[key], want[key])] == []
         (file,) = (tiny_model / name).glob("*.safetensors")
         assert all(same(value, want[key]) for key, value in load_file(file).items())
-    assert all(same(value, released[key]) for key, value in convert.to_official(parts).items())
+    assert all(same(value, released[key]) for key, value in key_map.to_official(parts).items())
     assert len(report) == len(set(report)) and all(any(key in line for line in report) for key in released)
 
 
@@ -179,7 +179,7 @@ def test_bfloat16_stays_and_the_optimizer_is_not_read(release, released):
     for name in PARTS:
         dtypes = {tensor.dtype for tensor in parts[name].state_dict().values()}
         assert dtypes == {torch.float32 if name == "vae" else torch.bfloat16}, name
-    back = convert.to_official(parts)
+    back = key_map.to_official(parts)
     for key, value in released.items():
         if key != "pos_embed" and value.is_floating_point():
             assert same(back[key], value.bfloat16()), key
@@ -187,7 +187,7 @@ def test_bfloat16_stays_and_the_optimizer_is_not_read(release, released):
 
 def test_all_faulty_keys_in_one_message(release):
     changes = {
-        "surplus.a": torch.ones(2),
+        "extra.a": torch.ones(2),
         "blocks.2.attn.qkv.bias": torch.ones(192),
         "t5_proj.bias": torch.ones(41),
         "blocks.0.attn.qkv.weight": torch.ones(64, 192),
@@ -197,17 +197,17 @@ def test_all_faulty_keys_in_one_message(release):
     first, *lines = str(error.value).splitlines()
     assert first.endswith("6 of its keys do not fit the config; is it the right file?") and "model.pth" in first
     assert sorted(line.strip() for line in lines) == [
-        "misshapen: blocks.0.attn.qkv.weight is [64, 192], expected [192, 64]",
-        "misshapen: t5_proj.bias is [41], expected [40]",
         "missing: FFM.mlp.weight [32, 32]",
         "missing: query_tokens [1, 3, 32]",
+        "shape mismatch: blocks.0.attn.qkv.weight is [64, 192], expected [192, 64]",
+        "shape mismatch: t5_proj.bias is [41], expected [40]",
         "unexpected: blocks.2.attn.qkv.bias [192]",
-        "unexpected: surplus.a [2]",
+        "unexpected: extra.a [2]",
     ]
 
 
 def test_computed_buffers_are_compared(release, released):
-    table, ids = released["pos_embed"], convert._POSITION_IDS
+    table, ids = released["pos_embed"], key_map.POSITION_IDS
     wrong = table.clone()
     wrong[0, 5, 7] += 0.1
     for bad in (wrong, table.flip(1), torch.full_like(table, torch.nan)):
@@ -241,7 +241,7 @@ def test_a_pickle_that_carries_code(tmp_path, kind):
     else:
         torch.save(data, file, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(CheckpointError, match=r"model\.pth: refused, it holds more than tensors") as error:
-        convert.read_weights(file, "state_dict")
+        official_files.read_weights(file, "state_dict")
     assert not trace.exists()
     assert "weights_only" not in str(error.value)  # torch's own message advises to switch the protection off
     if kind == "zip":  # the file is a working weapon
@@ -252,7 +252,7 @@ def test_a_pickle_that_carries_code(tmp_path, kind):
 def test_the_legacy_format_is_read(tmp_path):
     torch.save({"state_dict": {"a": torch.arange(6.0)}}, tmp_path / "x", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(tmp_path / "x")
-    assert same(convert.read_weights(tmp_path / "x", "state_dict")["a"], torch.arange(6.0))
+    assert same(official_files.read_weights(tmp_path / "x", "state_dict")["a"], torch.arange(6.0))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_the_legacy_format_is_read(tmp_path):
 def test_no_state_dict(tmp_path, data, message):
     torch.save(data, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=rf"model\.pth: {message}"):
-        convert.read_weights(tmp_path / "model.pth", "state_dict")
+        official_files.read_weights(tmp_path / "model.pth", "state_dict")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -277,13 +277,13 @@ def test_damaged_files(tmp_path, legacy):
     """Truncated anywhere, zero bytes, no file at all, and any one byte of the structure wrong: one kind of error."""
     file = tmp_path / "model.pth"
     with pytest.raises(CheckpointError, match=r"model\.pth: no such file"):
-        convert.read_weights(file, "state_dict")
+        official_files.read_weights(file, "state_dict")
     torch.save({"state_dict": {"a": torch.ones(300)}}, file, _use_new_zipfile_serialization=not legacy)
     good = file.read_bytes()
     for size in (0, 1, 4, 60, 200, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:size])
         with pytest.raises(CheckpointError, match=r"model\.pth: .*damaged"):
-            convert.read_weights(file, "state_dict")
+            official_files.read_weights(file, "state_dict")
     random.seed(0)
     refused = 0
     for _ in range(150):
@@ -291,7 +291,7 @@ def test_damaged_files(tmp_path, legacy):
         damaged[random.randrange(300)] ^= random.randrange(1, 256)
         file.write_bytes(damaged)
         try:
-            convert.read_weights(file, "state_dict")
+            official_files.read_weights(file, "state_dict")
         except CheckpointError:
             refused += 1
     assert refused > 30  # a byte of padding may be anything
@@ -302,7 +302,7 @@ def test_damaged_files(tmp_path, legacy):
 
 @pytest.fixture(scope="module")
 def training(released, official_dir, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Files with the keys of the public ones, surplus included, and the tensors that must come out of them."""
+    """Files with the keys of the public ones, extra keys included, and the tensors that must come out of them."""
     folder = tmp_path_factory.mktemp("training")
     fresh = ("FFM.", "pos_embed", "y_embedder.y_embedding")
     want = {key: value for key, value in released.items() if not key.startswith((*fresh, "t5_model."))}
@@ -324,7 +324,7 @@ def training(released, official_dir, tmp_path_factory) -> tuple[Path, dict[str, 
     torch.save({"model": blip2}, folder / "blip2.pth")
     want = {key: value.half() if key.startswith("visual_encoder.") else value for key, value in want.items()}
     want |= {key: value for key, value in released.items() if key.startswith("t5_model.")}
-    want.pop(convert._POSITION_IDS)
+    want.pop(key_map.POSITION_IDS)
     return folder, want
 
 
@@ -336,13 +336,13 @@ def training_parts(folder: Path, official_dir: Path, seed: int = 0, **changed):
 def test_training_files(training, official_dir):
     folder, want = training
     parts, report = training_parts(folder, official_dir)
-    got = convert.to_official(parts)
+    got = key_map.to_official(parts)
     conv, source = got.pop("x_embedder.proj.weight"), want["x_embedder.proj.weight"]
     assert conv.shape == (64, 8, 2, 2)
     assert same(conv[:, :4], source[:, :4]) and not conv[:, 4:].any()
     rest = want.keys() - {"x_embedder.proj.weight"}
     assert [key for key in rest if not same(got[key], want[key])] == []
-    fresh = got.keys() - want.keys() - {"pos_embed", convert._POSITION_IDS}
+    fresh = got.keys() - want.keys() - {"pos_embed", key_map.POSITION_IDS}
     assert fresh == {key for key in got if key.startswith("FFM.")} | {"y_embedder.y_embedding"}
     assert len([line for line in report if line.startswith("fresh, seed 0  ->  fusion/")]) == len(fresh) == 24
     assert not parts["fusion"].fusion.out.weight.any() and not parts["fusion"].fusion.out.bias.any()
@@ -374,7 +374,7 @@ def test_fresh_parts_depend_on_the_seed_alone(training, official_dir):
         ("blip2", "model", "opt_proj.weight"),
     ],
 )
-def test_unknown_surplus_and_lacks_are_refused(training, official_dir, tmp_path, name, wrapper, key):
+def test_unknown_extra_keys_and_lacks_are_refused(training, official_dir, tmp_path, name, wrapper, key):
     data = torch.load(training[0] / f"{name}.pth", weights_only=True)
     tensors = data[wrapper] if wrapper else data
     tensors[key] = torch.ones(1)
@@ -387,13 +387,13 @@ def test_unknown_surplus_and_lacks_are_refused(training, official_dir, tmp_path,
     assert f"unexpected: {key} [1]" in str(error.value) and f"missing: {lost} " in str(error.value)
 
 
-@pytest.mark.parametrize("fault", ["missing key", "misshapen", "truncated", "other size", "missing"])
+@pytest.mark.parametrize("fault", ["missing key", "shape mismatch", "truncated", "other size", "missing"])
 def test_a_wrong_t5(training, official_dir, tmp_path, fault):
     t5 = tmp_path / "t5"
     if fault != "missing":
         shutil.copytree(official_dir / "t5", t5)
     file, key = t5 / "model.safetensors", "encoder.final_layer_norm.weight"
-    if fault in ("missing key", "misshapen"):
+    if fault in ("missing key", "shape mismatch"):
         tensors = load_file(file)
         tensors[key] = torch.ones(3)
         if fault == "missing key":
@@ -415,7 +415,7 @@ def test_a_wrong_t5(training, official_dir, tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing key", "surplus", "misshapen", "truncated", "scale", "other size", "missing"]
+    "fault", ["missing key", "extra keys", "shape mismatch", "truncated", "scale", "other size", "missing"]
 )
 def test_a_wrong_vae(official_dir, tmp_path, fault):
     vae, changes = tmp_path / "vae", {"other size": {"latent_channels": 8}, "scale": {"scaling_factor": 0.13025}}
@@ -434,14 +434,14 @@ def test_a_wrong_vae(official_dir, tmp_path, fault):
         tensors[key] = torch.ones(3)
         if fault == "missing key":
             del tensors[key]
-        if fault == "surplus":  # a deeper VAE
+        if fault == "extra keys":  # a deeper VAE
             tensors = load_file(file) | {"decoder.up_blocks.4.resnets.0.conv1.weight": torch.ones(3)}
         save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as error:
         convert.load_vae(vae, expected)
     assert str(vae) in str(error.value)
-    at_fault = {"surplus": "decoder.up_blocks.4.resnets.0.conv1.weight", "other size": "decoder.conv_in.weight is"}
-    if fault in ("missing key", "misshapen", *at_fault):
+    at_fault = {"extra keys": "decoder.up_blocks.4.resnets.0.conv1.weight", "other size": "decoder.conv_in.weight is"}
+    if fault in ("missing key", "shape mismatch", *at_fault):
         assert at_fault.get(fault, key) in str(error.value)
 
 
@@ -461,7 +461,7 @@ def test_the_tool_on_training_files(training, official_dir, tmp_path, monkeypatc
     options = ["--config", CONFIG, "--seed", 5, *(["--dtype", dtype] if dtype else [])]
     assert convert_checkpoint.main(["training", *map(str, [*files, *places, *options])]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for surplus in (
+    for extra in (
         "pixart.pth: pos_embed",
         "pixart.pth: y_embedder.y_embedding",
         "eva.pth: blocks.39.attn.qkv.weight",
@@ -473,7 +473,7 @@ def test_the_tool_on_training_files(training, official_dir, tmp_path, monkeypatc
         "blip2.pth: Qformer.bert.encoder.layer.0.intermediate.dense.weight",
         "blip2.pth: Qformer.bert.encoder.layer.0.output.LayerNorm.weight",
     ):
-        assert f"{surplus}  ->  not used" in lines
+        assert f"{extra}  ->  not used" in lines
     assert "fresh, seed 5  ->  fusion/null_context" in lines
     for key in want:
         assert any(key in line.split("->")[0] for line in lines), key
@@ -511,9 +511,9 @@ def test_peak_memory(official_dir, tmp_path):
     sizes = tmp_path / "wide.py"
     sizes.write_text(f"_base_ = {str(CONFIG)!r}\nmodel = {wide!r}\n")
     parts = build_parts(config.load(sizes).model, device="meta")
-    state = {key: torch.ones(shape, dtype=torch.bfloat16) for key, shape in convert.official_shapes(parts).items()}
-    state["pos_embed"] = convert._position_table(parts["transformer"]).bfloat16()
-    state[convert._POSITION_IDS] = torch.arange(512)[None]
+    state = {key: torch.ones(shape, dtype=torch.bfloat16) for key, shape in key_map.official_shapes(parts).items()}
+    state["pos_embed"] = key_map.position_table(parts["transformer"]).bfloat16()
+    state[key_map.POSITION_IDS] = torch.arange(512)[None]
     state["t5_model.encoder.embed_tokens.weight"] = state["t5_model.shared.weight"]
     model, output = tmp_path / "model.pth", tmp_path / "model"
     torch.save({"state_dict": state, "optimizer": {"state": torch.ones(100_000_000)}}, model)
@@ -523,12 +523,7 @@ def test_peak_memory(official_dir, tmp_path):
     arguments = release_arguments(official_dir, output, sizes)
     arguments[arguments.index("--model") + 1] = model
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, TOOL, *map(str, arguments)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
+        done = run_program(sys.executable, "-c", MEASURE, TOOL, *arguments)
         assert done.returncode == 0, done.stderr
         assert sum(file.stat().st_size for file in output.rglob("*.safetensors")) > size
         encoder = T5EncoderModel.from_pretrained(output / "text_encoder", device_map="meta", dtype="auto")

@@ -18,7 +18,7 @@ from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.folder import verify
 from mige.cli import convert_checkpoint
 from mige.inference.pipeline import MIGEPipeline
-from mige.utils.files import whole_folder
+from mige.utils.files import atomic_directory
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 PARTS = ("transformer", "text_encoder", "image_encoder", "qformer", "fusion", "vae")
@@ -185,12 +185,12 @@ def test_the_pipeline_refuses_a_damaged_folder(folder):
         MIGEPipeline.from_pretrained(folder)
 
 
-# ---- whole_folder
+# ---- atomic_directory
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "deep" / "run"
-    with whole_folder(target) as folder:
+    with atomic_directory(target) as folder:
         assert folder.parent == target.parent and not target.exists()
         (folder / "a").write_text("1")
     assert contents(tmp_path) == {"deep/run/a": b"1"}
@@ -198,7 +198,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), whole_folder(tmp_path / "run") as folder:
+    with pytest.raises(error), atomic_directory(tmp_path / "run") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("1")
         raise error
@@ -215,25 +215,26 @@ def test_an_existing_target_is_refused_and_untouched(tmp_path, kind):
     if kind == "folder":
         (target / "a").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="run exists"), whole_folder(target):
+    with pytest.raises(FileExistsError, match="run exists"), atomic_directory(target):
         pytest.fail("the body ran")
     assert contents(tmp_path) == before and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "run"
-    with pytest.raises(OSError), whole_folder(target) as folder:
+    with pytest.raises(OSError), atomic_directory(target) as folder:
         (folder / "a").write_text("ours")
         target.mkdir()
         (target / "a").write_text("theirs")
     assert contents(tmp_path) == {"run/a": b"theirs"}
 
 
+@pytest.mark.processes
 def test_killed_in_the_middle(tmp_path):
     target, (ready, signal_ready) = tmp_path / "run", os.pipe()
     child = os.fork()
     if child == 0:
-        with whole_folder(target) as folder:
+        with atomic_directory(target) as folder:
             (folder / "a").write_text("half")
             os.write(signal_ready, b"x")
             signal.pause()
@@ -245,7 +246,7 @@ def test_killed_in_the_middle(tmp_path):
     os.close(signal_ready)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".run.") and left.name.endswith(".part")
-    with whole_folder(target) as folder:  # what is left stands in nobody's way
+    with atomic_directory(target) as folder:  # what is left stands in nobody's way
         (folder / "a").write_text("whole")
     assert contents(target) == {"a": b"whole"}
 

@@ -67,6 +67,8 @@ def test_a_tokenizer_that_is_damaged_is_refused(folder):
         ({"num_train_timesteps": "many"}, "DPMSolver2M refuses it"),
         ({"prediction_type": "v_prediction"}, "expected linear betas and epsilon prediction"),
         ({"_class_name": "DDIMScheduler"}, "scheduler_config.json is of DDIMScheduler"),
+        ({"beta_end": 0.012}, "its noise schedule, 1000 betas from 0.0001 to 0.012, is not the one"),
+        ({"num_train_timesteps": 500}, "its noise schedule, 500 betas from 0.0001 to 0.02, is not the one"),
     ],
 )
 def test_a_scheduler_that_is_none_is_refused(folder, changes, said):
@@ -246,6 +248,14 @@ def test_a_scheduler_that_cannot_sample_is_refused(folder):
     edit(folder / "model_index.json", scheduler=["diffusers", name])
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
     assert f"scheduler: MIGE predicts epsilon, {name} expects None" in refused(folder)
+
+
+def test_the_noise_schedule_of_another_model_is_refused(folder):
+    """That of Stable Diffusion, which the library's schedulers have unless they are told."""
+    scheduler = UniPCMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.save_config(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])
+    assert "its noise schedule, 1000 betas from 0.00085 to 0.012, is not the one" in refused(folder)
 
 
 @pytest.mark.parametrize("variant", ["", "../x", 5])

@@ -1,11 +1,11 @@
 """Scripts parse before they import: `--help` and a wrong option answer at once, and check_data never needs torch."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT
+from processes import run_program
 
 HEAVY = {"torch", "transformers", "diffusers", "gradio", "datasets", "timm", "peft", "torchvision", "accelerate"}
 SCRIPTS = sorted(
@@ -31,11 +31,12 @@ print(json.dumps(told))
 @pytest.fixture(scope="module")
 def told() -> dict:
     """What every script says and imports, in one fresh process."""
-    command = [sys.executable, "-c", LOOK, *map(str, SCRIPTS)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    done = run_program(sys.executable, "-c", LOOK, *SCRIPTS)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_a_wrong_option_and_a_missing_argument_import_nothing_heavy(told, script):
     assert told[f"{script}--help"] == [0, True, []]
@@ -73,6 +74,7 @@ def test_names_of_options_are_the_facts():
     assert (given.rate, given.seed) == (pretraining.RATE, pretraining.SEED)
 
 
+@pytest.mark.processes
 def test_check_data_needs_no_torch(tmp_path):
     rows = [{"multi_prompt": "a<imagehere>", "entity_path": [str(ROOT / "example_data/images/cat.jpg")],
              "image": str(ROOT / "example_data/images/cat.jpg")}]  # fmt: skip
@@ -83,5 +85,5 @@ from mige.cli.check_data import main
 code = main([{str(tmp_path / "r.json")!r}, "--workers", "1"])
 print(code, sorted({HEAVY!r} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = run_program(sys.executable, "-c", code)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr

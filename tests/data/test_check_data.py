@@ -60,6 +60,7 @@ def table(stdout):
     return {name: [int(count) for count in counts] for *counts, name in rows}
 
 
+@pytest.mark.processes
 def test_a_sound_set(folder, monkeypatch, capsys):
     first = write(folder / "elsewhere" / "a.json", [SUBJECT, SUBJECT, SUBJECT_EDIT])
     second = write(folder / "b.jsonl", [edit(f"e{n}") for n in range(150)])

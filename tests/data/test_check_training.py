@@ -11,6 +11,8 @@ from mige.cli import check_data, infer
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
 
+pytestmark = pytest.mark.processes  # check_data decodes in workers, also in one
+
 CASES = Path(__file__).parents[1] / "fixtures" / "images"
 
 
@@ -34,6 +36,7 @@ def checked(capsys, file):
     return code, capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_texts_that_cancel_in_a_batch_are_faults(tmp_path, capsys):
     late = "add<imagehere>to the scene" + " word" * 88 + " in<imagehere>"
     rows = [
@@ -48,6 +51,7 @@ def test_texts_that_cancel_in_a_batch_are_faults(tmp_path, capsys):
     assert f"{file}, record 2 (id late): the text it is trained on has 1 <imagehere> for 2 references" in out
 
 
+@pytest.mark.processes
 def test_shapes(tmp_path, capsys):
     rows = [row("apart"), row("same", target="wide.png"), row("strip", source="strip.png", target="strip.png")]
     file = write(tmp_path / "x.jsonl", rows)
@@ -69,6 +73,7 @@ def test_ratios_beyond_two_percent(tmp_path, width, noted):
     assert bool(notes) == noted and not any(note.fatal for note in notes)
 
 
+@pytest.mark.processes
 def test_equal_copies_and_shared_targets_are_noted(tmp_path, capsys):
     for name in ("a.png", "b.bmp"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
@@ -79,6 +84,7 @@ def test_equal_copies_and_shared_targets_are_noted(tmp_path, capsys):
     assert f"note: {tmp_path / 'b.bmp'}: 5 records have this one image as their target" in out
 
 
+@pytest.mark.processes
 def test_near_markers_come_out_of_check_data(tmp_path, capsys):
     code, out = checked(capsys, write(tmp_path / "x.jsonl", [row("a", "make [imagehere] snowy")]))
     assert code == 0 and "note: " in out and "(id a): '[imagehere]' looks like the marker" in out

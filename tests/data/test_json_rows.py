@@ -39,7 +39,7 @@ def test_odd_json_is_a_fault_with_file_and_line_and_the_rest_is_read(tmp_path, o
     file, report = read(tmp_path, f"x.{suffix}", text)
     (fault,) = report.faults
     line = 2 if suffix == "jsonl" else 3
-    assert fault.where == f"{file}, line {line}" and message in fault.problem and fault.remedy
+    assert fault.where == f"{file}, line {line}" and message in fault.message and fault.hint
     ids = [record.id for record in report.records]
     assert ids == (["00001"] if (odd, suffix) == ("nested", "json") else ["00001", "00003"])
 
@@ -56,7 +56,7 @@ def test_half_a_surrogate_pair_is_a_fault(tmp_path, field):
     row = json.dumps(ROW | {field: "a<imagehere> \ud800"})
     _, report = read(tmp_path, "x.jsonl", row)
     (fault,) = report.faults
-    assert f"{field}" in fault.problem and "record 1" in fault.where and "no character" in fault.problem
+    assert f"{field}" in fault.message and "record 1" in fault.where and "no character" in fault.message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
@@ -66,12 +66,12 @@ def test_other_encodings_are_named(tmp_path, encoding):
         content = (b"\xff\xfe" if encoding.endswith("le") else b"\xfe\xff") + content
     file, report = read(tmp_path, "x.jsonl", content)
     (fault,) = report.faults
-    assert fault.where == str(file) and ("UTF-16" if "16" in encoding else "byte 18, line 1") in fault.problem
+    assert fault.where == str(file) and ("UTF-16" if "16" in encoding else "byte 18, line 1") in fault.message
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
     _, report = read(tmp_path, "x.jsonl", b"\xef\xbb\xbf" + GOOD.encode())
-    assert len(report.require()) == 1
+    assert len(report.raise_if_errors()) == 1
 
 
 def test_lines_and_lists_under_the_other_suffix(tmp_path):
@@ -91,7 +91,7 @@ def test_a_record_file_that_is_not_there_gets_a_hint(tmp_path):
     read(tmp_path, "x.jsonl", GOOD)
     for name, message in [("X.jsonl", "did you mean"), ("y\\..\\x.jsonl", "write "), ("none/x.jsonl", "the folder")]:
         (fault,) = read_records([tmp_path / name]).faults
-        assert "No such file" in fault.problem and message in fault.remedy
+        assert "No such file" in fault.message and message in fault.hint
 
 
 def test_ids_that_file_names_confuse_are_faults(tmp_path):
@@ -99,26 +99,26 @@ def test_ids_that_file_names_confuse_are_faults(tmp_path):
     file, report = read(tmp_path, "x.json", json.dumps(rows))
     assert [record.id for record in report.records] == ["a", "B", "c"]
     first, second = report.faults
-    assert "'A' is already taken by" in first.problem and "record 1 (id a)" in first.problem
-    assert "record 3 (id A)" in first.where and "upper from lower case" in first.problem
+    assert "'A' is already taken by" in first.message and "record 1 (id a)" in first.message
+    assert "record 3 (id A)" in first.where and "upper from lower case" in first.message
     assert "record 4 (id b)" in second.where
     other = tmp_path / "y.json"
     other.write_text(json.dumps([ROW | {"id": "C"}]))
     file.write_text(json.dumps([ROW | {"id": "c"}]))
-    assert [record.id for record in read_records([file, other]).require()] == ["x_c", "y_C"]
+    assert [record.id for record in read_records([file, other]).raise_if_errors()] == ["x_c", "y_C"]
 
 
 @pytest.mark.parametrize("name", ["CON", "nul", "Com1", "lpt9.png", "aux.tar.gz", "a.", "a.."])
 def test_ids_that_windows_cannot_store_are_faults(tmp_path, name):
     _, report = read(tmp_path, "x.json", json.dumps([ROW | {"id": name}]))
     (fault,) = report.faults
-    assert f"{name!r}, unfit for a file name" in fault.problem and "CON, NUL" in fault.remedy
+    assert f"{name!r}, unfit for a file name" in fault.message and "CON, NUL" in fault.hint
 
 
 @pytest.mark.parametrize("name", ["console", "com", "com10", "null", "a.b", "CON_1"])
 def test_other_ids_are_good(tmp_path, name):
     _, report = read(tmp_path, "x.json", json.dumps([ROW | {"id": name}]))
-    assert [record.id for record in report.require()] == [name]
+    assert [record.id for record in report.raise_if_errors()] == [name]
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
@@ -136,9 +136,9 @@ PLAIN = st.text(string.ascii_letters + string.digits + " éß漢🐱'\"\\/", min
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUE) | VALUE)
 def test_no_row_raises(row):
-    record, findings = make_record(row, where="x.json, record 1", root=Path("r"), default_id="1")
-    assert (record is None) == any(finding.fatal for finding in findings)
-    assert all(str(finding) for finding in findings)
+    record, issues = make_record(row, where="x.json, record 1", root=Path("r"), default_id="1")
+    assert (record is None) == any(issue.fatal for issue in issues)
+    assert all(str(issue) for issue in issues)
 
 
 @settings(max_examples=100, deadline=None)
@@ -158,6 +158,6 @@ def test_a_good_record_stays_good_through_writing_and_reading(tmp_path_factory, 
     text = json.dumps(row, ensure_ascii=escaped)
     file = tmp_path_factory.getbasetemp() / f"good.{suffix}"
     file.write_text(text if suffix == "jsonl" else f"[{text}]", encoding="utf-8")
-    (record,) = read_records([file]).require()
+    (record,) = read_records([file]).raise_if_errors()
     assert record.prompt == row["multi_prompt"] and record.extra == {"note": path}
     assert record.references == (file.parent / path,) * len(words)

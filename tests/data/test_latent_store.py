@@ -13,19 +13,22 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from processes import run_python, start_python
 from torch.utils.data import DataLoader
 
-from mige.data.latent_store.extraction import distinct_pictures, extract
+from mige.data.crops import Crop, as_crops
+from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.data.parsing import read_records
-from mige.models import vae as latents
+from mige.models.vae import encode
 from mige.utils.images import center_crop, open_image, to_pixels
 
 SIZE = 32  # pixels; latents are 4 x 4 x 4
 ROW = 2 * 4 * 4 * 4 * 4  # bytes
-ENTRY = 52
+ENTRY = 60
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def encoded(vae, paths, size=(SIZE, SIZE)):
     pixels = [to_pixels(center_crop(open_image(path), *size)) for path in paths]
     pixels += [torch.zeros_like(pixels[0])] * (-len(paths) % 8)
     with torch.inference_mode():
-        moments = [latents.encode(vae, part) for part in torch.stack(pixels).split(8)]
+        moments = [encode(vae, part) for part in torch.stack(pixels).split(8)]
     return [torch.cat(values)[: len(paths)] for values in zip(*((m.mean, m.std) for m in moments), strict=True)]
 
 
@@ -129,15 +132,16 @@ def test_same_bits_whatever_was_done_before_and_the_batch_size(vae, data, tmp_pa
 
 
 def test_every_picture_is_extracted_once(vae, data, tmp_path):
-    records = read_records([write_records(data, tmp_path / "data" / "records.json")]).require()
-    pictures = distinct_pictures(records)
-    assert sorted(pictures) == sorted(data)
+    records = read_records([write_records(data, tmp_path / "data" / "records.json")]).raise_if_errors()
+    pictures = distinct_crops(records)
+    assert {crop.path for crop in pictures} == set(data)
+    assert [crop for crop in pictures if crop.like] == [Crop(data[0], like=data[1])]
     roundabout = {data[0].parent / ".." / path.parent.name / path.name for path in data}
     store = made(data, tmp_path / "store", vae, paths=pictures)
     made(data, tmp_path / "store", vae, paths=pictures)
     assert store.missing(roundabout) == []
-    assert sum(file.stat().st_size for file in store.folder.glob("*.rows")) == 11 * ROW
-    assert len(list(store.folder.glob("*.rows"))) == 1, "nothing to do leaves no file"
+    assert sum(file.stat().st_size for file in store.folder.glob("*.rows")) == 12 * ROW
+    assert len(list(store.folder.glob("*.rows"))) == 2, "nothing to do leaves no file"
 
 
 def test_shares_of_processes_are_disjoint_and_complete(vae, data, tmp_path):
@@ -167,6 +171,7 @@ def test_parts_of_two_machines_are_copied_together(vae, data, tmp_path):
     assert_same(open_store(one.folder, vae=vae, size=SIZE), data, encoded(vae, data))
 
 
+@pytest.mark.processes
 def test_data_loader_workers_read(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae)
     expected = encoded(vae, data)
@@ -198,7 +203,7 @@ def test_pickled_store_reads(vae, data, tmp_path):
 def test_missing_pictures_are_listed(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae, data[:9])
     assert store.missing(data) == data[9:]
-    with pytest.raises(StoreError, match=r"lacks 2 of 3 pictures, the first .*09\.png \('images/1/09\.png' from"):
+    with pytest.raises(StoreError, match=r"lacks 2 of 3 images, the first .*09\.png \('images/1/09\.png' from"):
         store.read(data[8:])
     empty = create_store(tmp_path / "empty", vae=vae, size=SIZE, root=tmp_path)
     assert (len(empty), empty.missing(data), empty.changed(data)) == (0, data, [])
@@ -211,7 +216,7 @@ def test_moved_data(vae, data, tmp_path, monkeypatch):
     expected = encoded(vae, data)
     (tmp_path / "data").rename(tmp_path / "moved")
     moved = [tmp_path / "moved" / path.relative_to(tmp_path / "data") for path in data]
-    with pytest.raises(StoreError, match=r"its pictures lay below .*data, which is gone; if they moved"):
+    with pytest.raises(StoreError, match=r"its images lay below .*data, which is gone; if they moved"):
         open_store(folder, vae=vae, size=SIZE)
     store = open_store(folder, vae=vae, size=SIZE, root=tmp_path / "moved")
     assert store.changed(moved) == []
@@ -294,9 +299,10 @@ def test_fingerprint_is_of_the_encoder_alone(vae):
         ("", "damaged"),
         ("[]", "damaged"),
         ("{}", "damaged"),
-        ('{"version": 9}', "version 9, expected 1"),
-        ('{"version": 1}', "damaged"),
-        ('{"version": 1, "more": 2}', "damaged"),
+        ('{"version": 9}', "version 9, expected 2; run tools/extract_features"),
+        ('{"version": 1, "fit": "center_crop"}', "version 1, expected 2 .it holds sources cropped by their own shape"),
+        ('{"version": 2}', "damaged"),
+        ('{"version": 2, "more": 2}', "damaged"),
     ],
 )
 def test_damaged_meta(vae, tmp_path, text, message):
@@ -350,7 +356,7 @@ def test_damaged_row_is_refused_and_can_be_mended_as_the_message_says(vae, data,
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(StoreError, match=rf"{rows.name}, row 2, of picture .*02\.png: damaged; delete this file"):
+    with pytest.raises(StoreError, match=rf"{rows.name}, row 2, of image .*02\.png: damaged; delete this file"):
         store.read(data)
     assert store.read(data[3:]).mean.shape[0] == 8
     rows.unlink()
@@ -361,10 +367,11 @@ def test_damaged_row_is_refused_and_can_be_mended_as_the_message_says(vae, data,
 def test_row_cut_off_while_the_store_is_open(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae)
     cut(next(store.folder.glob("*.rows")), 5 * ROW + 7)
-    with pytest.raises(StoreError, match=r"row 5, of picture .*05\.png: damaged"):
+    with pytest.raises(StoreError, match=r"row 5, of image .*05\.png: damaged"):
         store.read(data)
 
 
+@pytest.mark.processes
 def test_bad_pictures_are_findings_and_the_rest_is_done(vae, data, tmp_path):
     bad = [tmp_path / name for name in ("none.png", "empty.png", "text.png", "long.png", "pipe.png")]
     bad[1].touch()
@@ -373,11 +380,11 @@ def test_bad_pictures_are_findings_and_the_rest_is_done(vae, data, tmp_path):
     os.mkfifo(bad[4])
     store = create_store(tmp_path / "store", vae=vae, size=4096, root=tmp_path)
     pictures = {path: f"train.json, record {n}" for n, path in enumerate([*bad], 1)}
-    findings = extract(store, vae, pictures, workers=2)
-    assert len(findings) == 5
-    assert str(findings[0]).startswith(f"train.json, record 1: {bad[0]}: cannot be read (No such file or directory); ")
-    for finding, problem in zip(findings[1:], ("0 bytes", "known format", "pixels, expected", "regular"), strict=True):
-        assert problem in finding.problem
+    issues = extract(store, vae, pictures, workers=2)
+    assert len(issues) == 5
+    assert str(issues[0]).startswith(f"train.json, record 1: {bad[0]}: cannot be read (No such file or directory); ")
+    for issue, problem in zip(issues[1:], ("0 bytes", "known format", "pixels, expected", "regular"), strict=True):
+        assert problem in issue.message
     assert list(store.folder.glob("*.rows")) == []
     store = create_store(tmp_path / "small", vae=vae, size=SIZE, root=tmp_path)
     assert len(extract(store, vae, dict.fromkeys([bad[0], *data, bad[1]], "test"), batch_size=3)) == 2
@@ -390,9 +397,9 @@ def test_moments_that_are_not_finite_are_findings(vae, data, tmp_path):
     with torch.no_grad():
         broken.quant_conv.bias[0] = 1e6  # fits float32, not float16
     store = create_store(tmp_path / "store", vae=broken, size=SIZE, root=tmp_path, dtype="float16")
-    findings = extract(store, broken, dict.fromkeys(data, "test"))
-    assert len(findings) == 11
-    assert findings[0].problem == "its moments are not finite in float16"
+    issues = extract(store, broken, dict.fromkeys(data, "test"))
+    assert len(issues) == 11
+    assert issues[0].message == "its moments are not finite in float16"
     assert len(open_store(tmp_path / "store", vae=broken, size=SIZE)) == 0
 
 
@@ -437,7 +444,7 @@ def test_official_layout_is_read(vae, data, npy, tmp_path):
     assert store.read([]).std.shape == (0, 4, 4, 4)
     more = [*data, tmp_path / "99.png"]
     assert store.missing(more) == more[-1:]
-    with pytest.raises(StoreError, match=r"99\.npy: no such file, for picture .*99\.png"):
+    with pytest.raises(StoreError, match=r"99\.npy: no such file, for image .*99\.png"):
         store.read(more)
 
 
@@ -469,7 +476,7 @@ def test_bad_npy(vae, data, npy, content, message):
         file.write_bytes(content)
     else:
         np.save(file, content)
-    with pytest.raises(StoreError, match=rf"{file.name}, of picture {data[0]}: {message}"):
+    with pytest.raises(StoreError, match=rf"{file.name}, of image {data[0]}: {message}"):
         open_store(npy, vae=vae, size=SIZE).read(data[:1])
 
 
@@ -499,7 +506,7 @@ def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_mode
     records = write_records(data, tmp_path / "data" / "records.json", [bad])
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 3, done.stderr
-    assert "11 of 12 pictures, 11 in all" in done.stdout
+    assert "12 of 13 images, 12 in all" in done.stdout
     [failure] = (tmp_path / "store" / "failures.jsonl").read_text().splitlines()
     assert json.loads(failure)["where"] == f"{records}, record 12 (id 00012): {bad}"
     assert "failures.jsonl" in done.stderr and "12/12" in done.stderr
@@ -507,7 +514,7 @@ def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_mode
     draw(bad, 5)
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 0, done.stderr
-    assert "12 of 12 pictures" in done.stdout
+    assert "13 of 13 images" in done.stdout
     assert not (tmp_path / "store" / "failures.jsonl").exists()
 
 
@@ -530,9 +537,9 @@ def test_killed_resumed_with_two_processes(vae, tmp_path, tiny_model):
         file.write(b"half a row")
     done = launch(2, *args)
     assert done.returncode == 0, done.stderr
-    assert "300 of 300 pictures, 300 in all" in done.stdout
+    assert "301 of 301 images, 301 in all" in done.stdout  # one is a source, too
     sizes = [file.stat().st_size // ENTRY for file in sorted((tmp_path / "store").glob("*.index"))]
-    assert len(sizes) == 3 and sum(sizes) == 300
+    assert len(sizes) in (3, 4) and sum(sizes) == 301
     store = open_store(tmp_path / "store", vae=vae, size=SIZE)
     assert_same(store, data, encoded(vae, data))
 
@@ -545,7 +552,7 @@ def test_two_processes_list_the_failures_of_both(vae, data, tmp_path, tiny_model
     assert done.returncode != 0
     failures = (tmp_path / "store" / "failures.jsonl").read_text().splitlines()
     assert {json.loads(line)["where"].split(": ")[1] for line in failures} == set(map(str, bad))
-    assert "11 of 14 pictures" in done.stdout
+    assert "12 of 15 images" in done.stdout
     assert_same(open_store(tmp_path / "store", vae=vae, size=SIZE), data, encoded(vae, data))
 
 
@@ -555,3 +562,67 @@ def test_tool_refuses_bad_records_and_other_settings(data, tmp_path, tiny_model)
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store"))
     assert done.returncode == 1 and "malformed JSON" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "store").exists()
+
+
+# ---- garbage ---------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def small_store(vae, tmp_path_factory):
+    """A store of two images in one part, and its files' bytes."""
+    folder = tmp_path_factory.mktemp("garbage")
+    paths = [draw(folder / f"{n}.png", n) for n in range(2)]
+    store = create_store(folder / "store", vae=vae, size=SIZE, root=folder)
+    assert extract(store, vae, {path: "test" for path in paths} | {Crop(paths[0], like=paths[1]): "test"}) == []
+    return folder / "store", paths, {file.name: file.read_bytes() for file in (folder / "store").iterdir()}
+
+
+def assert_read_right_or_refused(vae, small_store):
+    """What is read is what was written, or a StoreError names the folder's file or image and what to do."""
+    folder, paths, _ = small_store
+    crops = [*paths, Crop(paths[0], like=paths[1])]
+    try:
+        store = open_store(folder, vae=vae, size=SIZE, root=folder.parent)
+        kept = [crop for crop in crops if crop not in store.missing(crops)]
+        got = store.read(kept)
+    except StoreError as error:
+        assert (str(folder) in str(error) and ";" in str(error)) or "run tools/extract_features.py" in str(error)
+        return
+    like = (56, 40)  # of every image that `draw` makes
+    pixels = [to_pixels(center_crop(open_image(path), SIZE, SIZE, like=like)) for path, _ in as_crops(kept)]
+    pixels += [torch.zeros(3, SIZE, SIZE)] * (8 - len(pixels))
+    with torch.inference_mode():
+        expected = encode(vae, torch.stack(pixels))
+    assert torch.equal(got.mean, expected.mean[: len(kept)]) and torch.equal(got.std, expected.std[: len(kept)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_bytes_changed_anywhere_are_missing_or_refused(vae, small_store, data):
+    folder, _, files = small_store
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(name for name in files if name != "meta.json")))
+    place = data.draw(st.integers(0, len(files[name]) - 1))
+    junk = data.draw(st.binary(min_size=1, max_size=70))
+    (folder / name).write_bytes(files[name][:place] + junk + files[name][place + len(junk) :])
+    assert_read_right_or_refused(vae, small_store)
+
+
+@settings(max_examples=60, deadline=None)
+@given(field=st.sampled_from(["version", "height", "width", "fit", "vae", "shape", "dtype", "root"]), value=JSON)
+def test_any_meta_is_read_or_refused(vae, small_store, field, value):
+    folder, _, files = small_store
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "meta.json").write_text(json.dumps(json.loads(files["meta.json"]) | {field: value}))
+    assert_read_right_or_refused(vae, small_store)
+    (folder / "meta.json").write_text(json.dumps(value))
+    with pytest.raises(StoreError, match=r"meta\.json: damaged"):
+        open_store(folder, vae=vae, size=SIZE)

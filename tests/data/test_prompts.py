@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_program
 from transformers import AutoTokenizer
 
 from mige.data.checks import check_lengths, check_training_text
@@ -54,15 +55,15 @@ NEAR = [
 def test_what_looks_like_the_marker_is_named(tmp_path, tokenizer, near):
     report = rows(tmp_path, {"a": f"make {near} snowy"})
     assert not report.faults
-    for findings in (check_lengths(report.records, tokenizer, 3, 10_000), check_training_text(report.records[0])):
-        notes = [note for note in findings if "looks like the marker" in note.problem]
+    for issues in (check_lengths(report.records, tokenizer, 3, 10_000), check_training_text(report.records[0])):
+        notes = [note for note in issues if "looks like the marker" in note.message]
         assert len(notes) == 1 and not notes[0].fatal and notes[0].where == report.records[0].where
-        assert repr(near) in notes[0].problem and PLACEHOLDER in notes[0].remedy
+        assert repr(near) in notes[0].message and PLACEHOLDER in notes[0].hint
 
 
 def test_a_fault_in_the_number_of_markers_names_the_near_one(tmp_path):
     (fault,) = rows(tmp_path, {"a": "put <image here> in<imagehere>"}, references=2).faults
-    assert "1 <imagehere> in the prompt, 2 references ('<image here>' is read as words)" in fault.problem
+    assert "1 <imagehere> in the prompt, 2 references ('<image here>' is read as words)" in fault.message
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_words_stay_words_outside_of_emu_edit(tmp_path):
         assert full_text(one.task, one.prompt, one.edit_type).endswith(f"\n {one.prompt} in<imagehere>")
     emu = tmp_path / "emu.json"
     emu.write_text(json.dumps([{"instruction": prompts["e"], "image": "wide.png"}]))
-    (one,) = read_records([emu], root=CASES).require()
+    (one,) = read_records([emu], root=CASES).raise_if_errors()
     assert full_text(one.task, one.prompt, one.edit_type).endswith("\n remove <imagehere> grapher on the left")
 
 
@@ -106,7 +107,7 @@ def test_words_stay_words_outside_of_emu_edit(tmp_path):
     ("prompt", "unknown"), [("把天空变成夜晚<imagehere>", 1), ("add a 🐱 to<imagehere>", 1), ("a cat in<imagehere>", 0)]
 )
 def test_unknown_tokens_are_counted(tokenizer, prompt, unknown):
-    notes = [str(f) for f in check_lengths([record(prompt)], tokenizer, 3, 10_000) if "unknown" in f.problem]
+    notes = [str(f) for f in check_lengths([record(prompt)], tokenizer, 3, 10_000) if "unknown" in f.message]
     assert len(notes) == bool(unknown)
     assert all(f"{unknown} token" in note and note.startswith("note: x.json, record 1 (id 7)") for note in notes)
 
@@ -121,7 +122,7 @@ def test_special_tokens_are_text(tokenizer, token):
     else:
         assert control not in ids
     (note,) = check_lengths([record(f"a dog{token} in<imagehere>")], tokenizer, 3, 10_000)
-    assert not note.fatal and f"{token} in the prompt" in note.problem
+    assert not note.fatal and f"{token} in the prompt" in note.message
 
 
 # ---- the text of training --------------------------------------------------------------------------------------------
@@ -132,16 +133,16 @@ def test_texts_that_training_cannot_pair_are_faults(tmp_path):
     report = rows(tmp_path, {"late": late}, references=2)
     (fault,) = check_training_text(report.records[0])
     assert fault.fatal and "(id late)" in fault.where
-    assert "1 <imagehere> for 2 references, as the text is cut after 88 words" in fault.problem
+    assert "1 <imagehere> for 2 references, as the text is cut after 88 words" in fault.message
     report = rows(tmp_path, {"twice": "make the photo brighter, then put a frame around the picture"})
     (fault,) = check_training_text(report.records[0])
     assert fault.fatal and "x.jsonl, record 1 (id twice)" in fault.where
-    assert "2 <imagehere> for 1 reference, as the prompt mentions its image 2 times" in fault.problem
+    assert "2 <imagehere> for 1 reference, as the prompt mentions its image 2 times" in fault.message
 
 
 def test_an_edit_whose_appended_marker_is_cut_is_a_fault():
     (fault,) = check_training_text(record(" ".join(["word"] * 88)))
-    assert fault.fatal and "0 <imagehere> for 1 reference" in fault.problem
+    assert fault.fatal and "0 <imagehere> for 1 reference" in fault.message
     assert check_training_text(record(" ".join(["word"] * 87))) == []
 
 
@@ -151,13 +152,12 @@ def test_any_text_is_either_paired_or_a_fault(prompt, references, task):
     from mige.models.instruction import training_text
 
     one = record(prompt, references, task)
-    faults = [finding for finding in check_training_text(one) if finding.fatal]
+    faults = [issue for issue in check_training_text(one) if issue.fatal]
     assert bool(faults) == (placeholders(training_text(task, prompt)) != references)
 
 
+@pytest.mark.processes
 def test_checks_need_no_torch():
-    import subprocess
-
     code = "import sys, mige.data.checks, mige.models.instruction; print({'torch', 'transformers'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert run.stdout.strip() == "set()"
+    done = run_program(sys.executable, "-c", code)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mige.data.parsing import make_record, read_records
-from mige.data.records import BadRecordsError, Finding, Record, Report
+from mige.data.records import BadRecordsError, Issue, Record, Report
 from mige.tasks import TASKS, Task, placeholders
 
 EXAMPLES = Path(__file__).parents[2] / "example_data"
@@ -38,11 +38,11 @@ def made(row, task=None):
 
 
 def fault(row, task=None):
-    """The text of the only finding of a row that must not become a record."""
-    record, findings = made(row, task)
+    """The text of the only issue of a row that must not become a record."""
+    record, issues = made(row, task)
     assert record is None
-    assert len(findings) == 1 and findings[0].fatal, [str(finding) for finding in findings]
-    return str(findings[0])
+    assert len(issues) == 1 and issues[0].fatal, [str(issue) for issue in issues]
+    return str(issues[0])
 
 
 def write(path, rows):
@@ -85,8 +85,8 @@ def test_layouts():
 
 
 def test_dreambench_row_keeps_its_caption():
-    record, findings = made({**SUBJECT, "prompt": "a dog in the snow"})
-    assert record.extra == {"prompt": "a dog in the snow"} and not findings
+    record, issues = made({**SUBJECT, "prompt": "a dog in the snow"})
+    assert record.extra == {"prompt": "a dog in the snow"} and not issues
 
 
 def test_edit_defaults_to_its_source_as_reference():
@@ -128,12 +128,12 @@ def test_placeholders_in_any_case():
         ({**SUBJECT, "entity_path": [None]}, '"entity_path"[0] is null, expected a string'),
         ({**SUBJECT, "entity_path": ["a\0.jpg"]}, "\"entity_path\"[0] holds '\\x00'"),
         ({**EDIT, "source_path": "s.jpg"}, '"source_path" is a string'),
-        ({**EDIT, "source_path": ["s.jpg", "t.jpg"]}, '"source_path" has 2 pictures, expected at most one'),
+        ({**EDIT, "source_path": ["s.jpg", "t.jpg"]}, '"source_path" has 2 images, expected at most one'),
         ({**EDIT, "image": {"bytes": ""}}, '"image" is an object'),
         ({**ADD, "source_path": ["other.jpg"]}, f"the source {Path('root/other.jpg')} is not among the references"),
         ({**SUBJECT, "task": "global"}, "unknown task 'global', expected one of subject, edit, subject_edit"),
-        ({**SUBJECT, "task": "edit"}, 'the task is named "edit", but the record has no source picture'),
-        ({**EDIT, "task": "subject"}, 'the task is named "subject", but the record has a source picture and no other'),
+        ({**SUBJECT, "task": "edit"}, 'the task is named "edit", but the record has no source image'),
+        ({**EDIT, "task": "subject"}, 'the task is named "subject", but the record has a source image and no other'),
         ({**EDIT, "task": "subject_edit"}, 'which makes it "edit"'),
         ({**ADD, "task": "edit"}, 'which makes it "subject_edit"'),
         ({**EMU, "image": None}, 'no source: the field "image" is missing or null'),
@@ -161,8 +161,8 @@ def test_named_tasks():
 
 
 def test_all_faults_of_a_row_are_collected():
-    record, findings = made({"multi_prompt": "", "entity_path": "a.jpg", "source_path": 1, "task": "x", "id": "?"})
-    assert record is None and len(findings) == 5
+    record, issues = made({"multi_prompt": "", "entity_path": "a.jpg", "source_path": 1, "task": "x", "id": "?"})
+    assert record is None and len(issues) == 5
 
 
 def test_more_than_four_references_is_a_note():
@@ -177,23 +177,23 @@ def test_reading_goes_on_after_faults(tmp_path):
     report = read_records([file])
     assert [record.id for record in report.records] == ["00001", "00004"]
     assert report.records[0].references == (tmp_path / "a.jpg",)
-    assert [finding.where for finding in report.faults] == [f"{file}, record 2 (id 7)", f"{file}, record 3"]
+    assert [issue.where for issue in report.faults] == [f"{file}, record 2 (id 7)", f"{file}, record 3"]
     assert report.text().splitlines()[0] == "2 faults, 0 notes" and len(report.text().splitlines()) == 3
     with pytest.raises(BadRecordsError) as raised:
-        report.require()
+        report.raise_if_errors()
     assert str(raised.value) == report.text()
 
 
 def test_root_and_task_arguments(tmp_path):
     file = write(tmp_path / "x.json", [SUBJECT])
-    assert read_records([file], root=Path("r")).require()[0].references == (Path("r/a.jpg"),)
+    assert read_records([file], root=Path("r")).raise_if_errors()[0].references == (Path("r/a.jpg"),)
     assert len(read_records([file], task=Task.EDIT).faults) == 1
 
 
 def test_report_puts_faults_first():
-    report = Report([], [Finding("b", "odd", "look", fatal=False), Finding("a", "bad", "mend")])
+    report = Report([], [Issue("b", "odd", "look", fatal=False), Issue("a", "bad", "mend")])
     assert report.text() == "1 fault, 1 note\na: bad; mend\nnote: b: odd; look"
-    assert report.notes == report.findings[:1]
+    assert report.notes == report.issues[:1]
 
 
 def test_jsonl(tmp_path):
@@ -231,7 +231,7 @@ def test_bad_files(tmp_path, name, content, message):
     good = write(tmp_path / "good.json", [SUBJECT])
     report = read_records([file, good])
     assert len(report.records) == 1
-    assert len(report.findings) == 1 and str(report.faults[0]).startswith(f"{file}{message}")
+    assert len(report.issues) == 1 and str(report.faults[0]).startswith(f"{file}{message}")
 
 
 def test_folder_and_no_files(tmp_path):
@@ -244,7 +244,7 @@ def test_folder_and_no_files(tmp_path):
 def test_byte_order_mark(tmp_path):
     file = tmp_path / "x.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps([SUBJECT]).encode())
-    assert len(read_records([file]).require()) == 1
+    assert len(read_records([file]).raise_if_errors()) == 1
 
 
 def test_duplicate_ids_in_a_file(tmp_path):
@@ -269,7 +269,7 @@ def test_colliding_files_get_their_stem(tmp_path):
 
 def test_example_data():
     report = read_records([EXAMPLES / f"{task}.json" for task in Task])
-    assert report.findings == []
+    assert report.issues == []
     tasks = {record.id: record.task for record in report.records}
     assert tasks["cat_and_cup"] == Task.SUBJECT and tasks["add_cup_to_cat"] == Task.SUBJECT_EDIT
     assert [sum(task == wanted for task in tasks.values()) for wanted in Task] == [2, 3, 2]

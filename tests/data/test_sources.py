@@ -23,7 +23,7 @@ from mige.data.parsing import read_records
 from mige.data.prepare import run as preparing
 from mige.data.prepare import sources
 from mige.data.prepare.run import prepare
-from mige.data.prepare.sources import LeftOut, Settings, SourceError, edit_prompt, subject_prompt
+from mige.data.prepare.sources import Settings, SkippedSample, SourceError, edit_prompt, subject_prompt
 from mige.tasks import Task
 from mige.utils.images import open_image
 
@@ -108,8 +108,8 @@ def summary(folder):
 
 def sound(folder):
     """The folder's records, read as training reads them: no fault, every picture opens, every record has a target."""
-    records = read_records([folder / "records.jsonl"]).require()
-    assert not [finding for finding in check_images(records) if finding.fatal]
+    records = read_records([folder / "records.jsonl"]).raise_if_errors()
+    assert not [issue for issue in check_images(records) if issue.fatal]
     assert all(record.target for record in records)
     return records
 
@@ -166,7 +166,7 @@ def test_subject_prompt(description, item, prompt):
     ],
 )
 def test_prompts_that_cannot_be_made(make, arguments, reason):
-    with pytest.raises(LeftOut) as left_out:
+    with pytest.raises(SkippedSample) as left_out:
         make(*arguments)
     assert left_out.value.reason == reason
 
@@ -249,7 +249,7 @@ def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
         assert {record.extra["img_id"] for record in records} == {"326242"}
         assert [record.target.read_bytes() for record in records] == [pictures[turn] for turn in turns]
     both = read_records([tmp_path / "train" / "records.jsonl", tmp_path / "dev" / "records.jsonl"])
-    assert len(both.require()) == 3 and not both.notes, "ids of different splits do not collide"
+    assert len(both.raise_if_errors()) == 3 and not both.notes, "ids of different splits do not collide"
 
 
 def composite(size, boxes, kind="PNG"):
@@ -323,7 +323,7 @@ def test_subjects200k(tmp_path, monkeypatch):
     script(monkeypatch, "subjects200k", "--input", file, "--output", lenient, "--min-quality", 4, "--name", "again")
     assert summary(lenient)["written"] == 5
     both = read_records([out / "records.jsonl", lenient / "records.jsonl"])
-    assert len(both.require()) == 8 and not both.notes, "two sets of one source, told apart by --name"
+    assert len(both.raise_if_errors()) == 8 and not both.notes, "two sets of one source, told apart by --name"
 
 
 def seed_folder(root):
@@ -446,6 +446,7 @@ def three_files(tmp_path):
     return Settings("instructpix2pix", (str(tmp_path / "data"),))
 
 
+@pytest.mark.processes
 def test_limits_add_up_and_a_finished_set_is_left_alone(tmp_path, three_files):
     once, parts = tmp_path / "once", tmp_path / "parts"
     prepare(three_files, once, progress=False)
@@ -484,6 +485,7 @@ def _die_at(count, settings, folder):
     prepare(settings, folder, workers=1, progress=False)
 
 
+@pytest.mark.processes
 def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files):
     once, out = tmp_path / "once", tmp_path / "out"
     prepare(three_files, once, progress=False)

@@ -10,9 +10,9 @@ import torch
 from conftest import run_here
 from transformers import AutoTokenizer
 
-from mige.data.dataset import Dropout
 from mige.data.parsing import read_records
-from mige.data.synthetic import backgrounds, sprites, tasks
+from mige.data.randomness import Dropout
+from mige.data.synthetic import author, backgrounds, sprites, tasks
 from mige.data.synthetic.scenes import SIDE, SWAPS, Placed, Scene, Scenes, draw
 from mige.data.synthetic.stream import WorldBatch, WorldDataset, collate_world
 from mige.tasks import PLACEHOLDER, Task
@@ -152,8 +152,8 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
             assert np.array_equal(a.colour, b.colour) and a.sprite != a.other
     joined = sum(s.other >= 0 for s in asked) / len(asked)
     turned = sum(abs(s.angle) > 12 for s in asked) / len(asked)
-    assert joined == pytest.approx(tasks.INVENTED * 2 / 3, abs=0.1)
-    assert turned == pytest.approx(tasks.INVENTED * 3 / 4, abs=0.1)
+    assert joined == pytest.approx(author.INVENTED * 2 / 3, abs=0.1)
+    assert turned == pytest.approx(author.INVENTED * 3 / 4, abs=0.1)
     for one in plain:  # the benchmark's way
         assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
 
@@ -162,7 +162,7 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
 def test_training_invents_what_is_edited_and_calls_it_by_its_place(kind):
     made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
     standing = [s for one in made for s in one.references[0].subjects]
-    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(tasks.INVENTED_THERE * 2 / 3, abs=0.1)
+    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(author.INVENTED_THERE * 2 / 3, abs=0.1)
     for one in made:
         first = one.references[0].subjects[0]
         if first.other >= 0 or abs(first.angle) > 45:
@@ -217,7 +217,7 @@ def make_world(*arguments: str) -> subprocess.CompletedProcess:
 def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path, unseen):
     done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", *["--unseen"] * unseen)
     assert done.returncode == 0, done.stderr
-    records = read_records([tmp_path / "world" / "records.jsonl"]).require()
+    records = read_records([tmp_path / "world" / "records.jsonl"]).raise_if_errors()
     assert len(records) == 70 and len(list((tmp_path / "world" / "images").iterdir())) == 70 + sum(
         len(record.references) for record in records
     )
@@ -260,26 +260,26 @@ def stream(tiny_model) -> WorldDataset:
 
 def test_the_stream_is_a_function_of_seed_and_counter(stream):
     def batch() -> WorldBatch:
-        return collate_world([stream[counter] for counter in range(20, 28)])
+        return collate_world([stream[index] for index in range(20, 28)])
 
     one, two = (batch().to(torch.device("cpu")) for _ in range(2))
     for name in ("pixels_PCHW", "vision_RCHW", "noise_BCHW", "time_B", "posterior_PCHW"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     assert one.ids == two.ids and one.instructions == two.instructions
     assert one.noise_BCHW.shape == (2 * 8, 4, 8, 8) and one.time_B.shape == (16,)
-    pictures = 8 + sum(instruction.pictures for instruction in one.instructions)
+    pictures = 8 + sum(instruction.num_images for instruction in one.instructions)
     assert one.pixels_PCHW.shape == (pictures, 3, 64, 64)
     assert one.vision_RCHW.shape == (pictures - 8, 3, 28, 28)
     assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(pictures))
 
 
 def test_the_stream_invents_subjects(stream):
-    scenes = [scene for counter in range(60) for scene in stream[counter][1]]
+    scenes = [scene for index in range(60) for scene in stream[index][1]]
     assert any(s.other >= 0 for scene in scenes for s in scene.subjects)
 
 
 def test_a_mixture_is_kept(stream):
-    ids = [stream[counter][0].id.rsplit("-", 1)[0] for counter in islice(range(10**6), 1500)]
+    ids = [stream[index][0].id.rsplit("-", 1)[0] for index in islice(range(10**6), 1500)]
     whole = sum(tasks.MIXTURE.values())
     for kind, weight in tasks.MIXTURE.items():
         expected = 1500 * weight / whole

@@ -157,7 +157,7 @@ def test_weights_of_the_loss():
     assert weight(t, gamma=5.0, power=0.5).dtype == torch.float32
 
 
-def test_at_power_one_and_much_noise_the_error_of_the_picture_counts():
+def test_at_power_one_and_much_noise_the_error_of_the_image_counts():
     output, x0, x_t, noise, t = batch([500, 800, 999])
     eps = output[:, :4]
     diffusion = Diffusion()

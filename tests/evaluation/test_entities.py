@@ -1,17 +1,19 @@
 """Entities cut out of pictures: the rule by hand, the two networks at small size, a run that is stopped."""
 
 import json
+import threading
 
 import evaluation_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import image_size, run_here
 from PIL import Image
 
 from mige.evaluation import entities, scoring
 from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
 from mige.evaluation.entities import Entity, EntityFinder, best_box, caption, extract
+from mige.utils.files import folder_lock
 
 torch.set_num_threads(1)
 
@@ -98,7 +100,7 @@ def test_a_run_that_is_stopped_goes_on(results, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "e" / "entities.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in prepared.rows]
     assert lines[4]["crop"] is None and lines[4]["score"] is None
-    assert Image.open(tmp_path / "e" / lines[0]["crop"]).size == (32, 64)
+    assert image_size(tmp_path / "e" / lines[0]["crop"]) == (32, 64)
     html = (tmp_path / "e" / "index.html").read_text()
     assert "Nothing was found in 1 of 6 pictures (16.7%)" in html and "Not found" in html
 
@@ -110,6 +112,7 @@ def test_entity_scores_leave_failures_out(results, tmp_path):
     extract(prepared.rows, pictures, Finder("Ghost"), tmp_path / "e")
     clip = backbones.Clip("ViT-B/32", str(files.clip(tmp_path / "clip")))
     dino = backbones.Dino("ViT-S/16", str(files.dino(tmp_path / "dino.safetensors")))
+    dino.model.blocks = dino.model.blocks[:1]  # random all of them: eleven more would only take time
     crops = scoring.crops(prepared, tmp_path / "e")
     scores = scoring.score(prepared, pictures, clip, dino, tmp_path / "cache", entities=crops)
     first, missed = scores.rows[0], scores.rows[4]
@@ -144,3 +147,26 @@ def test_the_tool(results, tmp_path, weights):
     prepare("magicbrush", Options(str(files.magicbrush(tmp_path / "mb"))), tmp_path / "b" / "benchmark")
     done = run_here("tools/extract_entities.py", "--results", tmp_path / "b", *arguments)
     assert done.returncode == 1 and "magicbrush names no objects" in done.stderr
+
+
+def test_the_tool_refuses_a_folder_that_another_run_writes(results, tmp_path, weights):
+    out = tmp_path / "r" / "entities"
+    out.mkdir()
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with folder_lock(out):
+            held.set()
+            end.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    arguments = ("--detector", weights[0], "--segmenter", weights[1], "--device", "cpu")
+    try:
+        done = run_here("tools/extract_entities.py", "--results", tmp_path / "r", *arguments)
+    finally:
+        end.set()
+        other.join()
+    assert done.returncode == 1 and f"{out}: another run writes here; wait for it to end" in done.stderr
+    assert not (out / "entities.jsonl").exists() and not list((out / "crops").iterdir())

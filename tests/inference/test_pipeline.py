@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
 from mige.diffusion.solver import DPMSolver2M
+from mige.inference.encoding import encode_references
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, make_sample
-from mige.models import vae as latents
 from mige.models.instruction import full_text, tokenize
+from mige.models.vae import encode
 from mige.tasks import TASKS, Task
 from mige.utils import images
 
@@ -53,6 +54,16 @@ def draw(pipe, samples, size=(128, 128), seed=0):
         pipe.draw_noise(sample.task, len(sample.references), generator, *size)
         for sample, generator in zip(samples, generators, strict=True)
     ]
+
+
+def condition_of(pipe, samples, noise) -> Condition:
+    return pipe.encode(pipe.prepare(samples, noise))
+
+
+@torch.no_grad()
+def references_of(pipe, samples, noise) -> torch.Tensor:
+    """Unscaled latents of all references."""
+    return encode_references(pipe.vae, pipe.prepare(samples, noise), torch.device("cpu"))
 
 
 def five(task, photos) -> list[Sample]:
@@ -104,7 +115,7 @@ def test_a_short_prompt_is_the_same_beside_one_of_full_length(pipe, photos):
     short = make_sample("a<imagehere>in the jungle", photos[:1], None)
     long = make_sample("zebra quartz " * 80, [], None)
     noise = draw(pipe, [short, long])
-    alone, padded = pipe.encode([short], noise[:1]), pipe.encode([short, long], noise)
+    alone, padded = condition_of(pipe, [short], noise[:1]), condition_of(pipe, [short, long], noise)
     most, own = pipe.fusion.config.max_tokens, alone.context_BLC.shape[1]
     assert own < padded.context_BLC.shape[1] == most == padded.mask_BL[1].sum()
     assert distance(padded.context_BLC[:1, :own], alone.context_BLC) < 1e-5
@@ -132,14 +143,14 @@ def test_encoding_once_equals_encoding_at_each_step_and_all_branches(pipe, photo
     """The official loop, written out: every branch at every step, the condition made anew each time."""
     samples = five(task, photos)[:2]
     noise = draw(pipe, samples)
-    calls, real = [], pipe.encode
+    calls, real, inputs = [], pipe.encode, pipe.prepare(samples, noise)
     monkeypatch.setattr(pipe, "encode", lambda *args: calls.append(1) or real(*args))
     got = pipe.run(samples, noise, steps=STEPS, text_guidance=4.0, source_guidance=1.5)
     assert len(calls) == 1
 
     @torch.no_grad()
     def denoise(x, t):
-        full = real(samples, noise)
+        full = real(inputs)
         null = pipe.fusion.null_context
         branches = [full.drop(null, text=True, source=True), full.drop(null, text=True), full]
         none, source, text = (pipe.model.denoise(x, t.expand(2), branch)[:, :4] for branch in branches)
@@ -159,7 +170,7 @@ def test_scale_one_is_the_conditional_branch_alone(pipe, photos, task, monkeypat
     monkeypatch.setattr(pipe.transformer, "forward", lambda x, **kw: batches.append(len(x)) or real(x, **kw))
     got = pipe.run(samples, noise, steps=STEPS, text_guidance=1.0, source_guidance=1.0)
     assert batches == [2] * STEPS
-    full = pipe.encode(samples, noise)
+    full = condition_of(pipe, samples, noise)
 
     def denoise(x, t):
         return pipe.model.denoise(x, t.expand(2), full)[:, :4]
@@ -183,15 +194,15 @@ def test_the_settings_default_to_the_official_ones(pipe, photos):
     assert seen == list(range(50))
 
 
-def test_a_second_mention_reads_an_empty_picture(pipe, photos):
+def test_a_second_mention_reads_an_empty_image(pipe, photos):
     sample = make_sample("make the image like this photo", [], photos[0])
     noise = draw(pipe, [sample])
-    got = pipe.encode([sample], noise)
+    got = condition_of(pipe, [sample], noise)
     instruction = tokenize(full_text(Task.EDIT, sample.prompt), pipe.tokenizer)
-    assert instruction.pictures == 2
+    assert instruction.num_images == 2
     pixels = images.to_pixels(images.center_crop(photos[0], 128, 128))[None]
     with torch.no_grad():
-        latent = latents.encode(pipe.vae, pixels).sample(noise[0].references[0][None])
+        latent = encode(pipe.vae, pixels).sample(noise[0].references[0][None])
         vision = images.vision_pixels(photos[0], pipe.image_encoder.config.image_size)[None]
 
         def encoded(second_vision, second_latent):
@@ -206,33 +217,33 @@ def test_a_second_mention_reads_an_empty_picture(pipe, photos):
 
 
 def test_what_each_task_reads_as_reference_and_source(pipe, photos):
-    """An edit reads one posterior sample twice; a subject edit draws two of one picture; a subject has no source."""
+    """An edit reads one posterior sample twice; a subject edit draws two of one image; a subject has no source."""
     cat, cup = photos[0], photos[3]
     factor = pipe.vae.config.scaling_factor
 
     def posterior(picture, noise, fit=images.center_crop):
-        moments = latents.encode(pipe.vae, images.to_pixels(fit(picture, 128, 128))[None])
+        moments = encode(pipe.vae, images.to_pixels(fit(picture, 128, 128))[None])
         return moments.mean + moments.std * noise
 
     edit = make_sample("make it red", [], cat)
     (noise,) = draw(pipe, [edit])
-    references = pipe._encode_references([edit], [noise])
+    references = references_of(pipe, [edit], [noise])
     assert distance(references, posterior(cat, noise.references[0])) < 1e-5
-    assert torch.equal(pipe.encode([edit], [noise]).source_BCHW, references * factor)
+    assert torch.equal(condition_of(pipe, [edit], [noise]).source_BCHW, references * factor)
 
     both = make_sample("add<imagehere>to<imagehere>", [cup, cat], cat)
     (noise,) = draw(pipe, [both])
-    references = pipe._encode_references([both], [noise])
+    references = references_of(pipe, [both], [noise])
     assert distance(references[0], posterior(cup, noise.references[0])[0]) < 1e-5
     assert distance(references[1], posterior(cat, noise.references[1])[0]) < 1e-5
-    source = pipe.encode([both], [noise]).source_BCHW
+    source = condition_of(pipe, [both], [noise]).source_BCHW
     assert distance(source, posterior(cat, noise.source) * factor) < 1e-5
 
     subject = make_sample("a<imagehere>", [cat], None)
     (noise,) = draw(pipe, [subject])
-    references = pipe._encode_references([subject], [noise])
+    references = references_of(pipe, [subject], [noise])
     assert distance(references, posterior(cat, noise.references[0], images.letterbox)) < 1e-5
-    assert not pipe.encode([subject], [noise]).source_BCHW.any()
+    assert not condition_of(pipe, [subject], [noise]).source_BCHW.any()
 
 
 @pytest.mark.parametrize("many", [5, 6])
@@ -244,15 +255,15 @@ def test_more_references_than_trained_on(pipe, photos, many):
     assert got.isfinite().all() and distance(other, got) > 1e-5
 
 
-def test_more_pictures_than_the_vae_takes_at_once(pipe, photos, monkeypatch):
+def test_more_images_than_the_vae_takes_at_once(pipe, photos, monkeypatch):
     sizes, real = [], pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: sizes.append(len(x)) or real(x))
-    monkeypatch.setattr(latents, "_at_once", lambda *_: 8)
+    monkeypatch.setattr("mige.models.vae._chunk", lambda *_: 8)
     samples = [make_sample("<imagehere>" * 5, photos[:5], None), make_sample("<imagehere>" * 4, photos[2:6], None)]
     noise = draw(pipe, samples)
-    together = pipe._encode_references(samples, noise)
+    together = references_of(pipe, samples, noise)
     assert sizes == [8, 1]
-    alone = torch.cat([pipe._encode_references([s], [n]) for s, n in zip(samples, noise, strict=True)])
+    alone = torch.cat([references_of(pipe, [s], [n]) for s, n in zip(samples, noise, strict=True)])
     assert distance(together, alone) < 1e-5
 
 
@@ -294,7 +305,7 @@ def test_the_position_table_of_other_sizes(pipe, rows, columns):
 # ---- the call --------------------------------------------------------------------------------------------------------
 
 
-def test_output_types_are_one_picture(pipe, photos):
+def test_output_types_are_one_image(pipe, photos):
     def made(output_type):
         return pipe("a<imagehere>", photos[:1], num_inference_steps=2, output_type=output_type).images
 
@@ -390,7 +401,7 @@ def test_what_else_is_refused(pipe, photos):
         pipe("a cat", num_inference_steps=0)
 
 
-def test_a_task_follows_from_the_pictures(photos):
+def test_a_task_follows_from_the_images(photos):
     cat, cup = photos[:2]
     assert make_sample("x", [], None).task is make_sample("x", [cat], None).task is Task.SUBJECT
     assert make_sample("x", [], cat).task is make_sample("x", [cat], cat).task is Task.EDIT
@@ -506,7 +517,7 @@ def test_a_tower_trained_in_float16(half_vision, lively, photos):
     streams = []
     hook = tower.encoder.layers[0].register_forward_hook(lambda module, args, output: streams.append(output))
     with torch.no_grad():
-        got, want = pipe.model.encoder.look(pixels).float(), exact.model.encoder.look(pixels)
+        got, want = pipe.model.encoder.encode_vision(pixels).float(), exact.model.encoder.encode_vision(pixels)
     hook.remove()
     assert (streams[0][0] if isinstance(streams[0], tuple) else streams[0]).dtype == torch.float32  # the residual
     assert 0 < distance(got, want) < 2e-3  # 11 bits; bfloat16 has 8
@@ -556,7 +567,7 @@ def test_patches_are_the_bare_convolution(pipe):
 def test_guidance_gets_the_null_context_of_the_checkpoint(pipe, photos):
     sample = five(Task.SUBJECT, photos)[:1]
     noise = draw(pipe, sample)
-    condition = pipe.encode(sample, noise)
+    condition = condition_of(pipe, sample, noise)
     stacked = guidance.stack(condition, guidance.branches(Task.SUBJECT, 7.0, 1.0), pipe.model.null_context)
     length = condition.context_BLC.shape[1]
     assert torch.equal(stacked.context_BLC[0], pipe.fusion.null_context[:length])

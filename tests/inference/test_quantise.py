@@ -22,7 +22,7 @@ def test_a_weight_on_the_grid_is_kept_exactly(bits):
     weight = codes * 0.25 - 3
     linear, x = layer(weight), torch.randn(3, 2 * GROUP, generator=random)
     small = QuantisedLinear(linear, bits)
-    assert torch.equal(small.widened(), weight) and torch.equal(small(x), linear(x))
+    assert torch.equal(small.dequantised(), weight) and torch.equal(small(x), linear(x))
     assert small.codes.numel() == weight.numel() * bits // 8
 
 
@@ -31,14 +31,14 @@ def test_a_weight_on_the_grid_is_kept_exactly(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_of_normal_weights(bits, most, columns, dtype):
     weight = torch.randn(50, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    got = QuantisedLinear(layer(weight, bias=False), bits).widened()
+    got = QuantisedLinear(layer(weight, bias=False), bits).dequantised()
     assert got.shape == weight.shape and got.dtype == dtype
     assert 0 < (got - weight).float().norm() / weight.float().norm() < most
 
 
 def test_a_constant_group():
     weight = torch.full((2, GROUP), 0.5)
-    assert torch.equal(QuantisedLinear(layer(weight), 4).widened(), weight)
+    assert torch.equal(QuantisedLinear(layer(weight), 4).dequantised(), weight)
 
 
 def test_a_text_encoder():

@@ -1,9 +1,10 @@
-"""Runs into a folder: what a picture depends on, skipping, resuming, refusing, and the two kinds of noise."""
+"""Runs into a folder: what an image depends on, skipping, resuming, refusing, and the two kinds of noise."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def records(model):
     report = inference.check(read_records(FILES), model, SETTINGS)
     assert len(report.records) == 7 and not report.faults, report.text()
     (note,) = report.notes
-    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.problem  # tiny knows no comma
+    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.message  # tiny knows no comma
     return report.records
 
 
@@ -113,7 +114,7 @@ def test_the_defaults_are_the_official_batches(pipe, records, tmp_path, monkeypa
     assert [len(samples) for samples, _ in spy.calls] == [5, 1, 3, 2]  # 5 subjects, 25 edits, a task at a time
 
 
-# ---- what a picture depends on ---------------------------------------------------------------------------------------
+# ---- what an image depends on ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -234,7 +235,7 @@ def test_one_folder_however_it_is_written(tmp_path, name):
 @pytest.mark.parametrize("change", [{"prompt": "another<imagehere>"}, {"references": ()}, {"edit_type": "global"}])
 def test_another_record_of_the_same_id(pipe, records, finished, change):
     edit = next(record for record in records if record.task is Task.EDIT)
-    with pytest.raises(RunError, match=f"finished '{edit.id}' with another prompt or other pictures"):
+    with pytest.raises(RunError, match=f"finished '{edit.id}' with another prompt or other images"):
         inference.run([replace(edit, **change)], pipe, SETTINGS, finished)
 
 
@@ -275,8 +276,8 @@ def test_out_of_memory_names_the_records(pipe, records, tmp_path, monkeypatch):
     assert lines(tmp_path) == [] and list((tmp_path / "images").iterdir()) == []
 
 
-def test_a_picture_of_nan_names_the_records(pipe, records, tmp_path, monkeypatch):
-    Spy(monkeypatch, pipe, lambda samples, noise, **_: torch.full((len(samples), 4, 16, 16), float("nan")))
+def test_an_image_of_nan_names_the_records(pipe, records, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipe, "denoise", lambda _, noise, *__, **___: torch.full((len(noise), 4, 16, 16), float("nan")))
     with pytest.raises(RunError, match=f"{records[0].id}: .*NaN"):
         inference.run(records[:1], pipe, SETTINGS, tmp_path)
     assert lines(tmp_path) == []
@@ -298,16 +299,16 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
     assert [record.id for record in report.records] == ["00004", "00005"]
     assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
     (note,) = [note for note in report.notes if "record 5" in note.where]
-    assert "are cut (limit 128)" in note.problem
+    assert "are cut (limit 128)" in note.message
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         inference.check(report, tmp_path, SETTINGS)
 
 
-def test_pictures_are_opened_while_the_chunk_before_is_computed(records, monkeypatch):
+def test_images_are_opened_while_the_chunk_before_is_computed(records):
     opened = []
-    monkeypatch.setattr(inference, "_load", lambda record, _: opened.append(record.id) or record.id)
+    known = SimpleNamespace(sample=lambda record: opened.append(record.id) or record.id)
     with ThreadPoolExecutor(1) as reader:
-        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader, False)
+        chunks = inference._opened_ahead(((records[n : n + 2], None) for n in (0, 2, 4)), reader, known)
         for start in (0, 2, 4):
             chunk, _, samples = next(chunks)
             assert samples.result() == [record.id for record in chunk] == [r.id for r in records[start : start + 2]]

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +16,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import start_python
 
 from mige.data.records import Record
 from mige.inference import run as inference
 from mige.inference.run import RunError, Settings
 from mige.tasks import Task
+from mige.utils.images import to_pil
 
 SETTINGS = Settings(model="tiny", dtype="float32", steps=2)
 CAT = Path(__file__).parents[2] / "example_data" / "images" / "cat.jpg"
@@ -31,6 +33,7 @@ class Pipe:
     """Makes from a record's noise an image that no other record has; counts."""
 
     _execution_device = torch.device("cpu")
+    scheduler = SimpleNamespace(config={})
 
     def __init__(self):
         self.made = 0
@@ -49,10 +52,7 @@ class Pipe:
 
     def run(self, samples, noise, **_):
         self.made += len(samples)
-        return torch.stack(noise)
-
-    def decode(self, latents):
-        return latents
+        return to_pil(torch.stack(noise))
 
 
 def record(name="a", prompt="a<imagehere>", path=CAT, where="x.jsonl, record 1"):
@@ -298,15 +298,14 @@ with folder_lock(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.processes
 def test_a_second_run_is_refused_and_touches_nothing(copy):
     half = copy / "images" / ".0123456789abcdef.part"
     half.write_bytes(b"the first run is writing this")
     (copy / "failures.jsonl").write_text("{}\n")
     more = [*RECORDS, record("d")]
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(copy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
+    with start_python("-c", HOLD, copy, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(RunError, match="another run writes here") as refused:
             run(copy, more)
@@ -342,11 +341,11 @@ def test_paths_are_compared_as_files(tmp_path, monkeypatch):
         for path in more:
             assert run(tmp_path / "run", [record(path=Path(path))]) == (0, "")
     for path in (images / "other.jpg", CAT):
-        with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+        with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
             run(tmp_path / "run", [record(path=path)])
     (work / "images").mkdir()  # the same spelling, another file
     shutil.copy(CAT, work / "images" / "cat.jpg")
-    with pytest.raises(RunError, match="finished 'a' with another prompt or other pictures"):
+    with pytest.raises(RunError, match="finished 'a' with another prompt or other images"):
         run(tmp_path / "run", [record(path=Path("images/cat.jpg"))])
 
 

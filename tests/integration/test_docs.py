@@ -56,6 +56,8 @@ def test_a_command_of_the_docs_is_one_that_its_script_takes(page, words, monkeyp
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M), words
     elif program == "sh":
         assert (ROOT / rest[0]).is_file(), words
+        if rest[0].endswith("train_mige.sh") and len(rest) > 2:
+            config.load(rest[1], [word for word in rest[3:] if "=" in word])  # ConfigError where it does not fit
     elif program in ("pip", "uv") and "-e" in words:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"\w+", rest[-1])) <= extras.keys(), words
@@ -83,6 +85,40 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
             names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in names, f"{page.name} links to {link}; there are {sorted(names)}"
+
+
+def test_the_walks_of_the_architecture_name_what_is_there():
+    walks = (ROOT / "docs" / "architecture.md").read_text().split("## The walk")[1:]
+    rows = [row.split("|")[2] for walk in walks for row in re.findall(r"^\| \d.*$", walk, re.M)]
+    assert len(rows) == 19
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row)
+        files = [next((ROOT / "mige").rglob(name.rstrip("/")), None) for name in names if re.search(r"\.py$|/$", name)]
+        assert None not in files, row
+        files = files or [ROOT / "mige" / "inference" / "pipeline.py"]
+        for name in (name.removeprefix("pipeline.") for name in names if not re.search(r"\.py$|/$", name)):
+            assert any(re.search(rf"def {name}\(", file.read_text()) for file in files if file.is_file()) or re.search(
+                rf"def {name}\(", (ROOT / "mige" / "inference" / "pipeline.py").read_text()
+            ), row
+
+
+def test_the_tree_of_the_architecture_is_that_of_the_files():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("## Files")[1].split("```")[1]
+    told, folder = set(), ""
+    for line in tree.splitlines():
+        if name := re.match(r"(\S+/) *", line):
+            folder = name[1]
+        elif name := re.match(r" +(\S+)( |$)", line):
+            told.add(folder + name[1])
+    code = ("mige", "benchmarks", "tools", "infer_scripts", "train_scripts", "configs")
+    there = {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.py")}
+    there |= {str(path.relative_to(ROOT)) for name in code for path in (ROOT / name).rglob("*.sh")}
+    there |= {str(path.relative_to(ROOT)) for path in PAGES if path.name not in ("README.md", "architecture.md")}
+    mains = {path for path in there if path.startswith("mige/cli/")}  # of the scripts that are named
+    missing = {path for path in there - told - mains if not path.endswith("__init__.py")}
+    assert not missing, f"docs/architecture.md has no line for {sorted(missing)}"
+    gone = {path for path in told if path.startswith(tuple(f"{name}/" for name in code)) and not (ROOT / path).exists()}
+    assert not gone, f"docs/architecture.md names {sorted(gone)}, which are not there"
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

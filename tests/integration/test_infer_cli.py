@@ -3,20 +3,18 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, shell_environment
 from PIL import Image
-from processes import run_python, start_python
+from processes import run_python, start_program, start_python
 
 from mige.checkpoints.errors import CheckpointError
 from mige.cli import infer as cli_infer
@@ -99,7 +97,7 @@ def test_the_run_folder(whole):
     assert json.loads((whole / "config.json").read_text())["settings"]["dtype"] == "float32"
 
 
-def test_the_same_command_again_keeps_every_picture(model, whole, tmp_path):
+def test_the_same_command_again_keeps_every_image(model, whole, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     arguments = ("--model", model, "--records", *FILES, "--output", folder, "--steps", 12)
@@ -131,11 +129,11 @@ def test_killed_and_started_again(model, whole, tmp_path):
     assert {line["id"] for line in lines(tmp_path)} == IDS and len(lines(tmp_path)) == 7
     first = f"{lines(tmp_path)[0]['id']}.png"
     assert (tmp_path / "images" / first).stat().st_mtime_ns == finished[first]
-    assert_same_pictures(tmp_path, whole)  # and no half pictures
+    assert_same_pictures(tmp_path, whole)  # and no half images
 
 
 @pytest.mark.processes
-def test_no_space_left_for_a_picture(model, whole, tmp_path):
+def test_no_space_left_for_an_image(model, whole, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     arguments = ("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, "--batch-size", 1)
     smallest = min(path.stat().st_size for path in (whole / "images").iterdir())
@@ -151,14 +149,10 @@ def test_no_space_left_for_a_picture(model, whole, tmp_path):
 @pytest.mark.processes
 def test_the_shell_scripts(model, tmp_path):
     """All three at once, with the official settings; from another folder, since they find their own way."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    options = dict(env=shell_environment(), cwd=tmp_path, stderr=subprocess.PIPE)
     running = {
-        task: subprocess.Popen(
-            ["sh", str(ROOT / "infer_scripts" / f"{task}.sh"), model, EXAMPLES / f"{task}.json", tmp_path / task],
-            env={**environment(), "PATH": path},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
+        task: start_program(
+            "sh", ROOT / "infer_scripts" / f"{task}.sh", model, EXAMPLES / f"{task}.json", tmp_path / task, **options
         )
         for task in ("subject", "edit", "subject_edit")
     }
@@ -209,6 +203,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
         assert np.abs(got - want).max() <= 1
 
 
+@pytest.mark.processes  # of the compiler
 @pytest.mark.parametrize(
     "arguments, most",
     [
@@ -219,7 +214,7 @@ def test_parts_kept_off_the_device_until_they_compute(model, whole, tmp_path):
     ],
 )
 def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
-    """Grey levels between a mode's pictures and the plain ones, at the most."""
+    """Grey levels between a mode's images and the plain ones, at the most."""
     done = infer("--model", model, "--records", FILES[1], "--output", tmp_path, "--steps", 12, *arguments)
     assert done.returncode == 0, done.stderr
     assert made(tmp_path)
@@ -347,7 +342,7 @@ def test_which_names_are_the_hub_s(monkeypatch, tmp_path, name, is_hub):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--height", "100"], "height must be a multiple of 16 px, got 100"),
+        (["--height", "100"], "height and width must be multiples of 16 px, got 100 x 128"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
     ],
 )

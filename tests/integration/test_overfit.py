@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mige import config
-from mige.checkpoints.convert import fill
+from mige.checkpoints.key_map import load_official
 from mige.data.parsing import read_records
 from mige.data.records import Record
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference import run as inference
 from mige.inference.pipeline import MIGEPipeline
-from mige.models import vae as latents
 from mige.models.build import build_parts
+from mige.models.vae import decode, encode, scale
 from mige.training.trainer import Trainer
 from mige.utils import images
 
@@ -106,7 +106,7 @@ def records(tmp_path_factory) -> list[Record]:
         for prompt, references, source, target in RECORDS
     ]
     (folder / "records.json").write_text(json.dumps(rows))
-    return read_records([folder / "records.json"]).require()
+    return read_records([folder / "records.json"]).raise_if_errors()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def start(records, tiny_model, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = config.load(TINY, MODEL).model
     parts = build_parts(sizes)
-    fill(parts, golden_state(parts))
+    load_official(parts, golden_state(parts))
     parts |= build_parts(sizes, only=["transformer", "text_encoder"])
     train_vae(parts["vae"], open_all(sorted(records[0].target.parent.glob("*.png"))))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
@@ -140,7 +140,7 @@ def train_vae(vae: AutoencoderKL, pixels: Tensor, steps: int = 300) -> None:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        vae.register_to_config(scaling_factor=float(1 / latents.encode(vae, pixels).mean.std()))
+        vae.register_to_config(scaling_factor=float(1 / encode(vae, pixels).mean.std()))
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,13 @@ def report(name: str, decibels: Tensor, records: list[Record]) -> str:
     return "\n".join([f"PSNR of {name}:", *lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_sampled_pictures_match_their_targets(start, trained, records, tmp_path, seed):
     targets = open_all([record.target for record in records])
     vae = AutoencoderKL.from_pretrained(start / "vae")
     with torch.no_grad():
-        reconstructed = psnr(latents.decode(vae, latents.scale(vae, latents.encode(vae, targets).mean)), targets)
+        reconstructed = psnr(decode(vae, scale(vae, encode(vae, targets).mean)), targets)
     before = psnr(sample(start, records, seed, tmp_path / "before"), targets)
     after = psnr(sample(trained, records, seed, tmp_path / "after"), targets)
     message = "\n".join(

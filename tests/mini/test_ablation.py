@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, image_size, run_script
 from PIL import Image
 from processes import start_python
 
@@ -390,7 +389,7 @@ def test_a_toy_run_ends_with_a_table_and_curves(whole):
     text = (out / "table.md").read_text()
     assert "1 seed (0), 4 steps, 16 samples a run; 1 cases of each kind and split, 2 sampler steps" in text
     assert "**Incomplete.** joint: no run;" in text
-    assert Image.open(out / "curves.png").width > 1000
+    assert image_size(out / "curves.png")[0] > 1000
     lines = ablation.read_scores(out)
     assert ablation.finished(lines, [1, 2, 3, 4]) == {("text_only", 0), ("edit_only", 0)}
     assert {line["kind"] for line in lines} == {"add", "remove"}  # what the comparison needs
@@ -490,11 +489,11 @@ def test_a_folder_is_worked_on_by_one_at_a_time_even_if_only_its_training_is_lef
     out.mkdir()
     try:
         with ablation._alone(out) as lock:
-            child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+            child = start_python("-c", "input()", stdin=subprocess.PIPE, pass_fds=[lock])
         with pytest.raises(AblationError, match=r"at work already: another tools/ablate\.py, or a training"):
             ablation.run(plan(out, toy, tiny_model), ["joint"], [0])
     finally:
-        child.communicate(b"\n")
+        child.communicate("\n")
     with ablation._alone(out):
         pass
 
@@ -605,8 +604,8 @@ def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_pa
 
 
 def test_the_published_scores_can_be_gone_on_with(monkeypatch):
-    """The shipped start, the config and the defaults give the settings that docs/ablation was made with."""
-    published, base = ROOT / "docs" / "ablation", ROOT / "output" / "pretrained_models" / "ablation-base"
+    """The shipped start, the config and the defaults give the settings that mige/mini/published was made with."""
+    published, base = ROOT / "mige" / "mini" / "published", ROOT / "output" / "pretrained_models" / "ablation-base"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # they were made in bf16
     script = ROOT / "train_scripts" / "train_mige.py"
     made = Plan(Path("unused"), ROOT / "configs" / "ablation.py", (), base, script)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from mige.data.dataset import Dropout
+from mige.data.randomness import Dropout
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.backgrounds import PLAIN_WHITE, VARIANT
 from mige.data.synthetic.scenes import Scene, Scenes, draw
@@ -112,12 +112,12 @@ def test_a_batch_carries_its_own_answers(tiny_model):
     pipeline = MIGEPipeline.from_pretrained(tiny_model)
     how = dict(seed=1, size=64, latent_shape=(4, 8, 8), vision_size=28, dropout=Dropout(), noise_levels=1)
     dataset = pretraining.AnsweredDataset({"remove": 1, "flip": 1}, pipeline.tokenizer, **how)
-    drawn = [dataset[counter] for counter in range(8)]
+    drawn = [dataset[index] for index in range(8)]
     batch, answered = pretraining.collate_answered(drawn)
     flips = [row for row, (_, case) in enumerate(drawn) if case.kind == "flip"]
     assert 0 < len(flips) < 8 and answered.row_A.tolist() == flips
     plain = WorldDataset({"remove": 1, "flip": 1}, pipeline.tokenizer, **how)
-    assert batch.batch.ids == collate_world([plain[counter] for counter in range(8)]).batch.ids
+    assert batch.batch.ids == collate_world([plain[index] for index in range(8)]).batch.ids
 
 
 def test_the_reader_does_not_look_at_padding():
@@ -142,6 +142,7 @@ def test_it_matters_what_the_reader_is_asked():
     assert all(not torch.allclose(told[i], told[j]) for i in range(5) for j in range(i))
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_and_the_rest_stays(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 40, "--batch", 4, "--workers", 0, "--device", "cpu", "--rate", 3e-3)
     world = ("data.sets=[]", "data.world={'one_reference': 1, 'remove': 1, 'add_by_reference': 1}")

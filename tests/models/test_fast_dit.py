@@ -13,9 +13,10 @@ from golden import golden_model
 from mige.checkpoints.lora import add_lora
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
+from mige.inference.encoding import encode_references
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import make_sample
-from mige.models.fast_dit import _KEPT, FastDenoiser
+from mige.models.fast_dit import MAX_CAPTURED, FastDenoiser
 from mige.tasks import Task
 from mige.utils import images
 
@@ -107,9 +108,9 @@ def test_a_shape_seen_before_is_not_prepared_again(model, uncompiled):
         got = fast.start(condition, EVERY, TIMES)(x, TIMES[1])  # nothing of the prompt before is left
         assert distance(got, plain(model, condition, EVERY, x, TIMES[1])) < 1e-5
     assert len(fast.steps) == 1
-    for length in range(10, 10 + 64 * _KEPT, 64):
+    for length in range(10, 10 + 64 * MAX_CAPTURED, 64):
         fast.start(stacked(model, (length, 3), (8, 8), EVERY), EVERY, TIMES)
-    assert len(fast.steps) == _KEPT
+    assert len(fast.steps) == MAX_CAPTURED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,8 +160,9 @@ def test_what_it_does_not_know_is_refused():
         FastDenoiser(other, torch.float32)
 
 
+@pytest.mark.processes  # of the compiler
 @pytest.mark.parametrize("task", list(Task))
-def test_compiled_pictures_are_the_plain_ones(folder, photos, task):
+def test_compiled_images_are_the_plain_ones(folder, photos, task):
     """With the compiler itself, on batches of different lengths and sizes, with our solver and another."""
     cat, coffee, cup = photos
     prompts, references, sources = {
@@ -181,7 +183,7 @@ def test_compiled_pictures_are_the_plain_ones(folder, photos, task):
     assert distance(got, want) < 1e-5
 
 
-def test_a_transformer_exchanged_after_the_first_picture_is_noticed(folder, uncompiled):
+def test_a_transformer_exchanged_after_the_first_image_is_noticed(folder, uncompiled):
     def made(pipe):
         return pipe("a cat", num_inference_steps=2, output_type="latent").images
 
@@ -214,23 +216,24 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
     pipe = load(folder)
     samples = [make_sample("a<imagehere>", photos[:1], None), make_sample("<imagehere>on<imagehere>", photos[1:], None)]
     noise = [pipe.draw_noise(s.task, len(s.references), torch.Generator().manual_seed(0), 128, 128) for s in samples]
-    got = pipe.encode(samples, noise)
+    inputs = pipe.prepare(samples, noise)
+    got = pipe.encode(inputs)
     used, encoder = [0, 4, 5], pipe.model.encoder
     with torch.no_grad():
-        filled = pipe._vision_pixels(samples), pipe._encode_references(samples, noise)
+        filled = inputs.vision_RCHW, encode_references(pipe.vae, inputs, torch.device("cpu"))
         vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
         vision[used], references[used] = filled
-        pictures = encoder.see(vision, pipe.model.patchify(references))
+        pictures = encoder.encode_images(vision, pipe.model.patchify(references))
         assert pictures[1].norm() > 0  # an empty slot does give an embedding
-        embeds, mask = encoder.interleave([pipe.instruct(sample) for sample in samples], pictures[used])
+        embeds, mask = encoder.interleave(inputs.instructions, pictures[used])
         context = encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     assert torch.equal(mask, got.mask_BL) and distance(got.context_BLC, context) < 1e-5
 
 
 def test_a_mask_that_masks_nothing_is_dropped(model):
     even, uneven = conditions(model, (7, 7), (8, 8)), conditions(model, (7, 3), (8, 8))
-    assert uneven.without_idle_mask().mask_BL is uneven.mask_BL
-    bare = even.without_idle_mask()
+    assert uneven.drop_full_mask().mask_BL is uneven.mask_BL
+    bare = even.drop_full_mask()
     assert bare.mask_BL is None
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), TIMES[1].expand(2)
     with torch.no_grad():
@@ -270,12 +273,12 @@ def test_a_reused_change_goes_on_as_between_the_last_two(model, uncompiled):
     inputs, aheads = denoise.step.inputs, []
     for t in (TIMES[0], *[TIMES[1]] * 3, *[TIMES[2]] * 2):
         got = denoise(x, t)
-        aheads.append(inputs.ahead.item())
+        aheads.append(inputs.extrapolation.item())
     assert aheads == [0, 0, 0, 0, pytest.approx(1 / 3), pytest.approx(2 / 3)]
     last, earlier = inputs.change_2MC.clone()
     assert distance(last, earlier) > 1e-4
-    inputs.change_2MC[0], inputs.ahead[0] = last + 2 / 3 * (last - earlier), 0
-    assert distance(got, fast.forward(inputs, EVERY, light=True)) < 1e-6
+    inputs.change_2MC[0], inputs.extrapolation[0] = last + 2 / 3 * (last - earlier), 0
+    assert distance(got, fast.forward(inputs, EVERY, skip_middle=True)) < 1e-6
 
 
 SCHEDULERS = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mige import config
-from mige.checkpoints.convert import fill
+from mige.checkpoints.key_map import load_official
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
@@ -27,7 +27,7 @@ TINY = ROOT / "configs" / "tiny.py"
 SIZES = config.load(TINY).model
 WITHOUT_VAE, TEXT_ONLY = {"vae_features": False}, {"num_queries": 0}
 CHANGES = pytest.mark.parametrize("change", [WITHOUT_VAE, TEXT_ONLY], ids=["without_vae", "text_only"])
-PROMPTS = ("make<imagehere>night", "a cat beside<imagehere>and<imagehere>")  # three pictures
+PROMPTS = ("make<imagehere>night", "a cat beside<imagehere>and<imagehere>")  # three images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,7 @@ def one_thread():
 def changed(change: dict) -> dict[str, torch.nn.Module]:
     """The tiny parts with such a fusion, in which every part does something."""
     parts = build_parts(replace(SIZES, fusion=dict(SIZES.fusion) | change))
-    fill(parts, golden_state(parts))
+    load_official(parts, golden_state(parts))
     return parts
 
 
@@ -56,7 +56,7 @@ def pipeline(change: dict, tokenizer) -> MIGEPipeline:
 
 
 def inputs(tokenizer) -> tuple[list[Instruction], Tensor, Tensor]:
-    """Instructions, vision pictures and latents of three pictures."""
+    """Instructions, vision images and latents of three images."""
     torch.manual_seed(0)
     side = SIZES.image_encoder["image_size"]
     return [tokenize(prompt, tokenizer) for prompt in PROMPTS], torch.randn(3, 3, side, side), torch.randn(3, 4, 16, 16)
@@ -71,7 +71,7 @@ def test_without_vae_features_the_tokens_of_the_qformer_are_projected_as_they_ar
     tokens = pipe.qformer(query_embeds=fusion.query_tokens.expand(3, -1, -1), encoder_hidden_states=seen)[0]
     expected = torch.einsum("rqc,dc->rqd", tokens, fusion.text_proj.weight) + fusion.text_proj.bias
     for patches in (torch.randn(3, 64, 64), torch.full((3, 64, 64), float("nan"))):  # not looked at
-        torch.testing.assert_close(encoder.see(vision, patches), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(encoder.encode_images(vision, patches), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_vae_features_there_are_no_weights_of_the_fusion(tokenizer):
@@ -99,7 +99,7 @@ def test_text_alone_is_what_the_text_encoder_makes_of_the_words(tokenizer):
 
 
 @CHANGES
-def test_a_checkpoint_comes_back_and_makes_the_same_picture(change, tokenizer, tmp_path):
+def test_a_checkpoint_comes_back_and_makes_the_same_image(change, tokenizer, tmp_path):
     pipe = pipeline(change, tokenizer)
     pipe.save_pretrained(tmp_path / "model")
     again = MIGEPipeline.from_pretrained(tmp_path / "model")
@@ -125,7 +125,7 @@ def test_a_config_of_before_loads_with_vae_features(tiny_model, tokenizer, tmp_p
     assert again.fusion.config.vae_features is True
     _, vision, latents = inputs(tokenizer)
     with torch.no_grad():
-        one, other = (p.model.encoder.see(vision, p.model.patchify(latents)) for p in (pipe, again))
+        one, other = (p.model.encoder.encode_images(vision, p.model.patchify(latents)) for p in (pipe, again))
     assert torch.equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""Prompt text -> the text the model reads -> token ids around pictures."""
+"""Prompt text -> the text the model reads -> token ids around images."""
 
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def test_segments_are_tokenised_alone(tokenizer):
 
     got = tokenize("a cat<imagehere>in the snow<imagehere>at night", tokenizer)
     assert got.segments == (ids("a cat"), ids("in the snow"), (*ids("at night"), tokenizer.eos_token_id))
-    assert got.pictures == 2
+    assert got.num_images == 2
     assert got.length(num_queries=3) == 6 + len(ids("a cat")) + len(ids("in the snow")) + len(ids("at night")) + 1
 
 
@@ -132,7 +132,7 @@ def test_empty_segments_have_no_tokens(tokenizer):
     assert tokenize("<imagehere>", tokenizer).segments == ((), (1,))
     assert tokenize("<imagehere> <imagehere>\n ", tokenizer).segments == ((), (), (1,))
     assert tokenize("", tokenizer) == Instruction(((1,),))
-    assert tokenize("", tokenizer).pictures == 0
+    assert tokenize("", tokenizer).num_images == 0
 
 
 def test_outer_blanks_of_a_segment_vanish(tokenizer):
@@ -149,7 +149,7 @@ def record(task, prompt, references=1, edit_type=None):
     return Record("7", task, prompt, paths, source, None, edit_type, "x.json, record 1 (id 7)")
 
 
-def findings(tokenizer, *records, num_queries=3, max_tokens=10_000):
+def issues(tokenizer, *records, num_queries=3, max_tokens=10_000):
     return check_lengths(records, tokenizer, num_queries, max_tokens)
 
 
@@ -160,44 +160,44 @@ def test_nothing_is_said_of_a_prompt_that_fits(tokenizer):
         record(Task.EDIT, "make the photo red"),
         record(Task.SUBJECT_EDIT, "replace the cup in<imagehere>with<imagehere>", 2),
     ]
-    assert findings(tokenizer, *good) == []
+    assert issues(tokenizer, *good) == []
     length = tokenize(full_text(Task.EDIT, "make it red"), tokenizer).length(3)
-    assert findings(tokenizer, good[1], max_tokens=length) == []
+    assert issues(tokenizer, good[1], max_tokens=length) == []
 
 
 def test_tokens_over_the_limit_are_a_note_that_counts_them(tokenizer):
     row = record(Task.SUBJECT, "a<imagehere>in the snow")
     length = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer).length(3)
-    (note,) = findings(tokenizer, row, max_tokens=length - 2)
+    (note,) = issues(tokenizer, row, max_tokens=length - 2)
     assert not note.fatal and note.where == row.where
-    assert f"takes {length} tokens, the last 2 are cut (limit {length - 2})" in note.problem
+    assert f"takes {length} tokens, the last 2 are cut (limit {length - 2})" in note.message
 
 
-def test_a_whole_picture_over_the_limit_is_fatal(tokenizer):
+def test_a_whole_image_over_the_limit_is_fatal(tokenizer):
     row = record(Task.SUBJECT, "a<imagehere>in the snow")
     instruction = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer)
     start = len(instruction.segments[0])
-    (fault,) = findings(tokenizer, row, max_tokens=start)
-    assert fault.fatal and "a whole picture" in fault.problem
-    (note,) = findings(tokenizer, row, max_tokens=start + 1)  # a part of it is read
+    (fault,) = issues(tokenizer, row, max_tokens=start)
+    assert fault.fatal and "a whole image" in fault.message
+    (note,) = issues(tokenizer, row, max_tokens=start + 1)  # a part of it is read
     assert not note.fatal
 
 
 def test_a_placeholder_beyond_88_words_is_fatal(tokenizer):
     prompt = "a<imagehere>" + " word" * 90 + " and<imagehere>"
     for task in (Task.SUBJECT, Task.SUBJECT_EDIT):
-        (fault,) = findings(tokenizer, record(task, prompt, 2))
-        assert fault.fatal and "only 1 of 2 <imagehere> are within the first 88 words" in fault.problem
+        (fault,) = issues(tokenizer, record(task, prompt, 2))
+        assert fault.fatal and "only 1 of 2 <imagehere> are within the first 88 words" in fault.message
 
 
 def test_the_appended_placeholder_of_a_long_edit_is_lost_too(tokenizer):
     """The user wrote none; the one that the rewriting appends is word 89."""
     prompt = " ".join(["word"] * MAX_WORDS)
-    (fault,) = findings(tokenizer, record(Task.EDIT, prompt))
-    assert fault.fatal and "only 0 of 1 <imagehere>" in fault.problem
-    assert findings(tokenizer, record(Task.EDIT, " ".join(["word"] * (MAX_WORDS - 1)))) == []
+    (fault,) = issues(tokenizer, record(Task.EDIT, prompt))
+    assert fault.fatal and "only 0 of 1 <imagehere>" in fault.message
+    assert issues(tokenizer, record(Task.EDIT, " ".join(["word"] * (MAX_WORDS - 1)))) == []
 
 
-def test_a_second_mention_of_the_picture_is_a_note(tokenizer):
-    (note,) = findings(tokenizer, record(Task.EDIT, "make the image like this photo"))
-    assert not note.fatal and "mentions the picture 2 times; 1 mention(s) read an empty picture" in note.problem
+def test_a_second_mention_of_the_image_is_a_note(tokenizer):
+    (note,) = issues(tokenizer, record(Task.EDIT, "make the image like this photo"))
+    assert not note.fatal and "mentions the image 2 times; 1 mention(s) read an empty image" in note.message

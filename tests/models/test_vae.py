@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from mige.models import vae as latents
+from mige.models.vae import decode, downscale, encode, scale
 
 SCALE = 0.18215
 
@@ -36,22 +36,22 @@ def counted(module, name, monkeypatch):
 
 
 def test_shapes_of_the_round_trip(vae):
-    moments = latents.encode(vae, pixels(2))
+    moments = encode(vae, pixels(2))
     assert moments.mean.shape == moments.std.shape == (2, 4, 4, 6)
-    assert latents.downscale(vae) == 8
-    assert latents.decode(vae, moments.mean).shape == (2, 3, 32, 48)
+    assert downscale(vae) == 8
+    assert decode(vae, moments.mean).shape == (2, 3, 32, 48)
 
 
 def test_moments_are_the_library_s_posterior(vae):
     picture = pixels(1)
     posterior = vae.encode(picture).latent_dist
-    moments = latents.encode(vae, picture)
+    moments = encode(vae, picture)
     assert torch.equal(moments.mean, posterior.mean) and torch.equal(moments.std, posterior.std)
     assert (moments.std > 0).all()
 
 
 def test_a_sample_is_mean_and_noise_times_deviation(vae):
-    moments = latents.encode(vae, pixels(1))
+    moments = encode(vae, pixels(1))
     assert torch.equal(moments.sample(torch.zeros_like(moments.mean)), moments.mean)
     noise = torch.randn(5000, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     samples = moments.sample(noise)
@@ -61,29 +61,29 @@ def test_a_sample_is_mean_and_noise_times_deviation(vae):
 
 
 def test_the_scale_factor_is_applied_once_each_way(vae):
-    unscaled = latents.encode(vae, pixels(1)).mean
-    scaled = latents.scale(vae, unscaled)
+    unscaled = encode(vae, pixels(1)).mean
+    scaled = scale(vae, unscaled)
     torch.testing.assert_close(scaled, unscaled * SCALE)
-    torch.testing.assert_close(latents.decode(vae, scaled), vae.decode(unscaled).sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decode(vae, scaled), vae.decode(unscaled).sample, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("many, parts", [(8, [8]), (9, [8, 1]), (17, [8, 8, 1])])
-def test_many_pictures_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
+def test_many_images_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
     pictures = pixels(many, 8, 16)
-    monkeypatch.setattr(latents, "_AT_ONCE", 8 * (8 * 16) * 8)  # eight pictures at the 8 channels of the first block
-    alone = [latents.encode(vae, picture[None]) for picture in pictures]
-    decoded_alone = [latents.decode(vae, latents.scale(vae, moments.mean)) for moments in alone]
+    monkeypatch.setattr("mige.models.vae._CHUNK", 8 * (8 * 16) * 8)  # eight images at the 8 channels of the first block
+    alone = [encode(vae, picture[None]) for picture in pictures]
+    decoded_alone = [decode(vae, scale(vae, moments.mean)) for moments in alone]
     encoded, decoded = counted(vae, "encode", monkeypatch), counted(vae, "decode", monkeypatch)
-    together = latents.encode(vae, pictures)
+    together = encode(vae, pictures)
     torch.testing.assert_close(together.mean, torch.cat([m.mean for m in alone]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.std, torch.cat([m.std for m in alone]), rtol=1e-4, atol=1e-5)
-    back = latents.decode(vae, latents.scale(vae, together.mean))
+    back = decode(vae, scale(vae, together.mean))
     torch.testing.assert_close(back, torch.cat(decoded_alone), rtol=1e-4, atol=1e-5)
     assert encoded == decoded == parts
 
 
 def test_a_half_precision_vae_takes_float32_pixels(vae):
     half = copy.deepcopy(vae).bfloat16()
-    moments = latents.encode(half, pixels(1))
+    moments = encode(half, pixels(1))
     assert moments.mean.dtype == torch.bfloat16
-    assert latents.decode(half, latents.scale(half, moments.mean).float()).isfinite().all()
+    assert decode(half, scale(half, moments.mean).float()).isfinite().all()

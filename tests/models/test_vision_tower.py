@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mige import config
-from mige.checkpoints.convert import pieces
+from mige.checkpoints.key_map import key_mappings
 from mige.models import build as parts
 
 
@@ -21,7 +21,7 @@ def test_the_tower_equals_timm_s_eva():
     reference.norm = nn.LayerNorm(1408, eps=1e-5)
     ours = tower.state_dict()
     state = {}
-    for piece in pieces(built):
+    for piece in key_mappings(built):
         names = [name.removeprefix("visual_encoder.").replace("ln_vision.", "norm.") for name in piece.official]
         state |= dict(zip(names, ours[piece.key].chunk(3)[::2] if len(names) == 2 else [ours[piece.key]], strict=True))
     for i in range(2):  # EVA has no key bias; ours carries the zeros

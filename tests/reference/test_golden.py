@@ -7,7 +7,7 @@ import torch
 from golden import FIXTURES, golden_model, golden_state, rule_weight
 from safetensors.torch import load_file
 
-from mige.checkpoints import convert
+from mige.checkpoints import key_map
 from mige.diffusion import guidance
 from mige.diffusion.gaussian import Diffusion
 from mige.diffusion.solver import DPMSolver2M, time_grid
@@ -45,9 +45,9 @@ def model():
 
 
 def pictures(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures that the named instructions have room for, as the flat stack our encoder takes."""
+    """The images that the named instructions have room for, as the flat stack our encoder takes."""
     index = {name: i for i, name in enumerate(SEGMENTS)}
-    slots = [(index[name], slot) for name in names for slot in range(INSTRUCTIONS[name].pictures)]
+    slots = [(index[name], slot) for name in names for slot in range(INSTRUCTIONS[name].num_images)]
     rows, columns = (list(x) for x in zip(*slots, strict=True))
     return GOLDEN["in.ref_clip"][rows, columns], GOLDEN["in.ref_vae"][rows, columns]
 
@@ -61,7 +61,7 @@ def condition(*names: str, source: torch.Tensor):
 def test_the_weight_rule(key):
     state = golden_state(vars(model().encoder)["_modules"] | {"transformer": model().transformer})
     if key.startswith("checksum"):
-        made = [v.double() for k, v in state.items() if "embed_tokens" not in k and k not in convert._COMPUTED]
+        made = [v.double() for k, v in state.items() if "embed_tokens" not in k and k not in key_map.COMPUTED]
         total = sum((v.abs() if key == "checksum_abs" else v).sum() for v in made)
         assert torch.allclose(total, GOLDEN[f"weight.{key}"].double(), rtol=1e-12)
     elif key == "pos_embed":
@@ -74,7 +74,7 @@ def test_the_key_list():
     lines = (FIXTURES / "golden_tiny_keys.tsv").read_text().splitlines()[1:]
     want = {key: tuple(map(int, shape.split("x"))) for key, shape, _ in (line.split("\t") for line in lines)}
     parts = vars(model().encoder)["_modules"] | {"transformer": model().transformer}
-    assert convert.official_shapes(parts) == want
+    assert key_map.official_shapes(parts) == want
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_every_stage_of_the_vision_side():
     clip, vae = GOLDEN["in.ref_clip"].flatten(0, 1), GOLDEN["in.ref_vae"].flatten(0, 1)
     before_norm = []
     hook = encoder.image_encoder.post_layernorm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
-    seen = encoder.look(clip)
+    seen = encoder.encode_vision(clip)
     hook.remove()
     close(before_norm[0], "out.cond.vit")
     close(seen, "out.cond.ln_vision")
@@ -92,7 +92,7 @@ def test_every_stage_of_the_vision_side():
     close(tokens, "out.cond.qformer")
     patches = model().patchify(vae)
     close(encoder.fusion.fusion(tokens, patches), "out.cond.ffm")
-    close(encoder.see(clip, patches), "out.cond.t5_proj")
+    close(encoder.encode_images(clip, patches), "out.cond.t5_proj")
 
 
 def check_text(embeds, mask, names: list[int], prefix: str) -> None:
@@ -110,16 +110,16 @@ def check_text(embeds, mask, names: list[int], prefix: str) -> None:
 @torch.no_grad()
 def test_the_multimodal_instruction():
     names = list(SEGMENTS)
-    vision, references = pictures(*(n for n in names if INSTRUCTIONS[n].pictures))
-    tokens = model().encoder.see(vision, model().patchify(references))
+    vision, references = pictures(*(n for n in names if INSTRUCTIONS[n].num_images))
+    tokens = model().encoder.encode_images(vision, model().patchify(references))
     embeds, mask = model().encoder.interleave([INSTRUCTIONS[n] for n in names], tokens)
     assert mask.shape[1] == 24  # s2 has 28 vectors: truncated, its end-of-sentence token lost
     check_text(embeds, mask, [0, 1, 2, 3, 4, 5], "cond")
 
 
 @torch.no_grad()
-def test_a_batch_without_any_picture():
-    """The official code gives such a batch zero vectors in place of pictures."""
+def test_a_batch_without_any_image():
+    """The official code gives such a batch zero vectors in place of images."""
     nothing = torch.zeros(2, 3, 40)
     embeds, mask = model().encoder.interleave([INSTRUCTIONS["s3"], INSTRUCTIONS["s5"]], nothing)
     check_text(embeds, mask, [0, 1], "norefs")
@@ -198,7 +198,7 @@ def test_losses_and_gradients():
         official = name.removeprefix("out.gradnorm.")
         ours = [
             grads[p.part, p.key]
-            for p in convert.pieces(parts)
+            for p in key_map.key_mappings(parts)
             if official in p.official and p.key in dict(parts[p.part].named_parameters())
         ]
         close(torch.cat([g.flatten() for g in ours]).norm().reshape(GOLDEN[name].shape), name)

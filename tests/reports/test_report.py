@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from conftest import image_size
 from PIL import Image, ImageFont
 
 from mige.reports import sheet as report
@@ -95,7 +96,7 @@ def test_sheets_of_large_tiles_stay_within_what_viewers_open(tmp_path, monkeypat
     monkeypatch.setattr(report, "SHEET_HEIGHT", 700)
     paths = contact_sheet([case() for _ in range(5)], tmp_path / "sheet.png", tile=256)
     assert len(paths) == 3
-    assert all(Image.open(path).height < 700 for path in paths)
+    assert all(image_size(path)[1] < 700 for path in paths)
 
 
 def test_sheet_numbers_the_markers(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_sheet_numbers_the_markers(tmp_path, monkeypatch):
 def test_a_note_adds_a_banner(tmp_path):
     (plain,) = contact_sheet([case()], tmp_path / "plain.png")
     (noted,) = contact_sheet([case()], tmp_path / "noted.png", note="These weights are untrained.")
-    assert Image.open(noted).height > Image.open(plain).height
+    assert image_size(noted)[1] > image_size(plain)[1]
 
 
 @pytest.mark.parametrize("text", ["word " * 500, "x" * 3000, "a " + "x" * 300 + " end", "猫" * 400])
@@ -163,7 +164,7 @@ def test_page_is_complete_after_moving_the_folder(tmp_path):
         assert ":" not in link and not link.startswith("/") and ".." not in Path(link).parts
         Image.open(moved / unquote(link)).load()
     assert "made/a%20%231%2050%25%3F.png" in links
-    thumbnails = [Image.open(path).size for path in (moved / "inputs").iterdir()]
+    thumbnails = [image_size(path) for path in (moved / "inputs").iterdir()]
     assert sorted(thumbnails) == [(64, 64), (512, 256)]  # a picture shared by two cases is kept once
     assert not [path for path in moved.iterdir() if path.name.startswith(".")]
 
@@ -280,4 +281,4 @@ def test_pages_written_again_open_no_image(tmp_path, monkeypatch):
     picture(GREEN, (40, 20)).save(tmp_path / "given.png")  # another image under the same name
     html_page(cases, tmp_path, title="t")
     (shown,) = {image["src"] for image in Page(tmp_path / "index.html").all("img", alt="picture 1 of r000")}
-    assert Image.open(tmp_path / shown).size == (40, 20)
+    assert image_size(tmp_path / shown) == (40, 20)

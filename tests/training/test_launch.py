@@ -2,12 +2,12 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from processes import ServedProcess, environment, start_program, start_python
 from test_trainer import ROOT, command, losses, metrics
 
 from mige.training.checkpointing import list_checkpoints
@@ -17,30 +17,47 @@ ENDLESS = ("train.steps=100000", "train.checkpoint_every=100000")
 
 
 @pytest.fixture
-def launch(tiny_model):
-    """Starts `sh train_mige.sh` on the CPU; what a test leaves is killed."""
-    started = []
+def launch(tiny_model, tmp_path):
+    """Starts on the CPU what train_mige.sh goes on as."""
 
-    def start(run: Path, *more: str, **environment: str) -> subprocess.Popen:
-        _, file, first, _, _, *rest = command(tiny_model, run, *more)
-        python = ROOT.parent / "bin"  # only where `python` is another one
-        path = os.pathsep.join([str(Path(os.sys.executable).parent), os.environ["PATH"], str(python)])
-        own = {"PATH": path, "LAUNCH": "cpu", "OMP_NUM_THREADS": "1", **environment}
-        process = subprocess.Popen(
-            ["sh", "train_scripts/train_mige.sh", file, str(run), first, *rest],
-            cwd=ROOT, env=os.environ | own, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        started.append(process)
+    def start(run: Path, *more: str, **variables: str) -> ServedProcess:
+        given = command(tiny_model, run, *more)[1:]
+        env, log = environment() | {"LAUNCH": "cpu", **variables}, tmp_path / f"{run.name}.log"
+        with log.open("a") as err:  # a file: who reads a pipe to its end waits for orphans too
+            process = start_python("-m", "mige.training.launch", *given, cwd=ROOT, env=env, start_new_session=True,
+                                   stdout=err, stderr=err)  # fmt: skip
+        process.log = log
         return process
 
-    yield start
-    for process in started:
-        for one in family(process):
-            one.kill()
+    return start
 
 
-def family(process: subprocess.Popen) -> list[psutil.Process]:
+def ends(process: ServedProcess, seconds: float, code: int) -> None:
+    assert process.wait(seconds) == code, process.log.read_text()
+
+
+@pytest.mark.processes
+def test_the_script_becomes_the_launcher(tmp_path):
+    """From any folder; it is the same process, so that signals and the exit code are the launcher's."""
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$$" "$PWD" "$PYTHONPATH" "$@"\nexit 75\n')
+    (tmp_path / "python").chmod(0o755)
+    env = environment() | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "mine"}
+    script = ROOT / "train_scripts" / "train_mige.sh"
+    for given, passed in (
+        ([], ["configs/mige_512.py", "--output", "output/runs/mige_512"]),
+        (["configs/tiny.py"], ["configs/tiny.py", "--output", "output/runs/tiny"]),
+        (
+            ["c.py", "my run", "train.seed=1", "a.b=[1, 2]"],
+            ["c.py", "--output", "my run", "train.seed=1", "a.b=[1, 2]"],
+        ),
+    ):
+        process = start_program("sh", script, *given, cwd=tmp_path, env=env, stdout=-1)
+        said = process.communicate()[0].splitlines()
+        assert process.returncode == 75
+        assert said == [str(process.pid), str(ROOT), f"{ROOT}:mine", "-m", "mige.training.launch", *passed]
+
+
+def family(process: ServedProcess) -> list[psutil.Process]:
     """A launcher, where it still runs, and all below it."""
     if process.poll() is not None:
         return []
@@ -48,11 +65,10 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return [top, *top.children(recursive=True)]
 
 
-def until_steps(run: Path, process: subprocess.Popen, steps: int) -> list[psutil.Process]:
+def until_steps(run: Path, process: ServedProcess, steps: int) -> list[psutil.Process]:
     deadline = time.monotonic() + 120
     while len(metrics(run)) < steps:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, process.log.read_text()
         time.sleep(0.02)
     return family(process)
 
@@ -61,6 +77,7 @@ def none_left(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=10)[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("processes", "size", "stop"),
     [
@@ -74,28 +91,30 @@ def test_a_stopped_training_is_saved_and_resumes_with_the_same_losses(launch, tm
     process = launch(run, *ENDLESS, size, PROCESSES=processes)
     all_of_them = until_steps(run, process, 2)
     stop(process)
-    assert process.wait(60) == 75, process.stderr.read().decode()
+    ends(process, 60, 75)
     assert none_left(all_of_them)
     saved = int(list_checkpoints(run)[-1].name[5:])
     assert saved == metrics(run)[-1]["step"]
     for name in ("run", "whole"):
         process = launch(tmp_path / name, f"train.steps={saved + 2}", size, PROCESSES=processes)
-        assert process.wait(120) == 0, process.stderr.read().decode()
+        ends(process, 120, 0)
     assert len(losses(run)) == saved + 2 and losses(run) == losses(tmp_path / "whole")
 
 
+@pytest.mark.processes
 def test_a_second_ctrl_c_ends_at_once(launch, tmp_path):
     process = launch(tmp_path / "run", *ENDLESS, "train.batch_size=1", PROCESSES="2")
     all_of_them = until_steps(tmp_path / "run", process, 1)
     for one in process, process:
         one.send_signal(signal.SIGINT)
         time.sleep(0.05)  # two signals at once are one
-    assert process.wait(30) == 130
+    ends(process, 30, 130)
     assert none_left(all_of_them) and not list_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.processes
 def test_two_machines_are_one_training(launch, tmp_path):
-    """Two shells with one process each, on this machine, against one process with the double batch."""
+    """Two launchers with one process each, on this machine, against one process with the double batch."""
     steps = ("train.steps=4", "train.checkpoint_every=4", "train.eps=1e-2")
     port = str(20000 + os.getpid() % 20000)
     several = [
@@ -103,9 +122,8 @@ def test_two_machines_are_one_training(launch, tmp_path):
         for rank in ("0", "1")
     ]
     for process in several:
-        assert process.wait(120) == 0, process.stderr.read().decode()
-    one = launch(tmp_path / "one", *steps, "train.batch_size=2")
-    assert one.wait(120) == 0, one.stderr.read().decode()
+        ends(process, 120, 0)
+    ends(launch(tmp_path / "one", *steps, "train.batch_size=2"), 120, 0)
     two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert [line["samples"] for line in two] == [2, 4, 6, 8]  # one training: every step once
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
@@ -116,8 +134,8 @@ def test_two_machines_are_one_training(launch, tmp_path):
     [
         ({}, 0, None, False),
         ({}, 1, None, False),
-        ({}, 2, "accelerate_config.yaml", True),
-        ({"MACHINES": "2", "RANK": "1"}, 1, "accelerate_config.yaml", True),  # by GPUs x machines, not by GPUs
+        ({}, 2, "configs/accelerate/ddp.yaml", True),
+        ({"MACHINES": "2", "RANK": "1"}, 1, "configs/accelerate/ddp.yaml", True),  # by GPUs x machines, not by GPUs
         ({"MACHINES": "2"}, 0, None, True),
         ({"LAUNCH": "zero2"}, 1, "accelerate_config.yaml", True),
         ({"LAUNCH": "fsdp2", "MACHINES": "4", "RANK": "3"}, 8, "configs/accelerate/fsdp2.yaml", True),

@@ -3,12 +3,12 @@
 import io
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_program
 
 from mige.training import adamw
 from mige.training.adamw import StochasticAdamW
@@ -207,10 +207,9 @@ def compare_kernel_with_plain(device: str) -> None:
 @pytest.mark.skipif(adamw.triton is None, reason="needs Triton")
 def test_the_kernel_is_the_plain_update_interpreted():
     here = Path(__file__)
-    path = os.pathsep.join([str(here.parent), str(here.parents[2])])
+    path = os.pathsep.join([str(here.parent), str(here.parents[1]), str(here.parents[2])])
     code = "import test_optimizers; test_optimizers.compare_kernel_with_plain('cpu')"
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_program(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
 
 

@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import start_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import ROOT, TRAIN, build, losses, metrics, weights
 
@@ -232,11 +231,12 @@ def test_a_cut_state_is_named(tiny_model, run):
         build(tiny_model, run, *SHORT, "train.steps=5").run()
 
 
+@pytest.mark.processes
 def test_one_training_a_folder(tiny_model, run):
     hold = "import sys; from pathlib import Path; from mige.utils.files import folder_lock\n" \
            "with folder_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"  # fmt: skip
-    with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdin=-1, stdout=-1, cwd=ROOT) as other:
-        assert other.stdout.readline() == b"held\n"
+    with start_python("-c", hold, run, stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(TrainingError, match=f"{run}: another run writes here"):
             build(tiny_model, run, *SHORT)
         other.stdin.close()
@@ -256,7 +256,7 @@ def test_a_failing_sample_loses_nothing(tiny_model, tmp_path, monkeypatch):
 
 
 def test_adapters_over_bfloat16_are_float32(tiny_model, tmp_path):
-    trainer = build(tiny_model, tmp_path / "run", "train.trainable=lora", "train.param_dtype=bfloat16", *SHORT)
+    trainer = build(tiny_model, tmp_path / "run", "train.trainable=lora", "train.precision=bfloat16", *SHORT)
     assert {p.dtype for p in trainer.trained} == {torch.float32}
     assert trainer.plain.transformer.proj_out.weight.dtype is torch.bfloat16
 
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_names_its_record_alone(tiny_model, tmp_path):
 
     def poisoned(batch):
         found = loss(batch)
-        found.mse.data[4] = float("nan")  # the second sample at the second noise level
+        found.loss.mse.data[4] = float("nan")  # the second sample at the second noise level
         return found
 
     trainer._loss = poisoned

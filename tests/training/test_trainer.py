@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import run_here
-from processes import PythonProcess, environment, run_python, start_python
+from processes import ServedProcess, environment, run_python, start_python
 from safetensors.torch import load_file
 
 from mige import config
@@ -37,11 +37,11 @@ def overrides(model: Path, *more: str) -> list[str]:
     return [f"train.pretrained={str(model)!r}", f"data.sets=[dict(file={str(TRAIN)!r}, weight=1.0)]", *BASE, *more]
 
 
-def build(model: Path, run: Path, *more: str) -> Trainer:
+def build(model: Path, run: Path, *more: str, resume: Path | None = None) -> Trainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     text = [o.replace("dict(file=", "{'file': ").replace(", weight=1.0)", ", 'weight': 1.0}") for o in
             overrides(model, *more)]  # fmt: skip
-    return Trainer(config.load(ROOT / "configs" / "tiny.py", text), run)
+    return Trainer(config.load(ROOT / "configs" / "tiny.py", text), run, resume)
 
 
 def command(model: Path, run: Path, *more: str) -> list[str]:
@@ -50,7 +50,7 @@ def command(model: Path, run: Path, *more: str) -> list[str]:
     return ["train_scripts/train_mige.py", "configs/tiny.py", text[0], "--output", str(run), *text[1:]]
 
 
-def start(model: Path, run: Path, *more: str) -> PythonProcess:
+def start(model: Path, run: Path, *more: str) -> ServedProcess:
     """Training in a process with a group of its own."""
     streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return start_python(*command(model, run, *more), cwd=ROOT, start_new_session=True, **streams)
@@ -76,7 +76,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "state" / "model.safetensors")
 
 
-def wait_until(condition, process: PythonProcess, seconds: float = 120) -> None:
+def wait_until(condition, process: ServedProcess, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()

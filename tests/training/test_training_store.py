@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from mige import config
-from mige.data.dataset import collate
-from mige.data.latent_store.extraction import distinct_pictures, extract
+from mige.data.batch import collate
+from mige.data.crops import Crop
+from mige.data.latent_store.extraction import distinct_crops, extract
 from mige.data.latent_store.store import StoreError, create_store
 from mige.data.parsing import read_records
 from mige.models.vae import Moments
@@ -22,7 +23,7 @@ from mige.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "example_data" / "train.jsonl"
 SIZE = 64
-SAMPLES = range(12)  # two epochs: every record at two times, with other noise and dropout
+SAMPLES = range(12, 24)  # two epochs: every record at two times, none so noisy that a source would not count
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def vae(model) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[Path, str]:
-    return distinct_pictures(read_records([RECORDS]).require())
+def pictures() -> dict[Crop, str]:
+    return distinct_crops(read_records([RECORDS]).raise_if_errors())
 
 
-def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Path, str], **kwargs) -> Path:
+def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Crop, str], **kwargs) -> Path:
     store = create_store(folder, **{"vae": vae, "size": SIZE, "root": RECORDS.parent, **kwargs})
     assert extract(store, vae, pictures) == []
     return folder
@@ -71,11 +72,11 @@ def build(model: Path, run: Path, features: Path | None) -> Trainer:
 
 def losses(trainer: Trainer, change=lambda batch: batch) -> torch.Tensor:
     """Both terms of the hybrid loss of `SAMPLES`, through everything the trainer does: [2, samples]."""
-    batch = change(collate([trainer.dataset[counter] for counter in SAMPLES]))
+    batch = change(collate([trainer.dataset[index] for index in SAMPLES]))
     assert (batch.pixels_PCHW is None) == (trainer.config.data.features is not None)
     trainer._seed_dropout(0)
     with torch.no_grad():
-        loss = trainer._loss(batch)
+        loss = trainer._loss(batch).loss
     return torch.stack([loss.mse, loss.vb])
 
 
@@ -98,8 +99,8 @@ def without_sources(batch):
 
 def test_the_loss_from_the_store_is_the_loss_from_pixels(model, store, tmp_path):
     from_store, from_pixels = build(model, tmp_path / "a", store), build(model, tmp_path / "b", None)
-    records = [from_store.dataset.record(counter) for counter in SAMPLES]
-    assert records == [from_pixels.dataset.record(counter) for counter in SAMPLES]
+    records = [from_store.dataset.record(index) for index in SAMPLES]
+    assert records == [from_pixels.dataset.record(index) for index in SAMPLES]
     assert {record.task for record in records} == set(Task)
     kinds = {(s.drop_text, s.drop_source) for s in map(from_store.dataset.__getitem__, SAMPLES)}
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
@@ -110,7 +111,7 @@ def test_the_loss_from_the_store_is_the_loss_from_pixels(model, store, tmp_path)
     for task in Task:
         assert max(by for by, record in zip(by_moments, records, strict=True) if record.task is task) > 1e-4
     by_source = moved(losses(from_store, without_sources), want) > 1e-3
-    samples = [from_store.dataset[counter] for counter in SAMPLES]
+    samples = [from_store.dataset[index] for index in SAMPLES]
     kept = [r.source is not None and not s.drop_source for r, s in zip(records, samples, strict=True)]
     assert by_source.tolist() == kept, "a source counts where there is one that is not dropped, and there only"
 
@@ -147,9 +148,9 @@ def test_a_store_of_another_size(model, vae, pictures, tmp_path):
 @pytest.mark.parametrize("name", ["cat.jpg", "pagoda_mirrored.jpg", "flower_on_saucer.jpg"])
 def test_a_store_that_lacks_one_picture(model, vae, pictures, tmp_path, name):
     """A reference, an edit's target, the target of a subject-driven edit."""
-    some = {path: where for path, where in pictures.items() if path.name != name}
-    assert len(some) == len(pictures) - 1
-    message = f"some lacks 1 of {len(pictures)} pictures, the first .*{name}: run tools/extract_features"
+    some = {crop: where for crop, where in pictures.items() if crop.path.name != name}
+    lost = sum(name in str(crop) for crop in pictures)  # a source that is to be cropped like it, too
+    message = f"some: {lost} of {len(pictures)} images not in it, the first .*{name} of .*, record .*: run tools/ext"
     assert_refused(model, tmp_path / "run", make_store(tmp_path / "some", vae, some), TrainingError, message)
 
 
@@ -157,9 +158,9 @@ def test_an_official_folder_of_another_size(model, pictures, tmp_path):
     """Its files have no fingerprint, but a shape."""
     folder = tmp_path / "npy"
     folder.mkdir()
-    for path in pictures:
+    for path, _ in pictures:
         np.save(folder / f"{path.stem}.npy", np.zeros((8, 4, 4), np.float32))
-    message = r"\.npy, of picture .*: float32 \[8, 4, 4\], expected float32 \[8, 8, 8\] .*use the size and the VAE"
+    message = r"\.npy, of image .*: float32 \[8, 4, 4\], expected float32 \[8, 8, 8\] .*use the size and the VAE"
     assert_refused(model, tmp_path / "run", folder, StoreError, message)
 
 

@@ -174,9 +174,12 @@ def test_a_value_a_library_refuses_is_named(override):
         ),
         ("data.world={'add': 1.0}", "data.world draws its own pictures: leave data.sets empty"),
         ("data.world={'add': 1.0} data.sets=[] data.features=store", "data.world draws its own pictures"),
-        ("train.optimizer=adam", "train.optimizer is 'adam', expected one of adamw, adamw_bf16, adamw_8bit"),
-        ("train.param_dtype=float16", "train.param_dtype is 'float16', expected one of float32, bfloat16"),
-        ("train.trainable=most", "train.trainable is 'most', expected one of full, text_encoder_frozen, lora, all"),
+        ("train.optimizer=adam", "train.optimizer is 'adam', expected one of adamw, adamw_8bit, muon"),
+        ("train.precision=float16", "train.precision is 'float16', expected one of auto, float32, mixed, bfloat16"),
+        (
+            "train.trainable=most",
+            "trainable is 'most', expected one of full, text_encoder_frozen, dit, lora, all",
+        ),
         (
             "train.gradient_checkpointing=['transformer','vae']",
             "train.gradient_checkpointing is 'vae', expected one of transformer, text_encoder",
@@ -200,15 +203,13 @@ def test_a_value_a_library_refuses_is_named(override):
         ("data.drop_text=1.5", "data.drop_text is 1.5, expected 0 to 1"),
         ("data.workers=-1", "data.workers is -1, expected at least 0"),
         ("data.sets=train.jsonl", "data.sets is 'train.jsonl', expected a list"),
+        ('data.sets=[dict(file="a.jsonl")]', 'expected a list of plain values; a dict is written {"file": "a.jsonl"}'),
         ("data.sets=['train.jsonl']", "data.sets[0] is 'train.jsonl', expected a dict"),
-        ("data.sets=[{'file': 'a', 'weight': '1'}]", "data.sets[0].weight is '1', expected a number"),
+        ("data.sets=[{'file': 'a', 'weight': 'x'}]", "data.sets[0].weight"),
         ("data.world={'add': 0} data.sets=[]", "data.world.add is 0, expected a number above 0"),
-        ("train.optimizer=muon train.param_dtype=bfloat16", "'bfloat16', but train.optimizer is 'muon'"),
-        (
-            "train.param_dtype=bfloat16",
-            "'bfloat16', but train.optimizer is 'adamw', whose updates bfloat16",
-        ),
-        ("train.optimizer=adamw_8bit train.param_dtype=bfloat16", "'bfloat16', but train.optimizer is 'adamw_8bit'"),
+        ("train.optimizer=muon train.precision=bfloat16", "'bfloat16', but train.optimizer is 'muon'"),
+        ("train.param_dtype=bfloat16", "train.param_dtype is now train.precision"),
+        ("train.optimizer=adamw_8bit train.precision=bfloat16", "'bfloat16', but train.optimizer is 'adamw_8bit'"),
         ("train.trainable=lora train.optimizer=muon", "'muon', which trains whole matrices: use adamw with 'lora'"),
         ("train.trainable=scratch", "train.trainable: 'scratch' is now 'all'"),
         ("train.accumulate=2", "train.accumulate is now train.gradient_accumulation_steps"),
@@ -221,7 +222,7 @@ def test_a_value_a_library_refuses_is_named(override):
         ("train.keep_checkpoints=0", "train.keep_checkpoints is 0, expected at least 1"),
         ("train.pretrained=None", "train.pretrained is None: fresh weights need train.tokenizer"),
         ("train.pretrained=None train.tokenizer=t train.trainable=lora", "'lora', but train.pretrained is None"),
-        ("train.optimizer=adamw_bf16", "train.optimizer is 'adamw_bf16', but train.param_dtype is not 'bfloat16'"),
+        ("train.optimizer=adamw_bf16", "'adamw_bf16' is now 'adamw' with train.precision=bfloat16"),
         ("train.trainable=lora train.ema=0.9", "train.ema averages whole models; set it to None for 'lora'"),
         ("train.sample_records=[]", "train.sample_every is set, but train.sample_records names no file"),
     ],
@@ -235,7 +236,7 @@ def test_contradictory_training(overrides, message):
 
 def test_former_keys_of_a_file_are_named(tmp_path):
     (tmp_path / "old.py").write_text(f"_base_ = {str(TINY)!r}\ntrain = dict(weights='float32')\n")
-    with pytest.raises(ConfigError, match="train: the key 'weights' is now 'param_dtype'"):
+    with pytest.raises(ConfigError, match="train: the key 'weights' is now 'precision'"):
         config.load(tmp_path / "old.py")
 
 
@@ -246,11 +247,11 @@ def test_former_keys_of_a_file_are_named(tmp_path):
         "data.world={'add': 1.0} data.sets=[]",
         "train.pretrained=None train.tokenizer=t",
         "train.trainable=lora",
-        "train.trainable=lora train.param_dtype=bfloat16",
+        "train.trainable=lora train.precision=bfloat16",
         "train.seed=4294967295",
         "train.learning_rate=1",
         "train.ema=0.9",
-        "train.optimizer=adamw_bf16 train.param_dtype=bfloat16",
+        "train.precision=bfloat16",
         "train.sample_every=0 train.sample_records=[]",
         "train.gradient_checkpointing=['transformer','text_encoder']",
     ],

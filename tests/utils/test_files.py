@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from processes import start_python
 
 from mige.utils.files import FolderInUseError, append_json_line, folder_lock, read_json_lines, write_text
 
@@ -13,10 +13,9 @@ HOLD = "import sys, pathlib; from mige.utils.files import folder_lock\n"
 HOLD += "with folder_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
+@pytest.mark.processes
 def test_a_second_writer_is_refused_until_the_first_one_dies(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
+    with start_python("-c", HOLD, tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(FolderInUseError, match="another run writes here") as refused, folder_lock(tmp_path):
             pass

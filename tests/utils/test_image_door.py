@@ -1,7 +1,6 @@
 """The one door for images: every kind of input, depth, profile and orientation gives the same 8-bit sRGB image."""
 
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from processes import run_program
 
 from mige.utils.images import BadImageError, as_image, check_shape, image_key, open_image
 
@@ -348,11 +348,13 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.processes
 def test_sixteen_bits_take_little_memory_and_no_torch(tmp_path):
     """Two bytes a pixel while it is decoded, five while grey becomes RGB, and the strips; it were twenty."""
     path = saved(Image.fromarray(np.full((4000, 4000), 25700, np.uint16)), tmp_path / "a.png")
-    run = subprocess.run([sys.executable, "-c", _PEAK, path], capture_output=True, text=True, check=True, timeout=60)
-    peak, torch_loaded = run.stdout.split()
+    done = run_program(sys.executable, "-c", _PEAK, path)
+    assert done.returncode == 0, done.stderr
+    peak, torch_loaded = done.stdout.split()
     assert float(peak) < 9 and torch_loaded == "False"
 
 

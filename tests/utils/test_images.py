@@ -134,12 +134,13 @@ def test_animations_give_their_first_frame(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # a TIFF is turned by Pillow itself while it is decoded
+def test_exif_orientation(tmp_path, orientation, suffix):
     upright = Image.new("RGB", (2, 1))
     upright.putdata([(255, 0, 0), (0, 0, 255)])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = open_image(saved(upright, tmp_path / "a.png", exif=exif))
+    opened = open_image(saved(upright, tmp_path / f"a.{suffix}", exif=exif))
     red, blue = (255, 0, 0), (0, 0, 255)
     row, column = [[red, blue]], [[red], [blue]]
     expected = [row, [row[0][::-1]], [row[0][::-1]], row, column, column, column[::-1], column[::-1]]
@@ -257,14 +258,14 @@ def test_check_images_decodes_each_file_once(tmp_path, monkeypatch):
         Record("2", references=(good,), source=good, target=None, where="x.json, record 2", **make),
         Record("3", references=(bad,), source=bad, target=None, where="x.json, record 3", **make),
     ]
-    findings = check_images(records)
+    issues = check_images(records)
     assert sorted(opened) == [bad, good]
-    assert [(finding.where[-1], finding.problem) for finding in findings] == [
+    assert [(issue.where[-1], issue.message) for issue in issues] == [
         ("1", f"{bad}: a text, not an image of a known format"),
         ("1", f"{gone}: no such file"),
         ("3", f"{bad}: a text, not an image of a known format"),
     ]
-    assert all(finding.fatal and finding.remedy for finding in findings)
+    assert all(issue.fatal and issue.hint for issue in issues)
     assert check_images([]) == []
 
 
@@ -396,7 +397,7 @@ def test_save_image_errors(tmp_path):
 
 def test_example_pictures():
     report = read_records([*(EXAMPLES / f"{task}.json" for task in Task), EXAMPLES / "train.jsonl"])
-    assert check_images(report.require()) == []
+    assert check_images(report.raise_if_errors()) == []
     pictures = list((EXAMPLES / "images").iterdir())
     used = {file for record in report.records for file in (*record.references, record.source, record.target) if file}
     assert set(pictures) == used

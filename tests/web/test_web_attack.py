@@ -4,9 +4,7 @@ import json
 import os
 import secrets
 import socket
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,31 +12,14 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_web_service import CAT
+from tiny_page import edit, events, http, tiny_service, upload
 
-from mige.inference.pipeline import MIGEPipeline
-from mige.web import page
 from mige.web.service import GenerationService
+
+__all__ = ["events", "http", "tiny_service"]  # fixtures
 
 SECRET = b"planted-secret-4711"
 INTERNAL = ("Traceback", "went wrong at our end", "Internal Server Error", '"error": null', '"error":null')
-
-
-@pytest.fixture(scope="module")
-def address(tiny_model) -> Iterator[str]:
-    with page.serving(GenerationService(MIGEPipeline.from_pretrained(tiny_model), "tiny")) as address:
-        yield address.rstrip("/")
-
-
-@pytest.fixture(scope="module")
-def http(address) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def events(http) -> list[dict]:
-    return [event for event in http.get("/config").json()["dependencies"] if event["backend_fn"]]
 
 
 @pytest.fixture
@@ -66,23 +47,25 @@ def planted(tmp_path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def listener() -> Iterator[tuple[str, list]]:
-    """An address of this machine, and who connected to it."""
-    asked: list = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def reached(monkeypatch) -> list[str]:
+    """Every host that this process, which serves the page, resolves or connects to, this machine's address apart."""
+    hosts: list[str] = []
 
-        def accept() -> None:
-            while True:
-                try:
-                    connection, peer = server.accept()
-                except OSError:
-                    return
-                asked.append(peer)
-                connection.close()
+    def spy(kind: type | object, name: str, host_of: Callable) -> None:
+        real = getattr(kind, name)
 
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/a.png", asked
-        server.shutdown(socket.SHUT_RDWR)
+        def noted(*arguments, **options):
+            if (host := host_of(arguments)) not in ("127.0.0.1", b"127.0.0.1"):
+                hosts.append(str(host))
+                raise OSError(f"{name} of {host}")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    spy(socket, "getaddrinfo", lambda arguments: arguments[0])
+    for name in ("connect", "connect_ex"):
+        spy(socket.socket, name, lambda arguments: arguments[1][0])
+    return hosts
 
 
 def shapes(path: str) -> list:
@@ -92,19 +75,25 @@ def shapes(path: str) -> list:
     return [path, {"path": path}, file | {"url": path}, [{"image": file, "caption": path}], deeper]
 
 
-def send(http: httpx.Client, event: dict, value, session: str) -> str:
-    """The value in every input of an event, through every route that starts one; all that was answered."""
-    data, index, name = [value] * len(event["inputs"]), event["id"], event["api_name"]
+def send(http: httpx.Client, event: dict, shape: int, value) -> str:
+    """The value in every input of an event, through a route that starts one; all that was answered.
+
+    The route follows from event and shape: every event and every shape goes through all three. Events that wait their
+    turn are refused by the first.
+    """
+    data, index, name, session = [value] * len(event["inputs"]), event["id"], event["api_name"], secrets.token_hex(8)
     select = {"index": value, "value": value}
     body = {"data": data, "fn_index": index, "session_hash": session, "event_data": select, "trigger_id": index}
-    answers = [http.post("/gradio_api/run/predict", json=body).text]
-    joined = http.post("/gradio_api/queue/join", json=body)
-    answers.append(joined.text if joined.is_error else http.get(f"/gradio_api/queue/data?session_hash={session}").text)
-    called = http.post(f"/gradio_api/call/{name}", json={"data": data})
-    answers.append(
-        called.text if called.is_error else http.get(f"/gradio_api/call/{name}/{called.json()['event_id']}").text
-    )
-    return "\n".join(answers)
+    route = 1 + (index + shape) % 2 if event["queue"] and shape else (index + shape) % 3
+    if route == 0:
+        return http.post("/gradio_api/run/predict", json=body).text
+    if route == 1:
+        joined, stream = http.post("/gradio_api/queue/join", json=body), f"queue/data?session_hash={session}"
+    else:
+        joined, stream = http.post(f"/gradio_api/call/{name}", json={"data": data}), f"call/{name}/"
+    if joined.is_error:
+        return joined.text
+    return http.get(f"/gradio_api/{stream}{joined.json()['event_id'] if route == 2 else ''}").text
 
 
 def neutral(text: str, path: str) -> str:
@@ -114,6 +103,7 @@ def neutral(text: str, path: str) -> str:
     return "\n".join(kept).replace(path, "PATH")
 
 
+@pytest.mark.slow
 def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
     asked = [
         (event, place, number, value)
@@ -123,7 +113,7 @@ def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
         if number == 2 or place in ("missing", "temporary")
     ]
     with ThreadPoolExecutor(12) as pool:
-        texts = list(pool.map(lambda one: send(http, one[0], one[3], secrets.token_hex(8)), asked))
+        texts = list(pool.map(lambda one: send(http, one[0], one[2], one[3]), asked))
     answers: dict = {}
     for (event, place, number, _), text in zip(asked, texts, strict=True):
         path, where = planted[place], (event["api_name"], place, number)
@@ -136,14 +126,20 @@ def test_no_event_reads_publishes_or_tells_of_a_file(http, events, planted):
             assert neutral(text, path) == same, where
 
 
-def test_no_event_fetches_an_address(http, events, listener):
-    url, asked = listener
-    sent = [(event, value) for event in events for value in shapes(url)]
+ADDRESSES = ("http://planted.example/a.png", "https://203.0.113.7/a.png")  # neither is this machine's, nor anybody's
+
+
+def test_no_event_and_no_route_fetches_an_address(http, events, reached):
+    sent = [(event, number, shapes(url)[number]) for event in events for url in ADDRESSES for number in (2, 4)]
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(lambda one: send(http, *one, secrets.token_hex(8)), sent))
-    http.get(f"/gradio_api/proxy={url}")
-    http.get(f"/gradio_api/file={url}")
-    assert asked == []
+        list(pool.map(lambda one: send(http, *one), sent))
+    for url in ADDRESSES:
+        for route in ("proxy=", "file=", "file/", "stream/", "upload_progress?upload_id=", "deep_link?session_hash="):
+            http.get(f"/gradio_api/{route}{url}")
+        host = url.split("/")[2]
+        for name in ("Host", "Origin", "Referer", "X-Forwarded-Host", "X-Gradio-Server", "Cookie"):
+            http.get("/config", headers={name: host if "ost" in name else url})
+    assert reached == []
 
 
 def test_no_address_serves_a_file_or_tells_of_one(http, planted):
@@ -162,6 +158,16 @@ def test_no_address_serves_a_file_or_tells_of_one(http, planted):
         assert http.get(f"/gradio_api/{route}").status_code == 404
 
 
+def test_no_header_ends_in_an_error_or_makes_an_address_of_its_own(http):
+    for value in ("[::1", "a b", "http://[::1", '"></script><script>', "file:///etc/passwd", "a/../b", ""):
+        answer = http.get("/config", headers={"X-Forwarded-Host": value})
+        assert answer.status_code == 400 and "“x-forwarded-host” names no host" in answer.json()["error"]
+        assert "/etc/passwd" not in http.get("/config", headers={"X-Gradio-Server": value or "x"}).text
+    for host in ("example.org", "a.example:8443, b", "[2001:db8::1]:8080"):
+        root = http.get("/config", headers={"X-Forwarded-Host": host, "X-Forwarded-Proto": "https"}).json()["root"]
+        assert root == f"https://{host.split(',')[0]}"
+
+
 def test_an_upload_is_its_senders_and_lies_in_a_private_folder(http):
     first, second = (
         http.post("/gradio_api/upload", files={"files": ("../../a.html", b"<script>")}).json()[0] for _ in range(2)
@@ -178,21 +184,9 @@ def test_an_upload_is_its_senders_and_lies_in_a_private_folder(http):
     assert http.get(f"/gradio_api/file={first}").status_code == 404
 
 
-def edit(http: httpx.Client, **changes) -> str:
-    """How the edit of an uploaded photograph ends, sent by the names of the fields."""
-    [path] = http.post("/gradio_api/upload", files={"files": ("cat.jpg", CAT.read_bytes())}).json()
-    asked = {"instruction": "make it dark", "picture_1": {"path": path}, "steps": 1, "guidance": 1.0} | changes
-    called = http.post(  # by hand: httpx would refuse NaN
-        "/gradio_api/call/v2/edit", content=json.dumps(asked), headers={"Content-Type": "application/json"}
-    )
-    if called.is_error:
-        return called.text
-    return http.get(f"/gradio_api/call/v2/edit/{called.json()['event_id']}").text
-
-
 def test_results_are_named_by_their_token_and_a_number(http, events):
     """As the page does it: a run of two images, then a click on the second one, or on one that is not there."""
-    [path] = http.post("/gradio_api/upload", files={"files": ("cat.jpg", CAT.read_bytes())}).json()
+    path = upload(http)
     for start, pick in zip(
         [event for event in events if event["api_name"] in ("generate", "edit")],
         [event for event in events if event["api_name"].startswith("pick")],
@@ -231,22 +225,24 @@ def test_results_are_named_by_their_token_and_a_number(http, events):
         ({"guidence": 2}, "'guidence' is no parameter of /edit: it takes instruction, picture_1, seed"),
     ],
 )
-def test_a_wrong_value_gets_a_sentence_that_names_the_field(http, changes, words):
+def test_a_wrong_value_gets_a_sentence_that_names_the_field_and_nothing_runs(http, monkeypatch, changes, words):
+    """By the names of the parameters, and in their order by every route that starts an edit."""
+    ran = []
+    monkeypatch.setattr(GenerationService, "_make", lambda *arguments: ran.append(arguments))
     assert words in edit(http, **changes)
-
-
-def test_old_files_are_deleted_and_the_examples_stay(tiny_model, monkeypatch):
-    monkeypatch.setattr(page, "KEPT_SECONDS", 0.5)
-    monkeypatch.setattr(page, "SWEEP_SECONDS", 0.1)
-    service = GenerationService(MIGEPipeline.from_pretrained(tiny_model), "tiny")
-    with page.serving(service) as address, httpx.Client(base_url=address, timeout=60) as http:
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        examples = set(folder.rglob("*.png"))
-        assert "complete" in edit(http) and examples
-        until = time.monotonic() + 20
-        while set(folder.rglob("*.*")) != examples and time.monotonic() < until:
-            time.sleep(0.05)
-        assert set(folder.rglob("*.*")) == examples
+    event = next(event for event in http.get("/config").json()["dependencies"] if event["api_name"] == "edit")
+    asked = {"instruction": "make it dark", "picture_1": None, "seed": 0, "pictures": 1, "steps": 1, "guidance": 1.0}
+    asked |= {"source_guidance": 1.0, "width": 128, "height": 128} | changes
+    if len(asked) == 9:
+        asked["picture_1"] = asked["picture_1"] or {"path": upload(http)}
+        session = secrets.token_hex(8)
+        body = {"data": [*asked.values()], "fn_index": event["id"], "session_hash": session}
+        for route in ("call/edit", "queue/join"):
+            sent = http.post(f"/gradio_api/{route}", content=json.dumps(body))
+            stream = f"{route}/{sent.json()['event_id']}" if "call" in route else f"queue/data?session_hash={session}"
+            assert words in http.get(f"/gradio_api/{stream}").text
+        assert "waits its turn" in http.post("/gradio_api/run/predict", content=json.dumps(body)).json()["error"]
+    assert ran == []
 
 
 JSON = st.recursive(

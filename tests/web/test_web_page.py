@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, run_here
 from gradio_client import Client, handle_file
 from PIL import Image
+from processes import start_python
 from test_web_service import BAD_FILES, CAT, CUP
 
 from mige.cli import web_demo
@@ -247,15 +247,15 @@ def test_cancelling_stops_the_work(client, service):
     assert len(calls) < 90
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(client, tmp_path):
-    """Each request opens a picture of 12 MB and makes two: keeping one a request would show."""
-    Image.effect_noise((2000, 2000), 50).convert("RGB").save(tmp_path / "large.jpg")
+    """Each request opens a picture of 12 MB: keeping one a request would show."""
+    Image.linear_gradient("L").resize((2000, 2000)).convert("RGB").save(tmp_path / "large.jpg")
 
     def ask(times: int) -> None:
         for _ in range(times):
-            client.predict(
-                "make it dark", handle_file(str(tmp_path / "large.jpg")), api_name="/edit", pictures=2, steps=1
-            )
+            upload, small = handle_file(str(tmp_path / "large.jpg")), dict(steps=1, width=64, height=64)
+            client.predict("make it dark", upload, api_name="/edit", **small)
 
     def resident() -> int:
         gc.collect()
@@ -264,28 +264,23 @@ def test_memory_stays_flat(client, tmp_path):
 
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads /proc, which this system has not")
-    ask(8)
+    ask(5)
     before = resident()
-    ask(30)
-    assert resident() - before < 30 * 2e6
+    ask(15)
+    assert resident() - before < 15 * 4e6
 
 
 # ---- what is left behind ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_script_serves_and_leaves_nothing_behind_when_it_is_ended(lively, tmp_path):
     temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
     temporary.mkdir()
     elsewhere.mkdir()
-    command = [sys.executable, str(ROOT / "infer_scripts" / "web_demo.py"), "--model", str(lively), "--device", "cpu"]
-    with subprocess.Popen(
-        command,
-        cwd=elsewhere,
-        env=environment() | {"TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command = [ROOT / "infer_scripts" / "web_demo.py", "--model", lively, "--device", "cpu"]
+    options = dict(cwd=elsewhere, env=environment() | {"TMPDIR": str(temporary)}, stdout=-1, stderr=subprocess.PIPE)
+    with start_python(*command, **options) as process:
         try:
             line = process.stdout.readline()
             assert line.startswith("Open http://127.0.0.1:"), process.stderr.read()
@@ -310,6 +305,5 @@ def test_the_script_explains_what_it_cannot_do(arguments, words, capsys):
 
 
 def test_the_script_names_a_model_that_is_not_there(tmp_path):
-    command = [sys.executable, str(ROOT / "infer_scripts" / "web_demo.py"), "--model", str(tmp_path / "none")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = run_here("infer_scripts/web_demo.py", "--model", tmp_path / "none")
     assert done.returncode == 1 and str(tmp_path / "none") in done.stderr and "Traceback" not in done.stderr

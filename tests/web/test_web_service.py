@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from mige.data.synthetic.cases import make_cases
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction, full_text, tokenize
-from mige.tasks import MOST_REFERENCES, Task, placeholders
+from mige.tasks import MAX_REFERENCES, Task, placeholders
 from mige.utils import images
 from mige.web import examples, instructions
 from mige.web.instructions import Reading, RefusedError
@@ -63,7 +63,7 @@ def test_a_gap_between_the_pictures_keeps_their_numbers():
         (Task.SUBJECT, "picture 0", [True], "names picture 0"),
         (Task.SUBJECT, "picture 1", [True, True], "does not name picture 2"),
         (Task.SUBJECT, "pictures 1 and 2", [True, True], "does not name picture 1 and picture 2"),
-        (Task.SUBJECT, " picture 1" * (MOST_REFERENCES + 1), [True], f"names pictures {MOST_REFERENCES + 1} times"),
+        (Task.SUBJECT, " picture 1" * (MAX_REFERENCES + 1), [True], f"names pictures {MAX_REFERENCES + 1} times"),
         (Task.EDIT, "make it blue", [False], "no picture yet"),
         (Task.EDIT, "put picture 1 into picture 1", [True], "named 2 times"),
         (Task.EDIT, "put picture 2 into picture 1", [True], "names picture 2, but there is none"),

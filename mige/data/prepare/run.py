@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mige.data.parsing import make_record
-from mige.data.prepare.sources import Box, LeftOut, Picture, Settings, Source, SourceError, source_of
+from mige.data.prepare.sources import Box, Picture, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
 from mige.utils.files import read_json_object
 
@@ -121,7 +121,7 @@ class FolderAlbum:
         try:
             return self._picture(path, images.open_image(path))
         except images.BadImageError as error:
-            raise LeftOut("missing picture" if not path.exists() else "damaged picture", str(error)) from error
+            raise SkippedSample("missing picture" if not path.exists() else "damaged picture", str(error)) from error
 
     def _path(self, name: str) -> Path:
         path = self.folder / f"{self.stem}_{name}"
@@ -135,7 +135,7 @@ class FolderAlbum:
 def _bytes(cell: Any, name: str) -> bytes:
     data = cell.get("bytes") if isinstance(cell, Mapping) else None
     if not data:
-        raise LeftOut("missing picture", f"{name} holds no bytes")
+        raise SkippedSample("missing picture", f"{name} holds no bytes")
     return data
 
 
@@ -154,7 +154,7 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
         return images.open_image(path)
     except images.BadImageError as error:
         path.unlink()
-        raise LeftOut("damaged picture", f"{name}: {error.problem}") from error
+        raise SkippedSample("damaged picture", f"{name}: {error.message}") from error
 
 
 # ---- the output folder -----------------------------------------------------------------------------------------------
@@ -166,19 +166,19 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
     album = FolderAlbum(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
         samples = source.samples(row, album, settings)
-    except LeftOut as left_out:
+    except SkippedSample as left_out:
         samples = [left_out]
     lines = []
     for place, sample in enumerate(samples):
         sample_id = name if len(samples) == 1 else f"{name}-{place}"
         line = {"id": sample_id, "row": number}
-        if not isinstance(sample, LeftOut):
+        if not isinstance(sample, SkippedSample):
             record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
-            _, findings = make_record(record, where=sample_id, root=folder, default_id=sample_id)
-            if not (faults := [f for f in findings if f.fatal]):
+            _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
+            if not (faults := [f for f in issues if f.fatal]):
                 lines.append(record)
                 continue
-            sample = LeftOut("no valid record", "; ".join(fault.problem for fault in faults))
+            sample = SkippedSample("no valid record", "; ".join(fault.message for fault in faults))
         lines.append({**line, "reason": sample.reason, "detail": sample.detail})
     return lines
 

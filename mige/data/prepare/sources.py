@@ -1,47 +1,29 @@
-"""The paper's public data sets: reading their real layouts, and what a row becomes - prompts, pictures, records.
+"""The paper's public data sets: what a row becomes - prompts, images, records. readers.py reads their layouts.
 
-Nothing is written here (mige/preparing.py does that). docs/data.md says what is known of each source.
+Nothing is written here (run.py does that). docs/data.md says what is known of each source.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
-
+from mige.data.prepare.readers import ParquetRows, Reader, SeedRows, Settings, SourceError
 from mige.models.instruction import MAX_WORDS, clean, point_at_source
 from mige.tasks import PLACEHOLDER, Task
-from mige.utils.errors import UserError
 
 VIEW_SIDES = (1024, 512)  # of a Subjects200K view in pixels
 QUALITY = ("compositeStructure", "objectConsistency", "imageQuality")
 
 
-class SourceError(UserError, RuntimeError):
-    """The run cannot start or go on: what was found, what was expected, what to do."""
-
-
-class LeftOut(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
+class SkippedSample(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
     """Why a sample, or a whole row, becomes no record: a reason to count by, and the detail of this one."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the records; a folder never mixes settings."""
-
-    source: str  # a key of SOURCES
-    inputs: tuple[str, ...]  # a hub name, or local files and folders
-    split: str = "train"
-    name: str = ""  # how ids begin; empty: the source
-    min_quality: int = 5  # Subjects200K: the least of each of its three scores, 0 to 5
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -55,7 +37,7 @@ def edit_prompt(instruction: Any) -> str:
     """An editing instruction with one `<imagehere>`: its first mention of the picture, else appended.
 
     This is `point_at_source`, except that later mentions and longer words ("the photographer") stay text.
-    Raises LeftOut for an instruction that is empty or so long that the placeholder is cut in training.
+    Raises SkippedSample for an instruction that is empty or so long that the placeholder is cut in training.
     """
     text = " ".join(_text(instruction, "instruction").split())
     first = next((m.start() for m in _MENTION.finditer(text) if not (m[1] or m[2])), None)
@@ -66,7 +48,7 @@ def edit_prompt(instruction: Any) -> str:
 def subject_prompt(description: Any, item: Any) -> str:
     """A description with `<imagehere>` for the first mention of its item: whole words, any case, the article stays.
 
-    Raises LeftOut where the description or the item is empty, the description does not mention the item, or the
+    Raises SkippedSample where the description or the item is empty, the description does not mention the item, or the
     placeholder is cut in training.
     """
     text = " ".join(_text(description, "description").split())
@@ -74,21 +56,21 @@ def subject_prompt(description: Any, item: Any) -> str:
     name = r"\s+".join(map(re.escape, words))
     pointed, found = re.subn(rf"\s*(?<!\w){name}(?!\w)\s*", PLACEHOLDER, text, count=1, flags=re.IGNORECASE)
     if not (words and found):
-        raise LeftOut("description does not mention its item", f"{item!r} in {description!r}")
+        raise SkippedSample("description does not mention its item", f"{item!r} in {description!r}")
     return _short_enough(pointed)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | None):
-        raise LeftOut(f"{name} is no text", repr(value))
+        raise SkippedSample(f"{name} is no text", repr(value))
     if not value or not value.strip():
-        raise LeftOut(f"empty {name}")
+        raise SkippedSample(f"empty {name}")
     return value
 
 
 def _short_enough(prompt: str) -> str:
     if PLACEHOLDER not in clean(prompt):
-        raise LeftOut(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
+        raise SkippedSample(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
     return prompt
 
 
@@ -99,6 +81,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class Picture:
+    """An image of the set that is made: its file and size in pixels."""
+
     path: str  # relative to the output folder
     width: int  # upright
     height: int
@@ -110,7 +94,7 @@ class Album(Protocol):
     def store(self, name: str, cell: Any) -> Picture:
         """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
 
-        Raises LeftOut for a cell without bytes and for bytes that are no whole picture, OSError where writing fails.
+        Raises SkippedSample for a cell without bytes or with no whole image, OSError where writing fails.
         """
 
     def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
@@ -118,24 +102,24 @@ class Album(Protocol):
         chroma subsampling. Raises as `store`, and what `boxes` raises."""
 
     def refer(self, path: Path) -> Picture:
-        """A picture that stays where it is, decoded once to be sure of it. Raises LeftOut where it cannot be."""
+        """A picture that stays where it is, decoded once to be sure of it. Raises SkippedSample where it cannot be."""
 
 
 def _side_by_side(width: int, height: int) -> list[Box]:
     """Two square views: the margin above them is the margin left of the first and right of the second.
 
-    Raises LeftOut for a size that is no such composite.
+    Raises SkippedSample for a size that is no such composite.
     """
     side = next((side for side in VIEW_SIDES if side <= height), VIEW_SIDES[-1])
     margin = (height - side) // 2
     if not (0 <= margin <= 16 and 0 <= width - 2 * side - 2 * margin <= 32):
-        raise LeftOut("composite of unexpected size", f"{width} x {height}")
+        raise SkippedSample("composite of unexpected size", f"{width} x {height}")
     return [(left, margin, left + side, margin + side) for left in (margin, width - margin - side)]
 
 
 # ---- the four sources: a row -> its samples --------------------------------------------------------------------------
 
-Samples = list[dict[str, Any] | LeftOut]
+Samples = list[dict[str, Any] | SkippedSample]
 
 
 def _instruct_pix2pix(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
@@ -157,16 +141,16 @@ def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> S
     _require_quality(row, settings.min_quality)
     description = row["description"] or {}
     if description.get("description_valid") is False:
-        raise LeftOut("description marked as not valid")
+        raise SkippedSample("description marked as not valid")
     item, texts = description.get("item"), [description.get(f"description_{view}") for view in (0, 1)]
     prompts = [_attempt(subject_prompt, text, item) for text in texts]
-    if all(isinstance(prompt, LeftOut) for prompt in prompts):
+    if all(isinstance(prompt, SkippedSample) for prompt in prompts):
         return prompts
     views = album.store_views(row["image"], _side_by_side)
     samples = []
     for view, prompt in enumerate(prompts):
         extra = {"item": item, "caption": texts[view], "collection": row["collection"]}
-        left_out = isinstance(prompt, LeftOut)
+        left_out = isinstance(prompt, SkippedSample)
         samples.append(prompt if left_out else _subject(prompt, views[1 - view], views[view], **extra))
     return samples
 
@@ -174,9 +158,9 @@ def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> S
 def _require_quality(row: Mapping[str, Any], least: int) -> None:
     scores = {name: (row["quality_assessment"] or {}).get(name) for name in QUALITY}
     if None in scores.values():
-        raise LeftOut("no quality scores", str(scores))
+        raise SkippedSample("no quality scores", str(scores))
     if min(scores.values()) < least:
-        raise LeftOut(f"quality below {least}", str(scores))
+        raise SkippedSample(f"quality below {least}", str(scores))
 
 
 _TURN = re.compile(r"(?:instruction|edit_image)_([1-9][0-9]?)")
@@ -187,9 +171,9 @@ def _seed_data_edit(row: Mapping[str, Any], album: Album, settings: Settings) ->
     try:
         fields = json.loads(row["line"])
     except json.JSONDecodeError as error:
-        raise LeftOut("malformed JSON", f"{row['where']}: {error}") from error
+        raise SkippedSample("malformed JSON", f"{row['where']}: {error}") from error
     if not isinstance(fields, dict) or not ({"instruction", "instruction_1"} & fields.keys()):
-        raise LeftOut("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")
+        raise SkippedSample("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")
     if "instruction" in fields:
         turns = [(fields["instruction"], fields.get("source_image"), fields.get("target_image"))]
     else:
@@ -207,7 +191,7 @@ def _seed_turn(
     prompt = edit_prompt(instruction)
     for name, value in zip(("source", "target"), pair, strict=True):
         if not isinstance(value, str) or not value:
-            raise LeftOut("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
+            raise SkippedSample("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
     pictures = [album.refer(Path(row["images"]) / name) for name in pair]
     return _edit(prompt, *pictures, original_instruction=instruction, turn_index=turn)
 
@@ -226,131 +210,17 @@ def _row(task: Task, prompt: str, entity: str, source: list[str], target: Pictur
 
 
 def _attempt(make: Callable[..., Any], *args: Any) -> Any:
-    """What `make` returns, or the LeftOut that it raises."""
+    """What `make` returns, or the SkippedSample that it raises."""
     try:
         return make(*args)
-    except LeftOut as left_out:
+    except SkippedSample as left_out:
         return left_out
-
-
-# ---- readers ---------------------------------------------------------------------------------------------------------
-
-
-class Reader(Protocol):
-    """The rows of a source, from a position on."""
-
-    exhausted: bool  # whether the source has no further rows
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
-
-    def position(self) -> dict[str, Any]:
-        """Where to go on after the rows taken so far; fit for JSON."""
-
-
-class ParquetRows:
-    """Rows of a hub data set or of local parquet files, streamed; image cells stay {"bytes", "path"}."""
-
-    def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
-        self.name, self.columns, self.exhausted = ", ".join(settings.inputs), columns, False
-        self.taken = position["rows"] if position else 0
-        found = [_local(Path(given), settings.split) for given in settings.inputs]
-        if not all(found) and len(found) > 1:
-            raise SourceError(f"{self.name}: one of these is no local file or folder; give local ones or one hub name")
-        local = [file for files in found for file in files]
-        try:
-            if local:
-                files = {settings.split: [str(file) for file in local]}
-                stream = datasets.load_dataset("parquet", data_files=files, split=settings.split, streaming=True)
-            else:
-                stream = datasets.load_dataset(self.name, split=settings.split, streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise SourceError(f"cannot open {self.name}: {error}; give a hub name or local .parquet files") from error
-        self.stream = stream.decode(False)
-        if position and position["datasets"] == datasets.__version__:
-            self.stream.load_state_dict(position["state"])  # goes straight to the file; reads nothing twice
-        elif position:
-            self.stream = self.stream.skip(self.taken)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        rows = iter(self.stream)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                self.exhausted = True
-                return
-            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                message = f"{self.name}: row {self.taken} cannot be read: {error}"
-                raise SourceError(f"{message}; fetch the file again, then run again to go on") from error
-            if missing := [name for name in self.columns if name not in row]:
-                message = f"{self.name}: no column {', '.join(missing)}; it has {', '.join(row)}"
-                raise SourceError(f"{message}. Give the data set of this source, or another source")
-            self.taken += 1
-            yield row
-
-    def position(self) -> dict[str, Any]:
-        return {"rows": self.taken, "datasets": datasets.__version__, "state": self.stream.state_dict()}
-
-
-def _local(path: Path, split: str) -> list[Path]:
-    """The parquet files meant by a local path, none if there is no such path (then it is a hub name)."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        if path.is_absolute() or path.suffix == ".parquet":
-            raise SourceError(f"{path}: no such file or folder; correct --input")
-        return []
-    every = sorted(path.rglob("*.parquet"))
-    files = [file for file in every if file.name.startswith((f"{split}-", f"{split}.")) or file.parent.name == split]
-    if not files:
-        there = ", ".join(file.name for file in every[:5]) or "no parquet file"
-        raise SourceError(f"{path}: no {split}-*.parquet in it, but {there}; name the files in --input")
-    return files
-
-
-class SeedRows:
-    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its pictures."""
-
-    def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
-        self.exhausted, self.taken = False, position["rows"] if position else 0
-        given = map(Path, settings.inputs)
-        self.files = [file for path in given for file in ([path] if path.is_file() else _annotations(path))]
-        for file in self.files:
-            if not _seed_images(file).is_dir():
-                message = f"{file}: its pictures are expected in {_seed_images(file)}, which is no folder"
-                raise SourceError(f"{message}; extract the archive there (docs/data.md)")
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for row in islice(self._lines(), self.taken, None):
-            self.taken += 1
-            yield row
-        self.exhausted = True
-
-    def _lines(self) -> Iterator[Mapping[str, Any]]:
-        for file in self.files:
-            with file.open(encoding="utf-8", errors="surrogateescape") as lines:  # a bad byte spoils one row, not all
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        where = f"{file.parent.parent.name}/{file.name}, line {number}"
-                        yield {"line": line, "where": where, "images": str(_seed_images(file))}
-
-    def position(self) -> dict[str, Any]:
-        return {"rows": self.taken}
-
-
-def _annotations(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("annotations/*.jsonl"))
-    if not files:
-        raise SourceError(f"{folder}: no annotations/*.jsonl in it; give the folder of a SEED-Data-Edit download")
-    return files
-
-
-def _seed_images(annotation: Path) -> Path:
-    return annotation.parent.parent / "images"
 
 
 @dataclass(frozen=True)
 class Source:
+    """A public data set: where it is, how its rows are read and what samples they give."""
+
     hub: str | None  # what is read where no input is given
     splits: tuple[str, ...]
     columns: tuple[str, ...]

@@ -1,6 +1,6 @@
 """Scenes: a background and up to five subjects, as plain numbers; and their drawing, batched, on any device.
 
-Letters: P pictures, S places for subjects, N pictures or subjects drawn in one go, H and W pixels.
+Letters: P images, S places for subjects, N images or subjects drawn in one go, H and W pixels.
 """
 
 import math
@@ -57,9 +57,11 @@ class Scene:
     subjects: tuple[Placed, ...] = ()
 
     def without(self, subject: Placed) -> "Scene":
+        """The scene but for that very subject."""
         return replace(self, subjects=tuple(s for s in self.subjects if s is not subject))
 
     def with_(self, *subjects: Placed) -> "Scene":
+        """The scene with these in front of its subjects."""
         return replace(self, subjects=self.subjects + subjects)
 
     def exchange(self, old: Placed, new: Placed) -> "Scene":
@@ -157,7 +159,7 @@ def _join(drawings: Tensor, sheet: Tensor, other: Tensor, cut: Tensor) -> Tensor
 
 
 def _layer(drawings: Tensor, place: Tensor, colour: Tensor, side: int) -> Tensor:
-    """Subjects [N, 4, h, w] put in their places on transparent pictures -> [N, 4, side, side], alpha multiplied in."""
+    """Subjects [N, 4, h, w] put in their places on transparent images -> [N, 4, side, side], alpha multiplied in."""
     x, y, size, angle, flip = place.unbind(1)
     half = side / SIDE * size / 2
     x, y = x * side / SIDE, y * side / SIDE

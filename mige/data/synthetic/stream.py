@@ -1,4 +1,4 @@
-"""The miniature world as training data without end: cases made in worker processes, pictures drawn on the GPU."""
+"""The miniature world as training data without end: cases made in worker processes, images drawn on the GPU."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from mige.data.dataset import Dropout, TrainingBatch, TrainingSample, collate, draw_chance, sample_generator
+from mige.data.batch import TrainingBatch, TrainingSample, collate
+from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.scenes import Scene, Scenes, draw
 from mige.models.instruction import tokenize, training_text
@@ -21,12 +22,12 @@ from mige.utils.images import CLIP_MEAN, CLIP_STD
 _EPOCH = 1_000_000  # samples called an epoch; none is ever shown twice
 
 Drawn = tuple[TrainingSample, tuple[Scene, ...], int, int]
-"""A sample, its scenes (the target, then the references), the side of pictures and of the vision tower's."""
+"""A sample, its scenes (the target, then the references), the side of images and of the vision tower's."""
 
 
 @dataclass(frozen=True)
 class WorldBatch:
-    """A batch whose pictures are not drawn yet."""
+    """A batch whose images are not drawn yet."""
 
     batch: TrainingBatch
     scenes: Scenes  # targets and references, in the order of `TrainingBatch.pixels_PCHW`
@@ -34,7 +35,7 @@ class WorldBatch:
     vision_size: int
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """The whole batch on the device, its pictures drawn there."""
+        """The whole batch on the device, its images drawn there."""
         batch = self.batch.to(device)
         pixels = draw(self.scenes, device, self.size)
         seen = vision_pixels(pixels[batch.reference_R], self.vision_size)
@@ -46,7 +47,7 @@ class WorldBatch:
 
 
 def vision_pixels(pixels_RCHW: Tensor, size: int) -> Tensor:
-    """`images.vision_pixels` of drawn pictures in [-1, 1], on their device."""
+    """`images.vision_pixels` of drawn images in [-1, 1], on their device."""
     squeezed = F.resize(pixels_RCHW, [size, size], InterpolationMode.BICUBIC, antialias=True)
     mean, std = _statistics(pixels_RCHW.device)
     return ((squeezed / 2 + 0.5).clamp(0, 1) - mean) / std
@@ -58,12 +59,12 @@ def _statistics(device: torch.device) -> Tensor:
 
 
 class WorldDataset(Dataset):
-    """Sample counter -> a case of the world about the seen subjects; the same for the same seed, for ever.
+    """Sample index -> a case of the world about the seen subjects; the same for the same seed, for ever.
 
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
-        size: side of the pictures in pixels (128); `latent_shape`: of their latents.
-        vision_size: side of the vision tower's pictures.
+        size: side of the images in pixels (128); `latent_shape`: of their latents.
+        vision_size: side of the vision tower's images.
     """
 
     def __init__(
@@ -87,27 +88,32 @@ class WorldDataset(Dataset):
     def __len__(self) -> int:
         return _EPOCH
 
-    def __getitem__(self, counter: int) -> Drawn:
-        return self.sample(counter, self.case(counter))
+    def epochs(self, samples: int) -> float:
+        """The epochs that so many samples of a run are."""
+        return samples / _EPOCH
 
-    def case(self, counter: int) -> tasks.Case:
+    def __getitem__(self, index: int) -> Drawn:
+        return self.sample(index, self.case(index))
+
+    def case(self, index: int) -> tasks.Case:
         """The case of that number."""
-        rng, seen = np.random.default_rng([self.seed, counter]), sprites.split()[0]
+        rng, seen = np.random.default_rng([self.seed, index]), sprites.split()[0]
         return tasks.sample(rng, seen, self.mixture, invent=True)
 
-    def sample(self, counter: int, case: tasks.Case) -> Drawn:
-        """A case with its instruction in tokens and its chance, as `collate_world` takes it."""
+    def sample(self, index: int, case: tasks.Case) -> Drawn:
+        """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""
         scenes = (case.target, *case.references)
         sample = TrainingSample(
-            id=f"{case.kind}-{counter}",
+            id=f"{case.kind}-{index}",
+            where=f"{case.kind}-{index}",
             task=case.task,
             source=case.source,
             instruction=tokenize(training_text(case.task, case.prompt), self.tokenizer),
             vision=None,
             pixels=None,
             moments=None,
-            **draw_chance(
-                sample_generator(self.seed, counter),
+            **sample_randomness(
+                sample_generator(self.seed, index),
                 len(scenes),
                 self.latent_shape,
                 self.dropout,
@@ -121,5 +127,5 @@ class WorldDataset(Dataset):
 def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
     """Samples of a `WorldDataset` -> batch."""
     samples, scenes, sizes, vision_sizes = zip(*drawn, strict=True)
-    stacked = Scenes.stack([scene for pictures in scenes for scene in pictures])
+    stacked = Scenes.stack([scene for images in scenes for scene in images])
     return WorldBatch(collate(samples), stacked, sizes[0], vision_sizes[0])

@@ -17,7 +17,7 @@ _AT_ONCE = 64  # cases drawn together
 def write(
     folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, invent: bool
 ) -> Counter:
-    """Records and pictures of these cases; returns how many there are of each kind."""
+    """Records and images of these cases; returns how many there are of each kind."""
     (folder / "images").mkdir()
     counts = Counter()
     with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
@@ -33,8 +33,8 @@ def write(
                 names += [row["image"], *row["entity_path"]]
                 scenes += [case.target, *case.references]
                 counts[case.kind] += 1
-            for name, picture in zip(names, images.to_pil(draw(Scenes.stack(scenes))), strict=True):
-                picture.save(folder / name)
+            for name, image in zip(names, images.to_pil(draw(Scenes.stack(scenes))), strict=True):
+                image.save(folder / name)
     return counts
 
 

@@ -1,0 +1,194 @@
+"""train_mige.py on random weights made on the device and samples made in memory; `bench_scaling.py` launches it.
+
+Everything else is the project's own: config, launch, wrapping, data loader, loop, metrics. Arguments are those of
+train_mige.py. MIGE_BENCH holds JSON: `row` (facts that every line repeats), `tokens` (positions of every prompt, or 0:
+drawn from 40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a fifth
+of the steps, after half and after all, so that a run that is cut off loses little: medians so far of the slowest one
+
+A step's seconds are those from one start of a step to the next. What the host needs for one is measured in profiled
+steps afterwards: their time less the waits for a full launch queue and for the GPU.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import distributed as dist
+from torch.utils.data import Dataset
+
+from mige.cli import train_mige
+from mige.config import Config
+from mige.data.batch import TrainingSample
+from mige.data.randomness import Dropout, sample_generator, sample_randomness
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.models.build import build_parts
+from mige.models.encoder import set_product_dtype
+from mige.models.instruction import Instruction
+from mige.models.vae import Moments
+from mige.tasks import Task
+from mige.training import trainer
+from mige.training.trainer import Trainer
+
+BENCH = json.loads(os.environ["MIGE_BENCH"])
+STARTED = time.perf_counter()
+WAIT = 50_000  # ns: a launch takes 3 to 10 us; one that takes longer than this waits for the queue
+
+
+def fresh_pipeline(config: Config, device: torch.device) -> MIGEPipeline:
+    """As `load_pretrained`, but made where they are used: disks and hosts move 13 GB slowly."""
+    torch.manual_seed(config.train.seed)
+    parts = build_parts(config.model, device=device, dtype=getattr(torch, config.train.param_dtype))
+    if device.type != "cpu":
+        set_product_dtype(parts["image_encoder"], getattr(torch, config.model.fusion["vision_dtype"]))
+    return MIGEPipeline(**parts, tokenizer=None, scheduler=DPMSolver2M())
+
+
+class Samples(Dataset):
+    """Edits with one reference each, a function of their number, with moments as from a latent store."""
+
+    def __init__(self, config: Config, pipeline: MIGEPipeline):
+        self.seed, self.shape = config.train.seed, pipeline.latent_shape(config.data.size, config.data.size)
+        self.side, self.levels = pipeline.image_encoder.config.image_size, config.train.noise_levels
+        fusion = pipeline.fusion.config
+        self.queries, self.limit = fusion.num_queries, fusion.max_tokens
+        self.vocabulary = pipeline.text_encoder.config.vocab_size
+        self.dropout = Dropout(config.data.drop_text, config.data.drop_source, config.data.drop_both)
+
+    def __len__(self) -> int:
+        return 100_000
+
+    def epochs(self, samples: int) -> float:
+        return samples / len(self)
+
+    def __getitem__(self, number: int) -> TrainingSample:
+        generator = sample_generator(self.seed, number)
+        chance = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
+        least = min(self.queries + 8, self.limit - 1)
+        tokens = BENCH["tokens"] or int(torch.randint(least, self.limit + 1, (), generator=generator))
+        words = torch.randint(3, self.vocabulary, (tokens - self.queries - 3,), generator=generator).tolist()
+        mean, std = torch.randn(2, 2, *self.shape, generator=generator)
+        vision = torch.randn(1, 3, self.side, self.side, generator=generator)
+        instruction = Instruction(((5, 6), (*words, 1)))
+        name, moments = str(number), Moments(mean, std.abs())
+        return TrainingSample(name, name, Task.EDIT, 0, instruction, vision, None, moments, **chance)
+
+
+class MeasuredTrainer(Trainer):
+    """Notes when every step starts and ends by itself after the last one that is asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.starts, self.graphs, self.warm = [], 0, None
+        self.reports = {BENCH["warm_up"] + max(1, BENCH["steps"] * share // 100) for share in (20, 50, 100)}
+
+    def _train_step(self, batches) -> None:
+        taken = len(self.starts)
+        self.starts.append(time.perf_counter())
+        if taken == BENCH["warm_up"]:
+            self.warm, self.graphs = time.perf_counter() - STARTED, compiled_graphs()
+        if taken in self.reports:
+            self._report(taken)
+            self.starts[-1] = time.perf_counter()
+        if taken == max(self.reports):
+            self._finish(batches)
+        super()._train_step(batches)
+
+    def _seconds(self) -> list[float]:
+        """Of the steps after the warm-up."""
+        starts = self.starts[BENCH["warm_up"] :]
+        return [b - a for a, b in itertools.pairwise(starts)]
+
+    def _report(self, taken: int, **more) -> None:
+        cuda, many = self.device.type == "cuda", self.accelerator.num_processes
+        seconds = self._seconds()
+        own = {
+            "seconds": median(seconds),
+            "slow_seconds": sorted(seconds)[-max(1, len(seconds) // 20)],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+            "recompiles": compiled_graphs() - self.graphs,
+            "warm_up_seconds": self.warm,
+        }
+        everyone = [None] * many
+        if dist.is_initialized():
+            dist.all_gather_object(everyone, own)
+        else:
+            everyone = [own]
+        if not self.accelerator.is_main_process:
+            return
+        worst = {name: round(max(one[name] for one in everyone), 4) for name in own}
+        settings, monitor = self.config.train, self.monitor
+        rate = settings.batch_size * settings.gradient_accumulation_steps / worst["seconds"]
+        work = monitor._flops(BENCH["tokens"] or 148, 1)
+        row = {
+            **BENCH["row"],
+            "samples_per_second": round(rate * many, 2),
+            "a_card": round(rate, 2),
+            "mfu": monitor.peak and round(rate * work / monitor.peak, 4),
+            **worst,
+            "processes": many,
+            "batch": settings.batch_size,
+            "tokens": BENCH["tokens"] or "varied",
+            "steps": taken - BENCH["warm_up"],
+            "complete": taken == max(self.reports),
+            "matrix_tflops": monitor.peak and round(monitor.peak / 1e12),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "torch": torch.__version__,
+            **more,
+        }
+        with Path(BENCH["output"]).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def _finish(self, batches) -> None:
+        """The host's share of a step, then the end: no checkpoint."""
+        if self.device.type == "cuda":
+            self._report(len(self.starts) - 1, **self._host_time(batches))
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
+
+    def _host_time(self, batches, steps: int = 3) -> dict:
+        """Milliseconds a step: the host's work, the GPU's, and how many kernels it ran."""
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            started = time.perf_counter()
+            for _ in range(steps):
+                Trainer._train_step(self, batches)
+                self.monitor.flush(all_but=1)
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - started
+        events = profiler.profiler.kineto_results.events()
+        calls = [e for e in events if e.device_type() == torch.autograd.DeviceType.CPU and e.name().startswith("cu")]
+        kernels = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+        waits = sum(e.duration_ns() for e in calls if e.duration_ns() > WAIT) / 1e9
+        nccl = sum(e.duration_ns() for e in kernels if "nccl" in e.name().lower()) / 1e9
+        busy = sum(e.duration_ns() for e in kernels) / 1e9 - nccl
+        return {
+            "host_ms": round(1000 * (wall - waits) / steps, 1),
+            "gpu_ms": round(1000 * busy / steps, 1),
+            "nccl_ms": round(1000 * nccl / steps, 1),
+            "kernels": len(kernels) // steps,
+            "profiled_ms": round(1000 * wall / steps, 1),
+        }
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def main() -> None:
+    trainer.load_pretrained, trainer.load_dataset = fresh_pipeline, Samples
+    trainer.Trainer = MeasuredTrainer
+    sys.exit(train_mige.main())
+
+
+if __name__ == "__main__":
+    main()

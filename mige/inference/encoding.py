@@ -1,0 +1,53 @@
+"""The second of inference's four steps: what the encoders read -> the condition of the DiT.
+
+Letters: B samples, R references of all samples; latents are [B, 4, h, w], images a side of 8 h.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from mige.diffusion.conditioning import Condition
+from mige.inference.inputs import Inputs
+from mige.models.mige import MIGEModel
+from mige.models.vae import encode, scale
+from mige.tasks import Task
+
+
+def encode_inputs(model: MIGEModel, vae: AutoencoderKL, inputs: Inputs, device: torch.device) -> Condition:
+    """Everything the DiT needs of B samples besides noisy latents and time, on the device.
+
+    Raises ValueError if the instructions have room for another number of images.
+    """
+    unscaled_RCHW = encode_references(vae, inputs, device)
+    source_BCHW = encode_sources(vae, inputs, unscaled_RCHW)
+    vision_RCHW = inputs.vision_RCHW.to(device)
+    return model.encode(inputs.instructions, inputs.spread(vision_RCHW), inputs.spread(unscaled_RCHW), source_BCHW)
+
+
+def encode_references(vae: AutoencoderKL, inputs: Inputs, device: torch.device) -> Tensor:
+    """Unscaled latents of all references, [R, 4, h', w']: of the native size, or of the output's if it is edited."""
+    if inputs.references_RCHW is None:
+        return torch.zeros(0, *inputs.noise[0].latent.shape, device=device)
+    return _posterior(vae, inputs.references_RCHW, inputs.reference_noise, device)
+
+
+def encode_sources(vae: AutoencoderKL, inputs: Inputs, unscaled_RCHW: Tensor) -> Tensor:
+    """Scaled latents of the images to edit, [B, 4, h, w]; zeros where an image is made from nothing.
+
+    An edit reads one posterior sample as its reference (`unscaled_RCHW`) and as its source; a subject edit draws a
+    second one.
+    """
+    if inputs.task is Task.SUBJECT:
+        return torch.zeros(len(inputs.noise), *inputs.noise[0].latent.shape, device=unscaled_RCHW.device)
+    if inputs.task is Task.EDIT:
+        return scale(vae, unscaled_RCHW)
+    draws = [sample_noise.source for sample_noise in inputs.noise]
+    return scale(vae, _posterior(vae, inputs.sources_BCHW, draws, unscaled_RCHW.device))
+
+
+def _posterior(vae: AutoencoderKL, pixels_BCHW: Tensor, draws: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One sample of the VAE's posterior of each image, unscaled."""
+    return encode(vae, pixels_BCHW.to(device)).sample(torch.stack(list(draws)).to(device))

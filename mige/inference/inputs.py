@@ -1,0 +1,118 @@
+"""The first of inference's four steps: samples and their noise -> what the encoders read.
+
+Letters: B samples of one task, R references of all samples, S places for images in all instructions (R, but where an
+edit mentions its image again).
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mige.inference.samples import Sample, SampleNoise
+from mige.models.instruction import MAX_WORDS, Instruction, read_prompt
+from mige.tasks import PLACEHOLDER, TASKS, Task, can_pair
+from mige.utils import images
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the encoders read of B samples of one task; tensors are float32 on the CPU."""
+
+    task: Task
+    instructions: list[Instruction]  # B of them
+    vision_RCHW: Tensor  # [R, 3, 224, 224], all references, normalised for the vision tower
+    references_RCHW: Tensor | None  # [R, 3, H', W'] in [-1, 1], fitted for the VAE; None without references
+    sources_BCHW: Tensor | None  # [B, 3, H, W] in [-1, 1]; None where the source is the reference, or there is none
+    noise: Sequence[SampleNoise]
+
+    @property
+    def reference_noise(self) -> list[Tensor]:
+        """The posterior's noise of each reference, R times [4, h', w']."""
+        return [draw for sample_noise in self.noise for draw in sample_noise.references]
+
+    def spread(self, references_R: Tensor) -> Tensor:
+        """What belongs to the references, [R, ...] -> [S, ...]: zeros in the places of images mentioned again.
+
+        Only an edit has such: a prompt that mentions the image again, as the official rewriting makes of two of Emu
+        Edit's, reads an all-zero image there.
+        """
+        slots, first = [], 0
+        for instruction, sample_noise in zip(self.instructions, self.noise, strict=True):
+            given = len(sample_noise.references)
+            slots += [first + slot if slot < given else None for slot in range(instruction.num_images)]
+            first += given
+        if not slots:
+            return references_R
+        zero = torch.zeros_like(references_R[0])
+        return torch.stack([zero if slot is None else references_R[slot] for slot in slots])
+
+
+def prepare(
+    samples: Sequence[Sample],
+    noise: Sequence[SampleNoise],
+    tokenizer: PreTrainedTokenizerBase,
+    vision_size: int,
+    cell: int,
+) -> Inputs:
+    """Tokenise the prompts of B samples and fit their images.
+
+    Args:
+        noise: of each sample; its shapes decide the sizes that images are fitted to.
+        vision_size: side of what the vision tower reads, px.
+        cell: px of a latent cell along one side.
+
+    Raises ValueError where the samples are of several tasks, and where markers and references do not pair.
+    """
+    task = samples[0].task
+    if any(sample.task is not task for sample in samples):
+        raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
+    instructions = [instruct(sample, tokenizer) for sample in samples]
+    references = [image for sample in samples for image in sample.references]
+    vision = _each(lambda image: images.vision_pixels(image, vision_size), references)
+    fit = images.letterbox if TASKS[task].letterbox else images.center_crop
+    draws = [draw for sample_noise in noise for draw in sample_noise.references]
+    sources = None
+    if task is Task.SUBJECT_EDIT:
+        sources = _fit([s.source for s in samples], images.center_crop, noise[0].source, cell)
+    return Inputs(
+        task=task,
+        instructions=instructions,
+        vision_RCHW=torch.stack(vision) if vision else torch.zeros(0, 3, vision_size, vision_size),
+        references_RCHW=_fit(references, fit, draws[0], cell) if draws else None,
+        sources_BCHW=sources,
+        noise=noise,
+    )
+
+
+def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
+    """Token ids of a sample's prompt, read now or before.
+
+    Raises ValueError if its markers don't pair with its references.
+    """
+    instruction = sample.instruction or read_prompt(sample.task, sample.prompt, sample.edit_type, tokenizer)
+    read, given = instruction.num_images, len(sample.references)
+    if not can_pair(sample.task, sample.prompt, read, given):
+        raise ValueError(
+            f"prompt {sample.prompt!r}: {read} {PLACEHOLDER}, {given} references; "
+            f"write one for each reference (at most {MAX_WORDS} words are read)"
+        )
+    return instruction
+
+
+def _fit(
+    originals: Sequence[Image.Image], fit: Callable[[Image.Image, int, int], Image.Image], draw: Tensor, cell: int
+) -> Tensor:
+    """Images fitted to the size of a draw [4, h, w] of their posterior -> [B, 3, H, W]."""
+    height, width = (side * cell for side in draw.shape[1:])
+    return torch.stack(_each(lambda image: images.to_pixels(fit(image, height, width)), originals))
+
+
+def _each(function: Callable[[Image.Image], Tensor], originals: Sequence[Image.Image]) -> list[Tensor]:
+    """The function of every image, in threads: resizing leaves the interpreter free, and the GPU waits for it."""
+    with ThreadPoolExecutor(min(8, max(1, len(originals)))) as pool:
+        return list(pool.map(function, originals))

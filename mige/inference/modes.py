@@ -1,0 +1,40 @@
+"""Faster and smaller ways to run, as methods of the pipeline."""
+
+import torch
+
+from mige.inference.offload import stream_blocks
+from mige.inference.quantise import quantise
+
+
+class Modes:
+    """What a pipeline can do to be faster or take less memory; its parts are attributes by their names."""
+
+    is_compiled = False
+
+    def compile(self) -> None:
+        """Denoise with `FastDenoiser` from now on: the same result but for rounding, one CUDA graph a step.
+
+        It reads the transformer's weights when the first image is made: change them before (adapters, for one).
+        """
+        self.is_compiled = True
+
+    def vae_to_bfloat16(self) -> None:
+        """The VAE in bfloat16, channels last: faster, and images differ by rounding (docs/inference.md)."""
+        self.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def quantise_text_encoder(self, bits: int) -> None:
+        """Keep T5's matrices in 8 or 4 bits a value, rounded (`mige.inference.quantise`); call before off-loading.
+
+        Raises ValueError for other bits.
+        """
+        quantise(self.text_encoder.encoder.block, bits)
+
+    def offload_encoders(self, device: torch.device | str) -> None:
+        """In place of `.to(device)`: DiT, VAE and fusion there, the blocks of the encoders in host memory.
+
+        A block is on the device only while it computes, once a batch: the same images in far less memory.
+        """
+        streamed = ("text_encoder", "image_encoder", "qformer")
+        stream_blocks([getattr(self, part) for part in streamed], self.model.blocks(streamed), torch.device(device))
+        for part in (self.fusion, self.transformer, self.vae):
+            part.to(device)
