@@ -30,6 +30,11 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The last of the run's line; None where there is none."""
+    return next(reversed(list_checkpoints(run)), None)
+
+
 def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Steps done, and what must not change. Raises TrainingError for a folder that is no whole checkpoint."""
     path = checkpoint / "progress.json"

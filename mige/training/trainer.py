@@ -101,7 +101,7 @@ class Trainer:
         """The config with its precision chosen, and a line that says so; starts the group of processes."""
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         zero2, fsdp2 = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
-        checkpoint = resume or next(iter(checkpointing.list_checkpoints(self.run_folder)[-1:]), None)
+        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
         saved = None if checkpoint is None else checkpointing.read_progress(checkpoint)[1]
         return precision.resolve(config, saved, state, "ZeRO-2" if zero2 else "FSDP2" if fsdp2 else "none")
 
@@ -116,8 +116,7 @@ class Trainer:
 
     def run(self, resume: Path | None = None) -> int:
         """Train to the last step; returns 0, or PREEMPTED after a stop. `resume`: a checkpoint; None: the newest."""
-        newest = checkpointing.list_checkpoints(self.run_folder)[-1:]
-        checkpoint = resume or (newest[0] if newest else None)
+        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
         if checkpoint is not None:
             self.step, saved = checkpointing.read_progress(checkpoint)
             check_invariants(saved, self._invariants(), str(checkpoint))
@@ -135,6 +134,7 @@ class Trainer:
         """Compile what the steps need; the parameters stay as they are."""
         if not self.config.train.compile or self.sharding == "ZeRO-2":  # whose engine counts every backward pass
             return
+        log.info("warm-up: compiling for every width of the context; it takes minutes, train.compile=[] does without")
         started = time.perf_counter()
         for batch in warm_up_batches(self.config, self.pipeline):
             judged = self._loss(batch.to(self.device))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from mige import config
 from mige.models.build import build_parts
@@ -144,6 +145,8 @@ def test_readme_counts_parameters_as_they_are():
         counted[name] = sum(many.values())
         if file == "mige_512":
             counted |= {row: many[part] for row, part in parts.items()}
+    adapters = load_file(ROOT / "output" / "pretrained_models" / "mige-mini-turbo" / "adapter_model.safetensors")
+    counted["its few-step adapters"] = sum(tensor.numel() for tensor in adapters.values()) / 1e6
     assert told.keys() == counted.keys()
     for name, number, unit in rows:  # rounded to as many digits as are given
         step = 10.0 ** -len(number.partition(".")[2]) * (1000 if unit == "B" else 1)

@@ -205,7 +205,10 @@ def test_a_value_a_library_refuses_is_named(override):
         ("data.sets=train.jsonl", "data.sets is 'train.jsonl', expected a list"),
         ('data.sets=[dict(file="a.jsonl")]', 'expected a list of plain values; a dict is written {"file": "a.jsonl"}'),
         ("data.sets=['train.jsonl']", "data.sets[0] is 'train.jsonl', expected a dict"),
-        ("data.sets=[{'file': 'a', 'weight': 'x'}]", "data.sets[0].weight"),
+        (
+            "data.sets=[{'file': 'a', 'weight': 'x'}]",
+            "data.sets[0].weight is 'x', expected a number above 0, or a fraction",
+        ),
         ("data.world={'add': 0} data.sets=[]", "data.world.add is 0, expected a number above 0"),
         ("train.optimizer=muon train.precision=bfloat16", "'bfloat16', but train.optimizer is 'muon'"),
         ("train.param_dtype=bfloat16", "train.param_dtype is now train.precision"),
