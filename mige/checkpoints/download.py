@@ -83,7 +83,7 @@ def download(
     folder: Path,
     kind: str,
     *,
-    repository: str = REPOSITORY,
+    repository: str,
     revision: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, list[Path]]:

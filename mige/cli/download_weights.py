@@ -3,7 +3,7 @@
     python tools/download_weights.py                    # the released weights -> output/pretrained_models/mige
     python tools/download_weights.py --kind training --output output/pretrained_models/start
 
-Files go to output/pretrained_models/official (13 GB for `release`, 40 GB for `training`) and may be deleted afterwards.
+Files go to output/pretrained_models/official and may be deleted afterwards.
 Cut off, the same command resumes. HF_ENDPOINT and HF_TOKEN hold as for the hub's own tools.
 """
 
@@ -26,7 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--files", type=command.folder_to_write, default=MODELS / "official",
                         help="where the official files are kept (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--repository", default="EurekaTian/MIGE", help="on the hub (default: %(default)s)")
+    parser.add_argument("--repository", help="on the hub (default: the authors' own)")
     parser.add_argument("--revision", help="branch, tag or commit (default: the newest)")
     parser.add_argument("--config", type=Path, default=CONFIGS / "mige_512.py", help="sizes (default: %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as in the files")
@@ -38,9 +38,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mige.checkpoints.download import download
+    from mige.checkpoints.download import REPOSITORY, download
 
-    files = download(args.files, args.kind, repository=args.repository, revision=args.revision)
+    files = download(args.files, args.kind, repository=args.repository or REPOSITORY, revision=args.revision)
     given = {"vae": files["the VAE's config"][0].parent, "t5": files["T5's config"][0].parent}
     if args.kind == "release":
         given["model"] = files["the trained model"][0]
