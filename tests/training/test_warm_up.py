@@ -37,6 +37,7 @@ def varied_records(folder, many: int):
     return f"data.sets=[{{'file': {str(folder / 'varied.jsonl')!r}, 'weight': 1.0, 'task': 'subject'}}]"
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(tiny_model, tmp_path, graphs_alone):
     """50 batches of two samples; the warm-up leaves no trace: losses are those without compiling."""
     steps = ("train.steps=50", "train.checkpoint_every=50", "train.ema=None", varied_records(tmp_path, 37))
