@@ -168,8 +168,8 @@ def check_instruction(
         issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
-        last_picture_starts = length - len(instruction.segments[-1]) - num_queries
-        lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
+        last_image_starts = length - len(instruction.segments[-1]) - num_queries
+        lost = instruction.num_images > 0 and last_image_starts >= max_tokens
         problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         issues.append(
             Issue(record.where, problem + (" and with them a whole image" if lost else ""), "shorten it", lost)

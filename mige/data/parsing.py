@@ -6,7 +6,7 @@ Two row layouts are recognised by their fields; both may stand in one file:
   multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
   instruction, image (the source image), task (the type of edit)            Emu Edit
 
-Reading never stops at the first fault: a `Report` holds the good records and every issue. Pictures are not opened
+Reading never stops at the first fault: a `Report` holds the good records and every issue. Images are not opened
 here (`checks.check_images` does that).
 """
 

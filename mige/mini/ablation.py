@@ -64,7 +64,7 @@ VARIANTS: Mapping[str, Variant] = {
     "without_vae_features": Variant("without VAE features", EVERY, EVERY, ("model.fusion.vae_features=False",)),
     "text_only": Variant("edits only, text-only", (Task.EDIT,), (Task.EDIT,), ("model.fusion.num_queries=0",)),
 }
-"""Text-only is compared with `edit_only`: without pictures in the instruction the other tasks have no meaning."""
+"""Text-only is compared with `edit_only`: without images in the instruction the other tasks have no meaning."""
 
 
 class AblationError(UserError, RuntimeError):
@@ -303,7 +303,7 @@ def _values(rows: Sequence[Mapping], version: str, measure: str) -> list[float |
 
 
 def _tidy(folder: Path, steps: Sequence[int]) -> None:
-    """Delete the weights of a scored run, and the pictures of all checkpoints but the last."""
+    """Delete the weights of a scored run, and the images of all checkpoints but the last."""
     for part in (folder / "start", folder / "checkpoints", *(folder / "bench" / _step_name(s) for s in steps[:-1])):
         if part.exists():
             shutil.rmtree(part)

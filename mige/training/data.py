@@ -91,7 +91,7 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
     Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
     """
     issues = list(report.issues) + check_repeats(report.records)
-    if data.check_pictures:
+    if data.check_images:
         issues += check_images(report.records, size=(data.size, data.size), training=True)
     for record in report.records:
         issues += check_training_text(record)

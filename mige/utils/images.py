@@ -235,6 +235,6 @@ def save_image(image: Image.Image, path: Path, **params: Any) -> None:
         part.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"cannot save the picture: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot save the image: {error.strerror}", str(path)) from error
     finally:
         part.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def to_pil(pixels: "Tensor") -> list[Image.Image]:
     finite = pixels.isfinite().flatten(1).all(1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"pictures {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
+        raise ValueError(f"images {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
 

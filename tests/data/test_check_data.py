@@ -92,7 +92,7 @@ def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypat
         (f"{first}, record 200 (id e199): 2 <imagehere> in the prompt, 1 reference", "write one"),
         (f"{gone}: cannot be read", "check the path"),
         (f"{second}, record 3: the row is a number (7)", "write it as"),
-        (f"{first}, record 152 (id e151): no target picture", 'give "image"'),
+        (f"{first}, record 152 (id e151): no target image", 'give "image"'),
         (f"{first}, record 4 (id e3): {folder / 'broken.png'}: cannot be decoded", "replace it"),
         (f"{first}, record 151 (id e150): {folder / 'gone.png'}: no such file", "correct the path"),
         (f"{second}, record 2 (id 00002): {folder / 'broken.png'}: cannot be decoded", "replace it"),
@@ -104,13 +104,13 @@ def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypat
         assert line.startswith(start) and remedy in line, line
 
 
-def test_no_pictures(folder, monkeypatch, capsys):
+def test_no_images(folder, monkeypatch, capsys):
     records = write(folder / "r.json", [SUBJECT, SUBJECT | {"image": "broken.png"}])
-    code, stdout, _ = in_process(monkeypatch, capsys, records, "--no-pictures")
+    code, stdout, _ = in_process(monkeypatch, capsys, records, "--no-images")
     assert code == 0 and "0 faults in 0 places, 2 good records" in stdout
 
 
 def test_benchmark_rows_are_no_training_data(folder, monkeypatch, capsys):
     rows = write(folder / "emu.json", [{"instruction": "add a hat", "image": "s.png", "task": "add"}])
-    code, stdout, _ = in_process(monkeypatch, capsys, rows, "--no-pictures")
-    assert code == 1 and "no target picture" in stdout and "Emu Edit" in stdout
+    code, stdout, _ = in_process(monkeypatch, capsys, rows, "--no-images")
+    assert code == 1 and "no target image" in stdout and "Emu Edit" in stdout

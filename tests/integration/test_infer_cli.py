@@ -62,7 +62,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def assert_same_pictures(got, want):
+def assert_same_images(got, want):
     assert made(got) == made(want)
     for name in made(got):
         a, b = (np.array(Image.open(folder / "images" / name)).astype(int) for folder in (got, want))
@@ -106,7 +106,7 @@ def test_the_same_command_again_keeps_every_image(model, whole, tmp_path):
     before = {name: (folder / "images" / name).stat().st_mtime_ns for name in made(folder)}
     assert infer(*arguments, "--note", "a line for the reader").returncode == 0
     assert {name: (folder / "images" / name).stat().st_mtime_ns for name in before} == before
-    assert_same_pictures(folder, whole)
+    assert_same_images(folder, whole)
     assert "a line for the reader" in (folder / "index.html").read_text()
 
 
@@ -122,14 +122,14 @@ def test_killed_and_started_again(model, whole, tmp_path):
     assert child.wait() == -signal.SIGKILL
     assert 1 <= len(log.read_bytes().split(b"\n")) - 1 < 7 and not (tmp_path / "index.html").exists()
     finished = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in made(tmp_path) if name[0] != "."}
-    (tmp_path / "images" / ".0123456789abcdef.part").write_bytes(b"half a picture")  # killed while saving
+    (tmp_path / "images" / ".0123456789abcdef.part").write_bytes(b"half an image")  # killed while saving
 
     done = infer(*arguments)
     assert done.returncode == 0, done.stderr
     assert {line["id"] for line in lines(tmp_path)} == IDS and len(lines(tmp_path)) == 7
     first = f"{lines(tmp_path)[0]['id']}.png"
     assert (tmp_path / "images" / first).stat().st_mtime_ns == finished[first]
-    assert_same_pictures(tmp_path, whole)  # and no half images
+    assert_same_images(tmp_path, whole)  # and no half images
 
 
 @pytest.mark.processes
@@ -139,7 +139,7 @@ def test_no_space_left_for_an_image(model, whole, tmp_path):
     smallest = min(path.stat().st_size for path in (whole / "images").iterdir())
     done = run_python(SCRIPT, *arguments, file_size=smallest // 2)
     assert done.returncode == 1
-    assert "error: " in done.stderr and "cannot save the picture" in done.stderr
+    assert "error: " in done.stderr and "cannot save the image" in done.stderr
     assert f"{tmp_path}/images/pagoda_in_snow.png" in done.stderr and "Traceback" not in done.stderr
     assert made(tmp_path) == [] and lines(tmp_path) == []
     assert infer(*arguments).returncode == 0
