@@ -43,8 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_targets(records: Sequence[Record]) -> list[Issue]:
-    remedy = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
-    return [Issue(record.where, "no target image", remedy) for record in records if record.target is None]
+    hint = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
+    return [Issue(record.where, "no target image", hint) for record in records if record.target is None]
 
 
 def _leave_ctrl_c_to_the_parent() -> None:

@@ -97,8 +97,8 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
-        problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
-        return [Issue(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
+        message = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
+        return [Issue(record.where, message, "the source is stretched to the target's shape; crop both alike", False)]
     return []
 
 
@@ -117,8 +117,8 @@ def check_markers(record: Record) -> list[Issue]:
     near = near_markers(record.prompt)
     if not near:
         return []
-    problem = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
-    return [Issue(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
+    message = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
+    return [Issue(record.where, message, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
 
 
 def check_training_text(record: Record) -> list[Issue]:
@@ -132,14 +132,14 @@ def check_training_text(record: Record) -> list[Issue]:
     if found == given:
         return issues
     asked = placeholders(record.prompt)
-    problem = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
+    message = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
     if asked == 0 and found > given:
-        problem += f", as the prompt mentions its image {found} times"
-        remedy = f"write one {PLACEHOLDER} in place of one mention"
+        message += f", as the prompt mentions its image {found} times"
+        hint = f"write one {PLACEHOLDER} in place of one mention"
     else:
-        problem += f", as the text is cut after {MAX_WORDS} words"
-        remedy = "shorten the prompt"
-    return [*issues, Issue(record.where, problem, remedy)]
+        message += f", as the text is cut after {MAX_WORDS} words"
+        hint = "shorten the prompt"
+    return [*issues, Issue(record.where, message, hint)]
 
 
 def check_lengths(
@@ -161,18 +161,18 @@ def check_instruction(
     issues = check_markers(record) + check_spelling(record, instruction, tokenizer)
     read, given = instruction.num_images, len(record.references)
     if read < given:
-        problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
-        issues.append(Issue(record.where, problem, "shorten the prompt", fatal=True))
+        message = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
+        issues.append(Issue(record.where, message, "shorten the prompt", fatal=True))
     if (extra := read - given) > 0:
-        problem = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
-        issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
+        message = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
+        issues.append(Issue(record.where, message, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
         last_image_starts = length - len(instruction.segments[-1]) - num_queries
         lost = instruction.num_images > 0 and last_image_starts >= max_tokens
-        problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
+        message = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         issues.append(
-            Issue(record.where, problem + (" and with them a whole image" if lost else ""), "shorten it", lost)
+            Issue(record.where, message + (" and with them a whole image" if lost else ""), "shorten it", lost)
         )
     return issues
 
@@ -182,9 +182,9 @@ def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrai
     unknown, special = unspelled(record.prompt, instruction, tokenizer)
     issues = []
     if special:
-        problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
-        issues.append(Issue(record.where, problem, "leave them out", fatal=False))
+        message = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
+        issues.append(Issue(record.where, message, "leave them out", fatal=False))
     if unknown:
-        problem = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
-        issues.append(Issue(record.where, problem, "write it in English, without emoji", fatal=False))
+        message = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
+        issues.append(Issue(record.where, message, "write it in English, without emoji", fatal=False))
     return issues

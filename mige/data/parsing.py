@@ -62,8 +62,8 @@ def make_record(
     task: what the record must be (None: its fields decide).
     """
     if not isinstance(row, Mapping):
-        problem = f"the row is {type_name(row)}, expected an object"
-        return None, [Issue(where, problem, "write it as {...} with the fields of the record")]
+        message = f"the row is {type_name(row)}, expected an object"
+        return None, [Issue(where, message, "write it as {...} with the fields of the record")]
     reader = _RowReader(row, where, root)
     record_id = reader.identifier(default_id)
     reader.storable()
@@ -150,13 +150,13 @@ class _RowReader:
         self.row, self.where, self.root = row, where, root
         self.issues: list[Issue] = []
 
-    def fault(self, problem: str, remedy: str) -> None:
+    def fault(self, message: str, hint: str) -> None:
         """Note what makes the row unusable."""
-        self.issues.append(Issue(self.where, problem, remedy))
+        self.issues.append(Issue(self.where, message, hint))
 
-    def note(self, problem: str, remedy: str) -> None:
+    def note(self, message: str, hint: str) -> None:
         """Note what is odd but usable."""
-        self.issues.append(Issue(self.where, problem, remedy, fatal=False))
+        self.issues.append(Issue(self.where, message, hint, fatal=False))
 
     def identifier(self, default: str) -> str | None:
         """The row's "id", else its "idx", else the default; further issues name it."""
@@ -249,20 +249,20 @@ def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None
     files_with = Counter(folded for _, records in records_of for folded in {r.id.casefold() for r in records})
     shared = [folded for folded, files in files_with.items() if files > 1]
     if shared:
-        problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
-        report.issues.append(Issue("all files", problem, "every id now starts with its file's name", fatal=False))
+        message = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
+        report.issues.append(Issue("all files", message, "every id now starts with its file's name", fatal=False))
     first: dict[str, Record] = {}
     for file, records in records_of:
         for record in records:
             record_id = f"{file.stem}_{record.id}" if shared else record.id
             if not ID_PATTERN.fullmatch(record_id) or RESERVED.fullmatch(record_id):
-                problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
-                report.issues.append(Issue(record.where, problem, f"rename the file; ids are {ID_RULE}"))
+                message = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
+                report.issues.append(Issue(record.where, message, f"rename the file; ids are {ID_RULE}"))
             elif taken := first.get(record_id.casefold()):
-                problem = f"the id {record_id!r} is already taken by {taken.where}"
+                message = f"the id {record_id!r} is already taken by {taken.where}"
                 if taken.id != record.id:
-                    problem += ", as file names may not tell upper from lower case"
-                report.issues.append(Issue(record.where, problem, "give each record its own id"))
+                    message += ", as file names may not tell upper from lower case"
+                report.issues.append(Issue(record.where, message, "give each record its own id"))
             else:
                 first[record_id.casefold()] = record
                 report.records.append(replace(record, id=record_id))

@@ -169,7 +169,7 @@ def write_failures(report: Report, folder: Path) -> Path:
     path = folder / "failures.jsonl"
     if report.faults:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [{"where": f.where, "problem": f.message, "remedy": f.hint} for f in report.faults]
+        lines = [{"where": f.where, "message": f.message, "hint": f.hint} for f in report.faults]
         write_text(path, json_lines(lines))
     else:
         path.unlink(missing_ok=True)

@@ -25,8 +25,8 @@ def check_shape(size: tuple[int, int], height: int, width: int, *, letterboxed: 
     """
     if letterboxed:
         if min(size[1] * width / size[0], size[0] * height / size[1]) < 1:
-            problem = f"fitted into {width} x {height} its short side is less than 1 px"
-            raise BadImageError(_shape(size), problem, "crop it")
+            message = f"fitted into {width} x {height} its short side is less than 1 px"
+            raise BadImageError(_shape(size), message, "crop it")
         return
     check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering(size, height, width)[::-1])
 

@@ -100,8 +100,8 @@ def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypat
         ("7 faults in 7 places, 197 good records", ""),
     ]
     assert len(lines) == len(wanted)
-    for line, (start, remedy) in zip(lines, wanted, strict=True):
-        assert line.startswith(start) and remedy in line, line
+    for line, (start, hint) in zip(lines, wanted, strict=True):
+        assert line.startswith(start) and hint in line, line
 
 
 def test_no_images(folder, monkeypatch, capsys):

@@ -266,8 +266,8 @@ def test_keep_going(model, bad_files, tmp_path):
     assert all(fault in done.stderr for fault in FAULTS) and f"listed in {run}/failures.jsonl" in done.stderr
     assert made(run) == ["fine.png", "good.png"]
     failures = [json.loads(line) for line in (run / "failures.jsonl").read_text().splitlines()]
-    assert len(failures) == 5 and all(failure.keys() == {"where", "problem", "remedy"} for failure in failures)
-    told = "\n".join("{where}: {problem}".format(**failure) for failure in failures)
+    assert len(failures) == 5 and all(failure.keys() == {"where", "message", "hint"} for failure in failures)
+    told = "\n".join("{where}: {message}".format(**failure) for failure in failures)
     assert all(fault in told for fault in FAULTS)
 
     bad_files[1].write_text(bad_files[1].read_text().splitlines()[3])  # mended
