@@ -126,6 +126,7 @@ class Plan:
             del dumped["distillation"]
         del dumped["train"]["precision"]
         dumped["train"]["param_dtype"] = train.param_dtype
+        dumped["data"]["check_pictures"] = dumped["data"].pop("check_images")  # its name in the published settings
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}
         files = sorted(path for path in self.model.glob("*/*") if path.suffix in (".safetensors", ".json"))
