@@ -3,7 +3,7 @@
     python tools/check_data.py data/magicbrush/records.jsonl data/subjects200k/records.jsonl
     python tools/check_data.py train.json --root images --no-images
 
-The exit code is 1 if there is any fault. Reports are in the order of the files, whatever the number of workers.
+The exit code is 1 if there is any error. Reports are in the order of the files, whatever the number of workers.
 """
 
 import argparse
@@ -95,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     issues += [issue for record in report.records for issue in check_training_text(record)]
     if args.images and report.records:
         issues += check_all_images(report.records, args.workers)
-    faults = [issue for issue in issues if issue.fatal]
-    bad = dict.fromkeys(fault.where for fault in faults)
+    errors = [issue for issue in issues if issue.fatal]
+    bad = dict.fromkeys(error.where for error in errors)
     good = [record for record in report.records if record.where not in bad]
     print_counts(files, good, list(bad))
-    for issue in [*faults, *(issue for issue in issues if not issue.fatal)]:
+    for issue in [*errors, *(issue for issue in issues if not issue.fatal)]:
         print(issue)
-    print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
-    return 1 if faults else 0
+    print(f"{len(errors)} errors in {len(bad)} places, {len(good)} good records")
+    return 1 if errors else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,10 +44,10 @@ def check_images(
 ) -> list[Issue]:
     """Decode each distinct image of the records once, in threads; one fatal issue a record and bad file.
 
-    size: height and width that the images will be fitted to, px; what is too long for that is a fault.
+    size: height and width that the images will be fitted to, px; what is too long for that is an error.
     training: fitted as in training (never letterboxed).
     opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
-    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
+    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a warning.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
@@ -103,7 +103,7 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
 
 
 def check_repeats(records: Iterable[Record]) -> list[Issue]:
-    """A note for each target that MANY or more records of a training set share."""
+    """A warning for each target that MANY or more records of a training set share."""
     targets = Counter(record.target for record in records if record.target is not None)
     return [
         Issue(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
@@ -113,7 +113,7 @@ def check_repeats(records: Iterable[Record]) -> list[Issue]:
 
 
 def check_markers(record: Record) -> list[Issue]:
-    """A note for what in the prompt looks like the marker and is read as words."""
+    """A warning for what in the prompt looks like the marker and is read as words."""
     near = near_markers(record.prompt)
     if not near:
         return []
@@ -125,7 +125,7 @@ def check_training_text(record: Record) -> list[Issue]:
     """Whether the text that the record is trained on mentions each of its references once; needs no tokenizer.
 
     An edit without a marker gets its mentions from its words, and text is cut after MAX_WORDS words: both can leave
-    another number of markers than references, which training cannot pair, so it is a fault.
+    another number of markers than references, which training cannot pair, so it is an error.
     """
     found, given = placeholders(training_text(record.task, record.prompt, record.edit_type)), len(record.references)
     issues = check_markers(record)
@@ -148,7 +148,7 @@ def check_lengths(
     """What of each record's instruction is not read as written.
 
     Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
-    tokens over the limit) are notes; a marker or a whole image that is cut is a fault.
+    tokens over the limit) are warnings; a marker or a whole image that is cut is an error.
     """
     read = [(r, read_prompt(r.task, r.prompt, r.edit_type, tokenizer)) for r in records]
     return [f for record, one in read for f in check_instruction(record, one, tokenizer, num_queries, max_tokens)]

@@ -1,4 +1,4 @@
-"""Rows of .json and .jsonl files, with every fault named by file and line; nothing is raised for what a file holds."""
+"""Rows of .json and .jsonl files, with every error named by file and line; nothing is raised for what a file holds."""
 
 import json
 import re
@@ -14,7 +14,7 @@ Rows = list[tuple[int, Any]]
 
 
 def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
-    """The rows of a file with their numbers from 1, and the faults of the file and of its rows as JSON."""
+    """The rows of a file with their numbers from 1, and the errors of the file and of its rows as JSON."""
     where = str(file)
     if file.suffix.lower() not in (".json", ".jsonl"):
         return [], [Issue(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]

@@ -410,12 +410,12 @@ def read(folder: Path) -> Prepared:
     rows = []
     for file in config.get("records", []):
         _read(folder / file, "records")
-        found, faults = read_json_lines(folder / file)
+        found, errors = read_json_lines(folder / file)
         bad = [
             f"{folder / file}, line {n}: no record with an id" for n, row in found if not isinstance(row.get("id"), str)
         ]
-        if faults := faults + bad:
-            raise BenchmarkError(f"{faults[0]} ({len(faults)} such lines); prepare it again")
+        if errors := errors + bad:
+            raise BenchmarkError(f"{errors[0]} ({len(errors)} such lines); prepare it again")
         rows += [row for _, row in found]
     if len(rows) != config.get("rows"):
         raise BenchmarkError(f"{folder}: {len(rows)} records, expected {config.get('rows')}; prepare it again")

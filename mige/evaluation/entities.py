@@ -125,9 +125,9 @@ def _cut_out_all(
 ) -> list[dict[str, Any]]:
     """The line of every row, in order; those that are not there yet are made and written."""
     path = out / "entities.jsonl"
-    done, faults = finished(out)
-    for fault in faults:
-        print(f"warning: {fault}; its object is cut out again", file=sys.stderr)
+    done, errors = finished(out)
+    for error in errors:
+        print(f"warning: {error}; its object is cut out again", file=sys.stderr)
     write_text(path, json_lines(done.values()))
     todo = [row for row in rows if row["id"] not in done]
     with tqdm(total=len(todo), unit="image", desc="entities") as bar:
@@ -145,7 +145,7 @@ def _cut_out_all(
 
 def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The lines of out/entities.jsonl by id whose crop opens; and what stands there besides, a sentence each."""
-    found, faults = read_json_lines(out / "entities.jsonl")
+    found, errors = read_json_lines(out / "entities.jsonl")
     lines = {}
     for number, line in found:
         where, name = f"{out / 'entities.jsonl'}, line {number}", line.get("id")
@@ -155,7 +155,7 @@ def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             or line.get("crop", "") not in (None, crop)
             or not {"score", "object"} <= line.keys()
         ):
-            faults.append(f"{where}: no line of an entity")
+            errors.append(f"{where}: no line of an entity")
             continue
         try:
             if line["crop"] is not None:
@@ -163,8 +163,8 @@ def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
                 open_image(out / "marked" / f"{name}.jpg")
             lines[name] = line
         except BadImageError as error:
-            faults.append(f"{where}: {error}")
-    return lines, faults
+            errors.append(f"{where}: {error}")
+    return lines, errors
 
 
 def _save(row: Mapping[str, Any], image: Image.Image, entity: Entity | None, out: Path) -> dict[str, Any]:

@@ -146,11 +146,11 @@ def crops(prepared: Prepared, folder: Path) -> dict[str, Path]:
     path = folder / "entities.jsonl"
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; run tools/extract_entities.py first")
-    rows, faults = read_json_lines(path)
+    rows, errors = read_json_lines(path)
     ids = {row["id"] for row in prepared.scored}
     lines = {line.get("id"): line for _, line in rows if isinstance(line.get("id"), str) and "crop" in line}
-    for fault in faults:
-        print(f"warning: {fault}", file=sys.stderr)
+    for error in errors:
+        print(f"warning: {error}", file=sys.stderr)
     if missing := sorted(ids - lines.keys()):
         raise BenchmarkError(f"{path}: {len(missing)} ids missing ({_some(missing)}); run extract_entities.py again")
     return {one: folder / lines[one]["crop"] for one in ids if lines[one]["crop"]}

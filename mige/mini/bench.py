@@ -248,9 +248,9 @@ def run(
         settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": how.steps}
         settings |= {"guidance": how.guidance, "source_guidance": how.source_guidance}
         _settle(out / "settings.json", settings)
-        done, faults = _finished(out)
-        for fault in faults:
-            print(f"warning: {fault}; its case is made again", file=sys.stderr)
+        done, errors = _finished(out)
+        for error in errors:
+            print(f"warning: {error}; its case is made again", file=sys.stderr)
         write_text(out / "cases.jsonl", json_lines(done.values()))
         todo = [one for one in chosen if one.id not in done]
         pipeline.set_progress_bar_config(disable=True)
@@ -286,20 +286,20 @@ def finished(out: Path) -> dict[str, dict]:
 
 def _finished(out: Path) -> tuple[dict[str, dict], list[str]]:
     """Also what stands there that counts as nothing, a sentence each."""
-    found, faults = read_json_lines(out / "cases.jsonl")
+    found, errors = read_json_lines(out / "cases.jsonl")
     rows = {}
     for number, row in found:
         where, name = f"{out / 'cases.jsonl'}, line {number}", row.get("id")
         whole = all(isinstance(row.get(key), str) for key in ("kind", "split")) and isinstance(row.get("model"), dict)
         if not isinstance(name, str) or not _ID.fullmatch(name) or not whole:
-            faults.append(f"{where}: no row of a case")
+            errors.append(f"{where}: no row of a case")
             continue
         try:
             images.open_image(out / "images" / f"{name}.png")
             rows[name] = row
         except images.BadImageError as error:
-            faults.append(f"{where}: {error}")
-    return rows, faults
+            errors.append(f"{where}: {error}")
+    return rows, errors
 
 
 def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:

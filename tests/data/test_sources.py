@@ -107,7 +107,7 @@ def summary(folder):
 
 
 def sound(folder):
-    """The folder's records, read as training reads them: no fault, every image opens, every record has a target."""
+    """The folder's records, read as training reads them: no error, every image opens, every record has a target."""
     records = read_records([folder / "records.jsonl"]).raise_if_errors()
     assert not [issue for issue in check_images(records) if issue.fatal]
     assert all(record.target for record in records)
@@ -249,7 +249,7 @@ def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
         assert {record.extra["img_id"] for record in records} == {"326242"}
         assert [record.target.read_bytes() for record in records] == [images[turn] for turn in turns]
     both = read_records([tmp_path / "train" / "records.jsonl", tmp_path / "dev" / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 3 and not both.notes, "ids of different splits do not collide"
+    assert len(both.raise_if_errors()) == 3 and not both.warnings, "ids of different splits do not collide"
 
 
 def composite(size, boxes, kind="PNG"):
@@ -323,7 +323,7 @@ def test_subjects200k(tmp_path, monkeypatch):
     script(monkeypatch, "subjects200k", "--input", file, "--output", lenient, "--min-quality", 4, "--name", "again")
     assert summary(lenient)["written"] == 5
     both = read_records([out / "records.jsonl", lenient / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 8 and not both.notes, "two sets of one source, told apart by --name"
+    assert len(both.raise_if_errors()) == 8 and not both.warnings, "two sets of one source, told apart by --name"
 
 
 def seed_folder(root):
@@ -396,7 +396,7 @@ def test_missing_column_is_named_with_what_is_there(tmp_path, monkeypatch):
     assert "it has input_image, edit_prompt" in message
 
 
-def test_faults_of_the_call(tmp_path):
+def test_errors_of_the_call(tmp_path):
     def refused(source, *inputs, split="train", folder="out"):
         with pytest.raises(SourceError) as error:
             prepare(Settings(source, tuple(map(str, inputs)), split), tmp_path / folder, progress=False)

@@ -37,9 +37,10 @@ def pipe(model):
 @pytest.fixture(scope="module")
 def records(model):
     report = inference.check(read_records(FILES), model, SETTINGS)
-    assert len(report.records) == 7 and not report.faults, report.text()
-    (note,) = report.notes
-    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.message  # tiny knows no comma
+    assert len(report.records) == 7 and not report.errors, report.text()
+    (warning,) = report.warnings
+    assert "(id flower_in_a_vase)" in warning.where  # the tiny model knows no comma
+    assert "1 token of the prompt" in warning.message
     return report.records
 
 
@@ -297,9 +298,9 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     report = inference.check(read_records([tmp_path / "x.json"]), model, SETTINGS)
     assert [record.id for record in report.records] == ["00004", "00005"]
-    assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
-    (note,) = [note for note in report.notes if "record 5" in note.where]
-    assert "are cut (limit 128)" in note.message
+    assert sorted(error.where.split("record ")[1][0] for error in report.errors) == ["1", "2", "3"]
+    (warning,) = [warning for warning in report.warnings if "record 5" in warning.where]
+    assert "are cut (limit 128)" in warning.message
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         inference.check(report, tmp_path, SETTINGS)
 

@@ -228,7 +228,7 @@ def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
 
 @pytest.fixture
 def bad_files(tmp_path):
-    """Two files with five faults and two good records."""
+    """Two files with five errors and two good records."""
     (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:3000])
     rows = [
         {"id": "good", "multi_prompt": "a<imagehere>", "entity_path": [str(CAT)]},
@@ -246,15 +246,15 @@ def bad_files(tmp_path):
     return [write(tmp_path / "a.json", rows), tmp_path / "b.jsonl"]
 
 
-FAULTS = ["gone.jpg: no such file", "2 <imagehere> in the prompt, 1 reference", "cut.jpg: cannot be decoded",
+ERRORS = ["gone.jpg: no such file", "2 <imagehere> in the prompt, 1 reference", "cut.jpg: cannot be decoded",
           "b.jsonl, line 2, column 16: malformed JSON", "only 1 of 2 <imagehere>"]  # fmt: skip
 
 
-def test_one_report_of_every_fault_and_nothing_runs(model, bad_files, tmp_path, no_weights):
+def test_one_report_of_every_error_and_nothing_runs(model, bad_files, tmp_path, no_weights):
     done = infer("--model", model, "--records", *bad_files, "--output", tmp_path / "run", "--steps", 2)
     assert done.returncode == 1
-    assert done.stderr.startswith("5 faults, ")
-    assert all(fault in done.stderr for fault in FAULTS)
+    assert done.stderr.startswith("5 errors, ")
+    assert all(error in done.stderr for error in ERRORS)
     assert not (tmp_path / "run").exists()
 
 
@@ -263,12 +263,12 @@ def test_keep_going(model, bad_files, tmp_path):
     arguments = ("--model", model, "--output", run, "--steps", 2, "--keep-going", "--records")
     done = infer(*arguments, *bad_files)
     assert done.returncode == 3
-    assert all(fault in done.stderr for fault in FAULTS) and f"listed in {run}/failures.jsonl" in done.stderr
+    assert all(error in done.stderr for error in ERRORS) and f"listed in {run}/failures.jsonl" in done.stderr
     assert made(run) == ["fine.png", "good.png"]
     failures = [json.loads(line) for line in (run / "failures.jsonl").read_text().splitlines()]
     assert len(failures) == 5 and all(failure.keys() == {"where", "message", "hint"} for failure in failures)
     told = "\n".join("{where}: {message}".format(**failure) for failure in failures)
-    assert all(fault in told for fault in FAULTS)
+    assert all(error in told for error in ERRORS)
 
     bad_files[1].write_text(bad_files[1].read_text().splitlines()[3])  # mended
     write(bad_files[0], json.loads(bad_files[0].read_text())[:1])
@@ -279,7 +279,7 @@ def test_keep_going(model, bad_files, tmp_path):
 def test_keep_going_with_nothing_good(model, bad_files, tmp_path, no_weights):
     write(bad_files[0], json.loads(bad_files[0].read_text())[1:])
     done = infer("--model", model, "--records", bad_files[0], "--output", tmp_path / "run", "--keep-going")
-    assert done.returncode == 1 and done.stderr.startswith("2 faults") and not (tmp_path / "run").exists()
+    assert done.returncode == 1 and done.stderr.startswith("2 errors") and not (tmp_path / "run").exists()
 
 
 def test_a_single_case_that_is_wrong(model, tmp_path, no_weights):
@@ -290,7 +290,7 @@ def test_a_single_case_that_is_wrong(model, tmp_path, no_weights):
 def test_the_task_that_was_insisted_on(model, tmp_path, no_weights):
     done = infer("--model", model, "--records", FILES[1], "--task", "subject", "--output", tmp_path / "run")
     assert done.returncode == 1
-    assert done.stderr.startswith("3 faults") and 'which makes it "edit"' in done.stderr
+    assert done.stderr.startswith("3 errors") and 'which makes it "edit"' in done.stderr
 
 
 # ---- other mistakes --------------------------------------------------------------------------------------------------

@@ -175,10 +175,10 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
         if not isinstance(sample, SkippedSample):
             record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
             _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
-            if not (faults := [f for f in issues if f.fatal]):
+            if not (errors := [f for f in issues if f.fatal]):
                 lines.append(record)
                 continue
-            sample = SkippedSample("no valid record", "; ".join(fault.message for fault in faults))
+            sample = SkippedSample("no valid record", "; ".join(error.message for error in errors))
         lines.append({**line, "reason": sample.reason, "detail": sample.detail})
     return lines
 
