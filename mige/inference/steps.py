@@ -83,7 +83,7 @@ class Steps:
         [B, H, W, 3] for "np", else B RGB images. Raises ValueError for samples of several tasks and for markers that
         don't match the references.
         """
-        inputs = self.prepare(samples, noise, read=context is None)  # token ids; pixels [R, 3, 224, 224], [R, 3, H, W]
+        inputs = self.prepare(samples, noise, read=context is None)  # token ids; images [R, 224, 224, 3], [R, H, W, 3]
         condition = self.encode(inputs, context)  # context [B, L, 4096], source [B, 4, h, w]; the same for all steps
         if negative is not None and not isinstance(negative, Context):
             negative = encode_text(self.model, self.tokenizer, inputs.task, negative, self._execution_device)
@@ -107,7 +107,7 @@ class Steps:
 
         context: [B, L, C], in place of that of the prompts; only the sources are encoded then.
         """
-        return encode_inputs(self.model, self.vae, inputs, self._execution_device, context)
+        return encode_inputs(self._compile_ends(self.model), self.vae, inputs, self._execution_device, context)
 
     @torch.no_grad()
     def denoise(
