@@ -218,7 +218,7 @@ def _loader(pipeline: MIGEPipeline, settings: Config, batch: int, workers: int, 
         dropout=Dropout(0, 0, 0),
         noise_levels=1,
     )
-    indices = ResumableBatchSampler(batch=batch, processes=1, rank=0, accumulate=1, start=0)
+    indices = ResumableBatchSampler(batch=batch, processes=1, rank=0, gradient_accumulation_steps=1, start=0)
     return DataLoader(dataset, batch_sampler=indices, collate_fn=collate_with_layout, num_workers=workers)
 
 

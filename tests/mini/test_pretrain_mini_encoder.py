@@ -97,7 +97,7 @@ def test_every_query_goes_to_its_own_instruction(tiny_model):
 
 @pytest.mark.parametrize("kind", tasks.KINDS)
 def test_what_is_queried_by_place_is_in_the_answer(kind):
-    made = [tasks.make(kind, np.random.default_rng(seed), sprites.split()[0], invent=True) for seed in range(20)]
+    made = [tasks.make(kind, np.random.default_rng(seed), sprites.split()[0], augment=True) for seed in range(20)]
     layout = pretraining.layout_of(made)
     if kind in ("remove", "background"):  # nothing is brought or changed that the answer shows
         assert layout is None
