@@ -14,6 +14,7 @@ from mige.inference.inputs import Inputs
 from mige.models.mige import MIGEModel
 from mige.models.vae import encode, scale
 from mige.tasks import Task
+from mige.utils import images
 
 
 def encode_inputs(model: MIGEModel, vae: AutoencoderKL, inputs: Inputs, device: torch.device) -> Condition:
@@ -21,17 +22,17 @@ def encode_inputs(model: MIGEModel, vae: AutoencoderKL, inputs: Inputs, device: 
 
     Raises ValueError if the instructions have room for another number of images.
     """
+    vision_RCHW = images.vision_pixels_of(inputs.vision_RHWC.to(device))  # first: a copy waits for the GPU's queue
     unscaled_RCHW = encode_references(vae, inputs, device)
     source_BCHW = encode_sources(vae, inputs, unscaled_RCHW)
-    vision_RCHW = inputs.vision_RCHW.to(device)
     return model.encode(inputs.instructions, inputs.spread(vision_RCHW), inputs.spread(unscaled_RCHW), source_BCHW)
 
 
 def encode_references(vae: AutoencoderKL, inputs: Inputs, device: torch.device) -> Tensor:
     """Unscaled latents of all references, [R, 4, h', w']: of the native size, or of the output's if it is edited."""
-    if inputs.references_RCHW is None:
+    if inputs.references_RHWC is None:
         return torch.zeros(0, *inputs.noise[0].latent.shape, device=device)
-    return _posterior(vae, inputs.references_RCHW, inputs.reference_noise, device)
+    return _posterior(vae, inputs.references_RHWC, inputs.reference_noise, device)
 
 
 def encode_sources(vae: AutoencoderKL, inputs: Inputs, unscaled_RCHW: Tensor) -> Tensor:
@@ -45,9 +46,11 @@ def encode_sources(vae: AutoencoderKL, inputs: Inputs, unscaled_RCHW: Tensor) ->
     if inputs.task is Task.EDIT:
         return scale(vae, unscaled_RCHW)
     draws = [sample_noise.source for sample_noise in inputs.noise]
-    return scale(vae, _posterior(vae, inputs.sources_BCHW, draws, unscaled_RCHW.device))
+    return scale(vae, _posterior(vae, inputs.sources_BHWC, draws, unscaled_RCHW.device))
 
 
-def _posterior(vae: AutoencoderKL, pixels_BCHW: Tensor, draws: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One sample of the VAE's posterior of each image, unscaled."""
-    return encode(vae, pixels_BCHW.to(device)).sample(torch.stack(list(draws)).to(device))
+def _posterior(vae: AutoencoderKL, levels_BHWC: Tensor, draws: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One sample of the VAE's posterior of each image, uint8 [B, H, W, 3], unscaled."""
+    noise_BCHW = torch.stack(list(draws)).to(device)
+    pixels_BCHW = images.pixels_of(levels_BHWC.to(device))
+    return encode(vae, pixels_BCHW).sample(noise_BCHW)

@@ -21,13 +21,13 @@ from mige.utils import images
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the encoders read of B samples of one task; tensors are float32 on the CPU."""
+    """What the encoders read of B samples of one task; images are uint8 on the CPU, a quarter of what they become."""
 
     task: Task
     instructions: list[Instruction]  # B of them
-    vision_RCHW: Tensor  # [R, 3, 224, 224], all references, normalised for the vision tower
-    references_RCHW: Tensor | None  # [R, 3, H', W'] in [-1, 1], fitted for the VAE; None without references
-    sources_BCHW: Tensor | None  # [B, 3, H, W] in [-1, 1]; None where the source is the reference, or there is none
+    vision_RHWC: Tensor  # [R, 224, 224, 3], all references, squeezed for the vision tower
+    references_RHWC: Tensor | None  # [R, H', W', 3], fitted for the VAE; None without references
+    sources_BHWC: Tensor | None  # [B, H, W, 3]; None where the source is the reference, or there is none
     noise: Sequence[SampleNoise]
 
     @property
@@ -73,7 +73,7 @@ def prepare(
         raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
     instructions = [instruct(sample, tokenizer) for sample in samples]
     references = [image for sample in samples for image in sample.references]
-    vision = _each(lambda image: images.vision_pixels(image, vision_size), references)
+    vision = _each(lambda image: images.vision_levels(image, vision_size), references)
     fit = images.letterbox if TASKS[task].letterbox else images.center_crop
     draws = [draw for sample_noise in noise for draw in sample_noise.references]
     sources = None
@@ -82,9 +82,9 @@ def prepare(
     return Inputs(
         task=task,
         instructions=instructions,
-        vision_RCHW=torch.stack(vision) if vision else torch.zeros(0, 3, vision_size, vision_size),
-        references_RCHW=_fit(references, fit, draws[0], cell) if draws else None,
-        sources_BCHW=sources,
+        vision_RHWC=torch.stack(vision) if vision else torch.zeros(0, vision_size, vision_size, 3, dtype=torch.uint8),
+        references_RHWC=_fit(references, fit, draws[0], cell) if draws else None,
+        sources_BHWC=sources,
         noise=noise,
     )
 
@@ -107,9 +107,9 @@ def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
 def _fit(
     originals: Sequence[Image.Image], fit: Callable[[Image.Image, int, int], Image.Image], draw: Tensor, cell: int
 ) -> Tensor:
-    """Images fitted to the size of a draw [4, h, w] of their posterior -> [B, 3, H, W]."""
+    """Images fitted to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    return torch.stack(_each(lambda image: images.to_pixels(fit(image, height, width)), originals))
+    return torch.stack(_each(lambda image: images.to_levels(fit(image, height, width)), originals))
 
 
 def _each(function: Callable[[Image.Image], Tensor], originals: Sequence[Image.Image]) -> list[Tensor]:

@@ -2,21 +2,34 @@
 
 import torch
 
+from mige.inference.compiled import compile_vae, replayed
 from mige.inference.offload import stream_blocks
 from mige.inference.quantise import quantise
+from mige.models.mige import MIGEModel
 
 
 class Modes:
     """What a pipeline can do to be faster or take less memory; its parts are attributes by their names."""
 
     is_compiled = False
+    _replayed = _compiled_vae = None
 
     def compile(self) -> None:
-        """Denoise with `FastDenoiser` from now on: the same result but for rounding, one CUDA graph a step.
+        """From now on the same result but for rounding, sooner.
 
-        It reads the transformer's weights when the first image is made: change them before (adapters, for one).
+        Denoising is `FastDenoiser`, one CUDA graph a step. On a GPU the encoders are CUDA graphs too, and a VAE in
+        bfloat16 is compiled (`mige.inference.compiled`). The transformer's weights are read when the first image is
+        made: change them before (adapters, for one).
         """
         self.is_compiled = True
+
+    def _compile_ends(self, model: MIGEModel) -> MIGEModel:
+        """The pipeline's model with the encoder to use now, and its VAE compiled if it is to be."""
+        if self.is_compiled:
+            self._replayed = replayed(model.encoder, self._replayed)
+            self._compiled_vae = compile_vae(self.vae, self._compiled_vae)
+            model.encoder = self._replayed or model.encoder
+        return model
 
     def vae_to_bfloat16(self) -> None:
         """The VAE in bfloat16, channels last: faster, and images differ by rounding (docs/inference.md)."""

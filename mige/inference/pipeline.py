@@ -217,7 +217,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         Returns float32 [B, 4, h, w] for the output type "latent", float32 [B, 3, H, W] in [0, 1] for "pt", else B RGB
         images. Raises ValueError for samples of several tasks and for markers that don't match the references.
         """
-        inputs = self.prepare(samples, noise)  # token ids; pixels [R, 3, 224, 224] and [R, 3, H, W]
+        inputs = self.prepare(samples, noise)  # token ids; images [R, 224, 224, 3] and [R, H, W, 3]
         condition = self.encode(inputs)  # context [B, L, 4096], source [B, 4, h, w]; the same for all steps
         guidance = Guidance(inputs.task, text_guidance, source_guidance)
         latents = self.denoise(condition, noise, guidance, steps=steps, on_step=on_step, reuse=reuse)  # [B, 4, h, w]
@@ -233,7 +233,7 @@ class MIGEPipeline(Modes, DiffusionPipeline):
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Condition:
         """Images and prompts through VAE, vision tower, Q-Former, fusion and T5, on the pipeline's device."""
-        return encode_inputs(self.model, self.vae, inputs, self._execution_device)
+        return encode_inputs(self._compile_ends(self.model), self.vae, inputs, self._execution_device)
 
     @torch.no_grad()
     def denoise(
