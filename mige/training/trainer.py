@@ -139,7 +139,7 @@ class Trainer:
 
     def _widths(self) -> list[int]:
         """Of the contexts that are to be expected."""
-        return self.pipeline.model.encoder.widths
+        return self.plain.encoder.widths  # pipeline.model is made anew at each call, with an encoder that pads nothing
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
