@@ -1,69 +1,23 @@
-"""The four benchmarks: their own files in, one prepared folder each out.
+"""Rows of the four benchmarks: their own files in, records with what is compared ("score") out."""
 
-A prepared folder holds records.jsonl, which infer.py runs as it is, and benchmark.json, which names the protocol. A row
-of records.jsonl carries under "score" what its image is compared with: paths and captions, a group to average by.
-MagicBrush edited turn by turn has a file of records for each turn, since a turn starts from the image of the last.
-"""
-
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from PIL import Image
 
 from mige.data.prepare import sources
-from mige.utils.errors import UserError
-from mige.utils.files import json_lines, read_json_lines, write_text
-
-
-class BenchmarkError(UserError, RuntimeError):
-    """Files of a benchmark, or results, that cannot be used: what was found, what was expected, what to do."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the rows of a prepared benchmark."""
-
-    data: str  # folder of the benchmark's own files, or its name on the hub
-    root: str | None = None  # MIGEBench: where its placeholder paths lead; by default the data
-    split: str = "validation"  # Emu Edit: validation (3,589 rows) or test (2,022)
-    samples: int = 1  # DreamBench: images a prompt; the paper of DreamBooth makes 4
-    against: str = "input"  # DreamBench: compare with the one input, or with "all" images of the subject
-    iterative: str | None = None  # MagicBrush: folder of results whose images the next turns start from
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One column: which function of the output and of what stands under this name in a row's "score"."""
-
-    name: str
-    of: str  # "clip", "dino", "l1", "l2", "direction"
-    against: str  # "references", "source", "target", "caption", "local_caption", "entity"
-    crop: bool = False  # of the entity cut out of the output instead of the output
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.of in ("l1", "l2")
-
-
-CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no image
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A literal row of the table below."""
-
-    title: str
-    size: Callable[[Options], int]  # samples of the whole benchmark
-    rows: Callable[[Options, Path], Iterator[dict[str, Any]]]
-    metrics: tuple[Metric, ...]  # the first ranks the cases
-    hub: str | None = None
-
+from mige.evaluation.benchmarks.files import (
+    BenchmarkError,
+    Options,
+    checked_text,
+    existing_file,
+    first_of,
+    read_file,
+    read_json,
+)
 
 # ---- DreamBench ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +37,7 @@ def dreambench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     """30 subjects x 25 prompts of `google/dreambooth`: dataset/<subject>/NN.jpg and dataset/prompts_and_classes.txt."""
     root = Path(options.data)
     root = root / "dataset" if (root / "dataset").is_dir() else root
-    text = _read(root / "prompts_and_classes.txt", "DreamBench")
+    text = read_file(root / "prompts_and_classes.txt", "DreamBench")
     head, *lists = re.split(r"^prompt_list = \[", text, flags=re.MULTILINE)
     classes = dict(re.findall(r"^(\w+),([\w ]+)$", head.split("subject_name,class")[-1], re.MULTILINE))
     prompts = dict(zip(("object", "live"), map(_PROMPT.findall, lists), strict=False))
@@ -127,7 +81,7 @@ def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     for n, row in enumerate(sources.ParquetRows(settings, _EMU_COLUMNS, None)):
         where = f"Emu Edit, {options.split}, row {n}"
         for name in ("instruction", "input_caption", "output_caption"):
-            _text(row[name], where, name)
+            checked_text(row[name], where, name)
         path = _write_image(row["image"], folder / "sources" / f"{n:05d}", where)
         captions = row["input_caption"].strip(), row["output_caption"].strip()
         yield {
@@ -181,9 +135,9 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     turn of a session is scored.
     """
     root = Path(options.data)
-    sessions = _json(root / "edit_sessions.json", "MagicBrush", dict)
+    sessions = read_json(root / "edit_sessions.json", "MagicBrush", dict)
     captions = {
-        name: _json(_either(root, *files), "MagicBrush", dict)
+        name: read_json(first_of(root, *files), "MagicBrush", dict)
         for name, files in _MAGICBRUSH_CAPTIONS.items()
         if any((root / file).exists() for file in files) or name == "caption"
     }
@@ -191,13 +145,15 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
         before = None
         for n, turn in enumerate(turns, start=1):
             where = f"MagicBrush, {image_id}, turn {n}"
-            source, target = (_existing(root / "images" / image_id / turn[name], where) for name in ("input", "output"))
+            source, target = (
+                existing_file(root / "images" / image_id / turn[name], where) for name in ("input", "output")
+            )
             record_id = f"{image_id}-{n}"
             given = str(source) if before is None else before
-            row = {"id": record_id, "multi_prompt": _text(turn["instruction"], where, "instruction")}
+            row = {"id": record_id, "multi_prompt": checked_text(turn["instruction"], where, "instruction")}
             row |= {"entity_path": [given], "source_path": [given], "image": str(target), "task": "edit", "turn": n}
             if options.iterative is None or n == len(turns):
-                first = _existing(root / "images" / image_id / turns[0]["input"], where)
+                first = existing_file(root / "images" / image_id / turns[0]["input"], where)
                 row["score"] = {
                     "group": f"turn {n}",
                     "source": str(source if options.iterative is None else first),
@@ -205,7 +161,7 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                 }
                 for name, of in captions.items():
                     caption = of.get(image_id, {}).get(turn["output"])
-                    row["score"][name] = _text(caption, where, f"{name.replace('_', ' ')} of {turn['output']}")
+                    row["score"][name] = checked_text(caption, where, f"{name.replace('_', ' ')} of {turn['output']}")
             if options.iterative is not None:
                 before = str(Path(options.iterative).resolve() / "images" / f"{record_id}.png")
             yield row
@@ -223,7 +179,7 @@ def migebench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
     root = Path(options.root or data)
     for kind in ("add", "replace"):
         file = data / f"{kind}_bench.json"
-        for n, row in enumerate(_json(file, "MIGEBench", list), start=1):
+        for n, row in enumerate(read_json(file, "MIGEBench", list), start=1):
             where = f"{file.name}, record {n}"
             if not isinstance(row, dict):
                 raise BenchmarkError(f"{where}: {type(row).__name__}, expected an object; fetch the file again")
@@ -247,9 +203,9 @@ def migebench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                     "group": kind,
                     "source": found[0],
                     "target": target,
-                    "caption": _text(row["target_caption"], where, "target_caption"),
+                    "caption": checked_text(row["target_caption"], where, "target_caption"),
                     "entity": entities[0],
-                    "object": _text(row["object"], where, "object"),
+                    "object": checked_text(row["object"], where, "object"),
                 },
             }
 
@@ -260,198 +216,4 @@ def _below(root: Path, placeholder: str, where: str) -> str:
     start = next((i for i in reversed(range(len(parts))) if _FOLDER.fullmatch(parts[i])), None)
     if start is None:
         raise BenchmarkError(f"{where}: the path {placeholder} has no folder such as add_source; give --root")
-    return str(_existing(root.joinpath(*parts[start:]), where))
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "dreambench": Benchmark(
-        "DreamBench",
-        lambda options: 750 * options.samples,
-        dreambench,
-        (
-            Metric("DINO", "dino", "references"),
-            Metric("CLIP-I", "clip", "references"),
-            Metric("CLIP-T", "clip", "caption"),
-        ),
-    ),
-    "emu_edit": Benchmark(
-        "Emu Edit",
-        lambda options: {"validation": 3589, "test": 2022}[options.split],
-        emu_edit,
-        (
-            Metric("CLIPdir", "direction", "caption"),
-            Metric("CLIPim", "clip", "source"),
-            Metric("CLIPout", "clip", "caption"),
-            Metric("L1", "l1", "source"),
-            Metric("DINO", "dino", "source"),
-        ),
-        hub="facebook/emu_edit_test_set",
-    ),
-    "magicbrush": Benchmark(
-        "MagicBrush test",
-        lambda options: 1053 if options.iterative is None else 535,
-        magicbrush,
-        (
-            Metric("L1", "l1", "target"),
-            Metric("L2", "l2", "target"),
-            Metric("CLIP-I", "clip", "target"),
-            Metric("DINO", "dino", "target"),
-            Metric("CLIP-T (local captions)", "clip", "local_caption"),
-            Metric("CLIP-T (global captions)", "clip", "caption"),
-        ),
-    ),
-    "migebench": Benchmark(
-        "MIGEBench",
-        lambda options: 1000,
-        migebench,
-        (
-            Metric("DINO", "dino", "target"),
-            Metric("CLIP-I", "clip", "target"),
-            Metric("CLIP-T", "clip", "caption"),
-            Metric("L1", "l1", "target"),
-            Metric("entity DINO", "dino", "entity", crop=True),
-            Metric("entity CLIP-I", "clip", "entity", crop=True),
-        ),
-        hub="EurekaTian/MIGEBench",
-    ),
-}
-
-
-# ---- prepared folders ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared folder, read back."""
-
-    name: str
-    options: Options
-    rows: Sequence[Mapping[str, Any]]  # every row, scored or not
-    folder: Path = field(compare=False)
-
-    @property
-    def scored(self) -> list[Mapping[str, Any]]:
-        return [row for row in self.rows if "score" in row]
-
-    @property
-    def metrics(self) -> list[Metric]:
-        """The measures that the rows have something to compare with for (a caption may be missing)."""
-        return [m for m in BENCHMARKS[self.name].metrics if all(self._has(m, row["score"]) for row in self.scored)]
-
-    def _has(self, metric: Metric, score: Mapping[str, Any]) -> bool:
-        return metric.against not in CAPTIONS or metric.against in score
-
-
-def prepare(name: str, options: Options, folder: Path) -> list[Path]:
-    """Write the prepared folder of a benchmark and return its files of records, in the order in which they run.
-
-    Raises BenchmarkError for files that are missing or of another layout, for duplicate ids, and for a folder that
-    holds another benchmark, or this one with other options.
-    """
-    benchmark = BENCHMARKS[name]
-    _check_ours(name, options, folder)
-    if name == "migebench" and not Path(options.data).is_dir():
-        options = Options(**(asdict(options) | {"data": snapshot_download(options.data, repo_type="dataset")}))
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"benchmark": name, "options": asdict(options), "records": [], "rows": None}  # None: not there yet
-    write_text(folder / "benchmark.json", json.dumps(config, indent=2) + "\n")
-    rows = list(benchmark.rows(options, folder))
-    ids = [row["id"] for row in rows]
-    if twice := sorted({one for one in ids if ids.count(one) > 1} if len(set(ids)) < len(ids) else ()):
-        raise BenchmarkError(f"{options.data}: {len(twice)} ids stand there twice, the first is {twice[0]}")
-    if options.iterative is None:
-        parts = {"records.jsonl": rows}
-    else:
-        turns = sorted({row["turn"] for row in rows})
-        parts = {f"turn_{n}.jsonl": [row for row in rows if row["turn"] == n] for n in turns}
-    for file, some in parts.items():
-        write_text(folder / file, json_lines(some))
-    config |= {"records": list(parts), "rows": len(rows)}
-    write_text(folder / "benchmark.json", json.dumps(config, indent=2) + "\n")
-    return [folder / file for file in parts]
-
-
-def _check_ours(name: str, options: Options, folder: Path) -> None:
-    """Raise BenchmarkError unless the folder is new, or was prepared for the same benchmark and options."""
-    advice = "give another --output, or delete the folder if nothing needs it"
-    if folder.exists() and not folder.is_dir():
-        raise BenchmarkError(f"{folder} is a file, expected a folder or nothing; give another --output")
-    if not (folder / "benchmark.json").exists():
-        if others := sorted(path.name for path in folder.glob("*.jsonl")):
-            raise BenchmarkError(f"{folder} holds {others[0]}, but no benchmark.json: it is not ours; {advice}")
-        return
-    there = _config(folder)
-    if there.name != name:
-        raise BenchmarkError(f"{folder} holds {there.name}, expected {name} or nothing; {advice}")
-    ours, theirs = asdict(options), asdict(there.options)
-    differing = [f"{key}: {theirs[key]} there, {ours[key]} now" for key in ("split", "samples", "against", "iterative")
-                 if ours[key] != theirs[key]]  # fmt: skip
-    if differing:
-        raise BenchmarkError(f"{folder} holds {name} with other options ({'; '.join(differing)}); {advice}")
-
-
-def _config(folder: Path) -> "Prepared":
-    """What benchmark.json says, without rows; raises BenchmarkError where it is cut or another file."""
-    path = folder / "benchmark.json"
-    config = _json(path, "a prepared benchmark", dict)
-    try:
-        if config["benchmark"] not in BENCHMARKS:
-            raise ValueError(f"benchmark {config['benchmark']!r}")
-        return Prepared(config["benchmark"], Options(**config["options"]), (), folder)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BenchmarkError(f"{path}: not what prepare_benchmark.py writes ({error!r}); prepare it again") from error
-
-
-def read(folder: Path) -> Prepared:
-    """A prepared folder; raises BenchmarkError if it is none, or not whole."""
-    prepared, config = _config(folder), _json(folder / "benchmark.json", "a prepared benchmark", dict)
-    rows = []
-    for file in config.get("records", []):
-        _read(folder / file, "records")
-        found, errors = read_json_lines(folder / file)
-        bad = [
-            f"{folder / file}, line {n}: no record with an id" for n, row in found if not isinstance(row.get("id"), str)
-        ]
-        if errors := errors + bad:
-            raise BenchmarkError(f"{errors[0]} ({len(errors)} such lines); prepare it again")
-        rows += [row for _, row in found]
-    if len(rows) != config.get("rows"):
-        raise BenchmarkError(f"{folder}: {len(rows)} records, expected {config.get('rows')}; prepare it again")
-    return replace(prepared, rows=rows)
-
-
-def _json(path: Path, what: str, kind: type) -> Any:
-    """The object or list in a JSON file."""
-    try:
-        found = json.loads(_read(path, what))
-    except (ValueError, RecursionError) as error:
-        raise BenchmarkError(f"{path}: no JSON ({error}); fetch or make the file again") from error
-    if not isinstance(found, kind):
-        problem = f"JSON of type {type(found).__name__}, expected a {kind.__name__}"
-        raise BenchmarkError(f"{path}: {problem}; fetch or make the file again")
-    return found
-
-
-def _read(path: Path, what: str) -> str:
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"{path}: no such file; give the folder of {what} that holds it") from error
-
-
-def _either(folder: Path, *names: str) -> Path:
-    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-
-
-def _existing(path: Path, where: str) -> Path:
-    if not path.is_file():
-        raise BenchmarkError(f"{where}: no file {path}; fetch it or correct --root")
-    return path.resolve()
-
-
-def _text(value: Any, where: str, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise BenchmarkError(f"{where}: the {name} is {value!r}, expected a text; correct the row")
-    return value
+    return str(existing_file(root.joinpath(*parts[start:]), where))
