@@ -5,7 +5,7 @@
     python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
 
 The first two score the images that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
-samples.jsonl. The mini-bench makes its images itself and goes on where it was stopped; its report covers all that
+samples.jsonl. The mini-bench makes its images itself and resumes where it was stopped; its report covers all that
 RESULTS holds.
 """
 
@@ -24,7 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--results",
         type=command.folder_to_write,
         required=True,
-        help="run folder of infer.py; mini: to make or go on with",
+        help="run folder of infer.py; mini: to make or resume",
     )
     parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
@@ -83,11 +83,13 @@ def mini(args: argparse.Namespace) -> None:
 
 
 def published(args: argparse.Namespace) -> None:
-    from mige.evaluation import backbones, benchmarks, page, scoring, summary
+    from mige.evaluation import backbones, page, scoring, summary
+    from mige.evaluation.benchmarks.files import BenchmarkError
+    from mige.evaluation.benchmarks.prepared import read
 
-    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    prepared = read(args.prepared or args.results / "benchmark")
     if prepared.name != args.benchmark:
-        raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+        raise BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
     reports = [summary.read_report(path) for path in args.compare]
     found = scoring.outputs(prepared, args.results)
     crops = scoring.crops(prepared, args.entities) if args.entities else None

@@ -32,7 +32,7 @@ class Inputs:
 
     @property
     def reference_noise(self) -> list[Tensor]:
-        """The posterior's noise of each reference, R times [4, h', w']."""
+        """The posterior's noise of each reference that is encoded, R times [4, h', w']."""
         return [draw for sample_noise in self.noise for draw in sample_noise.references]
 
     def spread(self, references_R: Tensor) -> Tensor:
@@ -58,6 +58,8 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     vision_size: int,
     cell: int,
+    *,
+    read: bool = True,
 ) -> Inputs:
     """Tokenise the prompts of B samples and fit their images.
 
@@ -65,17 +67,18 @@ def prepare(
         noise: of each sample; its shapes decide the sizes that images are fitted to.
         vision_size: side of what the vision tower reads, px.
         cell: px of a latent cell along one side.
+        read: False where the context of the prompts is known: then only the images to edit are fitted.
 
     Raises ValueError where the samples are of several tasks, and where markers and references do not pair.
     """
     task = samples[0].task
     if any(sample.task is not task for sample in samples):
         raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
-    instructions = [instruct(sample, tokenizer) for sample in samples]
-    references = [image for sample in samples for image in sample.references]
-    vision = _each(lambda image: images.vision_levels(image, vision_size), references)
+    instructions = [instruct(sample, tokenizer) for sample in samples] if read else []
+    references = [image for sample in samples for image in sample.references if read or task is Task.EDIT]
+    vision = _each(lambda image: images.vision_levels(image, vision_size), references) if read else []
     fit = images.letterbox if TASKS[task].letterbox else images.center_crop
-    draws = [draw for sample_noise in noise for draw in sample_noise.references]
+    draws = [draw for sample_noise in noise for draw in sample_noise.references if references]
     sources = None
     if task is Task.SUBJECT_EDIT:
         sources = _fit([s.source for s in samples], images.center_crop, noise[0].source, cell)

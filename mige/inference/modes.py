@@ -51,3 +51,19 @@ class Modes:
         stream_blocks([getattr(self, part) for part in streamed], self.model.blocks(streamed), torch.device(device))
         for part in (self.fusion, self.transformer, self.vae):
             part.to(device)
+
+    def enable_vae_tiling(self) -> None:
+        """Images larger than the VAE's `sample_size` go through it in tiles that overlap: less memory, other edges."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Whole images go through the VAE again."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """One image at a time goes through the VAE: less memory, the same images."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Several images go through the VAE together again, as many as fit its chunk."""
+        self.vae.disable_slicing()

@@ -214,7 +214,7 @@ def _decoding(pixels: int) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file with something in it; a pipe, for one, would block for ever."""
+    """Refuse what is no file with something in it; a pipe, for one, would block forever."""
     try:
         status = path.stat()
     except FileNotFoundError as error:
