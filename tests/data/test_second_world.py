@@ -18,9 +18,9 @@ SEEN = SPLIT["seen"]
 MIDDLE = np.full(VARIANT, 0.5, dtype=np.float32)
 
 
-def case(kind: str, seed: int, subjects=SEEN, shape=SECOND.shapes[0], invent=False) -> tasks.Case:
+def case(kind: str, seed: int, subjects=SEEN, shape=SECOND.shapes[0], augment=False) -> tasks.Case:
     rng = np.random.default_rng([seed, list(tasks.KINDS).index(kind)])
-    return tasks.make(kind, rng, subjects, invent=invent, world=SECOND, frame=frame(*shape))
+    return tasks.make(kind, rng, subjects, augment=augment, world=SECOND, frame=frame(*shape))
 
 
 def image(*scenes: Scene, side=None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_names_and_drawings_are_held_out():
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
-    scenes = [case(kind, 0, invent=True).target for kind in list(tasks.KINDS)[::3]]
+    scenes = [case(kind, 0, augment=True).target for kind in list(tasks.KINDS)[::3]]
     together = image(*scenes)
     assert together.shape == (len(scenes), 3, 256, 256) and together.abs().max() <= 1
     for scene, drawn in zip(scenes, together, strict=True):
@@ -132,7 +132,7 @@ def test_shadows_darken_the_ground_at_the_foot_and_the_wall_behind():
 def test_an_edit_changes_its_subjects_only_and_every_place_is_inside(kind):
     """But for the places of what is new, gone or changed, and shadows, target and source are equal."""
     for seed, shape in enumerate(SECOND.shapes[:3]):
-        one = case(kind, seed, shape=shape, invent=seed == 1)
+        one = case(kind, seed, shape=shape, augment=seed == 1)
         wide, high = frame(*shape)
         for s in one.target.subjects:
             assert s.x - s.size / 4 >= 0 and s.x + s.size / 4 <= wide and 0 <= s.y - s.size / 4 <= high
@@ -151,7 +151,7 @@ def test_an_edit_changes_its_subjects_only_and_every_place_is_inside(kind):
 def test_training_shows_seen_drawings_only_and_calls_only_seen_names():
     held_out, shown = {styles.names()[n] for n in SPLIT["unseen_names"]}, set()
     for seed in range(400):
-        one = tasks.sample(np.random.default_rng(seed), SEEN, invent=True, world=SECOND)
+        one = tasks.sample(np.random.default_rng(seed), SEEN, augment=True, world=SECOND)
         subjects = [s for scene in (one.target, *one.references) for s in scene.subjects]
         shown |= {s.sprite for s in subjects} | {s.other for s in subjects if s.other >= 0}
     assert shown <= set(SEEN)
@@ -165,7 +165,7 @@ def test_training_shows_seen_drawings_only_and_calls_only_seen_names():
 
 def test_no_two_subjects_of_a_case_have_one_name():
     for seed in range(100):
-        one = case(list(tasks.KINDS)[seed % 16], seed, invent=True)
+        one = case(list(tasks.KINDS)[seed % 16], seed, augment=True)
         for scene in (one.target, *one.references):
             names = [styles.names()[s.sprite] for s in scene.subjects]
             assert len(names) == len(set(names))
@@ -173,7 +173,7 @@ def test_no_two_subjects_of_a_case_have_one_name():
 
 def test_a_case_is_a_function_of_the_generator():
     for seed in range(8):
-        one, again = (case(list(tasks.KINDS)[2 * seed], seed, invent=True) for _ in range(2))
+        one, again = (case(list(tasks.KINDS)[2 * seed], seed, augment=True) for _ in range(2))
         assert one.prompt == again.prompt
         assert torch.equal(image(one.target), image(again.target))
 
@@ -184,7 +184,7 @@ def test_the_first_world_is_what_it_was_before_there_was_a_second():
     for augmented in (False, True):
         for number in range(400):
             subjects = FIRST.splits()["unseen" if number % 2 else "seen"]
-            one = tasks.sample(np.random.default_rng([5, number]), subjects, invent=augmented)
+            one = tasks.sample(np.random.default_rng([5, number]), subjects, augment=augmented)
             scenes = Scenes.stack([one.target, *one.references])
             found.update(one.prompt.encode())
             for name in ("background", "variant", "sprite", "place", "colour", "other", "cut"):

@@ -25,9 +25,9 @@ PLACES = (
 SIZES = {"small": 28, "": 38, "large": 50}
 HUGE = 76  # fits the centre only
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-INVENTED = 0.7
-"""Share of the referenced subjects that `invented` is asked for; one of twelve of these comes back as it is drawn."""
-INVENTED_THERE = 0.5
+AUGMENTED = 0.7
+"""Share of the referenced subjects that `augmented` is asked for; one of twelve of these comes back as it is drawn."""
+AUGMENTED_THERE = 0.5
 """Share of what stands in the images to edit; the rest must do for learning names."""
 
 
@@ -57,11 +57,11 @@ class Author:
         self,
         rng: np.random.Generator,
         subjects: Sequence[int],
-        invent: bool,
+        augment: bool,
         world: World = FIRST,
         frame: Frame = SQUARE,
     ):
-        self.rng, self.subjects, self.invent, self.world, self.frame = rng, subjects, invent, world, frame
+        self.rng, self.subjects, self.augment, self.world, self.frame = rng, subjects, augment, world, frame
         self.names, self.known = world.names(), world.known()
         self.used: set[str] = set()
 
@@ -77,11 +77,11 @@ class Author:
         """Uniform in [-spread, spread]."""
         return float(self.rng.uniform(-spread, spread))
 
-    def subject(self, *, named: bool = False, lopsided: bool = False) -> int:
+    def subject(self, *, named: bool = False, asymmetric: bool = False) -> int:
         """A subject whose name this case does not show yet; `named`: one that a name alone can ask for."""
         while True:
             number = int(self.pick(self.world.named() if named else self.subjects))
-            if self.names[number] not in self.used and (not lopsided or self.world.is_lopsided(number)):
+            if self.names[number] not in self.used and (not asymmetric or self.world.is_asymmetric(number)):
                 self.used.add(self.names[number])
                 return number
 
@@ -105,14 +105,14 @@ class Author:
         size = float(self.rng.uniform(*sizes))
         turned = self.scatter(12), self.chance(0.5)
         placed = Placed(number, x + self.scatter(5), y + self.scatter(5), size, *turned, colour)
-        return self.invented(placed) if self.invent and self.chance(INVENTED_THERE) else placed
+        return self.augmented(placed) if self.augment and self.chance(AUGMENTED_THERE) else placed
 
     def scene(self, many: int | None = None, **first) -> tuple[Scene, list[int]]:
         """A scene of one to four subjects and their places; `first` is about the first subject."""
         many = int(self.rng.integers(1, 5)) if many is None else many
         places = self.places(many)
-        lopsided = first.pop("lopsided", False)
-        numbers = [self.subject(lopsided=lopsided and i == 0) for i in range(many)]
+        asymmetric = first.pop("asymmetric", False)
+        numbers = [self.subject(asymmetric=asymmetric and i == 0) for i in range(many)]
         traits = [first, *[{}] * many][:many]
         placed = [self.there(n, p, **t) for n, p, t in zip(numbers, places, traits, strict=True)]
         return Scene(self.background(), self.variant(), tuple(placed)), places
@@ -122,13 +122,13 @@ class Author:
         swap = self.pick(SWAPS) if self.chance(0.5) else SWAPS[0]
         x, y = self.middle(4)
         subject = Placed(self.subject(), x, y, SIZES[""], self.scatter(12), self.chance(0.5), swap)
-        subject = self.invented(subject) if self.invent and self.chance(INVENTED) else subject
+        subject = self.augmented(subject) if self.augment and self.chance(AUGMENTED) else subject
         ground = self.world.white if self.chance(0.4) else self.pick(self.world.plain)
         size = float(self.rng.uniform(88, 116))
         shown = replace(subject, x=x + self.scatter(5), y=y + self.scatter(5), size=size)
         return Scene(ground, self.variant(), (shown,)), subject
 
-    def invented(self, subject: Placed) -> Placed:
+    def augmented(self, subject: Placed) -> Placed:
         """A new subject made of it: turned by quarters, in two of three cases joined with another drawing."""
         turned = replace(subject, angle=subject.angle + 90 * int(self.rng.integers(4)))
         if self.chance(1 / 3):

@@ -100,13 +100,13 @@ def _snow(v, x, y, h):
 
 def _desert(v, x, y, h):
     sky = gradient(v, y, h, v.colour(110, 185, 235), v.colour(252, 232, 196))
-    picture = sky
+    image = sky
     for number, (at, wave) in enumerate(((0.46, 0.05), (0.58, 0.06), (0.76, 0.07))):
         dune = hills(v, x, y, h, v(3, at - 0.03, at + 0.03), 4 + number, wave, 3.6 - 0.6 * number)
         ripples = ((y - x * 0.3) * (150 - 30 * number) + 3 * (x * 9).sin()).sin()
         sand = mix(v.colour(244, 196, 116), v.colour(196, 132, 62), dune * 4 + 0.15) + 0.02 * number * ripples
-        picture = mix(picture, sand, edge(dune))
-    return picture
+        image = mix(image, sand, edge(dune))
+    return image
 
 
 def _water(v, x, y, h, horizon, deep, light):
@@ -135,22 +135,22 @@ def _sunset(v, x, y, h):
 
 
 def _forest(v, x, y, h):
-    picture = mix(v.colour(196, 222, 188), v.colour(140, 186, 142), y / h)
+    image = mix(v.colour(196, 222, 188), v.colour(140, 186, 142), y / h)
     for number, (wide, at) in enumerate(((24.0, 0.58), (15.0, 0.64), (9.0, 0.72))):
         bark = (x * wide * v(5, 0.85, 1.15) + v(4 + number, 0, TAU) + 0.3 * (y * 3).sin()).sin()
         trunk = mix(v.colour(150, 160, 130), v.colour(72, 52, 36), constant((0.3 + 0.3 * number,), x.device)) * (
             0.85 + 0.3 * bark
         )
-        picture = mix(picture, trunk, edge((bark - 0.72) * 0.1, 0.03))
+        image = mix(image, trunk, edge((bark - 0.72) * 0.1, 0.03))
         turf = hills(v, x, y, h, v(3, at - 0.03, at + 0.03), 6 + number, 0.012, 4.0)
         moss = mix(v.colour(120, 165, 84), v.colour(34, 78, 36), turf * 3 + 0.2 * number)
-        picture = mix(picture, moss + 0.02 * (x * 90 + y * 40).sin() * (y * 110).sin(), edge(turf))
+        image = mix(image, moss + 0.02 * (x * 90 + y * 40).sin() * (y * 110).sin(), edge(turf))
     crown = cloudy(v, x, y * 1.5, 9.0) + 1.2 - y / h * 5.0
-    return mix(picture, v.colour(46, 104, 50) + 0.06 * cloudy(v, x, y, 30.0), edge(crown, 0.3))
+    return mix(image, v.colour(46, 104, 50) + 0.06 * cloudy(v, x, y, 30.0), edge(crown, 0.3))
 
 
 def _mountains(v, x, y, h):
-    picture = gradient(v, y, h, v.colour(86, 150, 226), v.colour(224, 236, 248))
+    image = gradient(v, y, h, v.colour(86, 150, 226), v.colour(224, 236, 248))
     for number, at in enumerate((0.34, 0.46, 0.6)):
         wide = 7.0 - 1.5 * number
         ridge = (x * wide + v(3 + number, 0, TAU)) / TAU
@@ -161,9 +161,9 @@ def _mountains(v, x, y, h):
             0.84 + 0.2 * lit
         )
         cap = edge(0.075 - rock + 0.02 * (x * 60).sin(), 0.03) if number < 2 else 0 * rock
-        picture = mix(picture, mix(stone, v.colour(246, 248, 255, 0.02) * (0.88 + 0.12 * lit), cap), edge(rock))
+        image = mix(image, mix(stone, v.colour(246, 248, 255, 0.02) * (0.88 + 0.12 * lit), cap), edge(rock))
     turf = hills(v, x, y, h, v(8, 0.66, 0.74), 6, 0.02, 3.0)
-    return mix(picture, mix(v.colour(128, 180, 92), v.colour(60, 116, 54), turf * 3), edge(turf))
+    return mix(image, mix(v.colour(128, 180, 92), v.colour(60, 116, 54), turf * 3), edge(turf))
 
 
 def _under_water(v, x, y, h):

@@ -11,12 +11,14 @@ from mige.data.synthetic.scenery_parts import TAU, cloudy, edge, mix, shaded, st
 
 
 def stripes(v, x, y, h):
+    """Slanted stripes, [N, 3, H, W]."""
     angle = v(0) * math.pi
     wave = ((x * angle.cos() + y * angle.sin()) * v(1, 30, 60) + v(2) * TAU).sin()
     return shaded(v, mix(v.colour(255, 232, 164, 0.1), v.colour(244, 150, 92, 0.1), edge(wave, 0.4)), x, y, h)
 
 
 def dots(v, x, y, h):
+    """Round dots, lit like balls, [N, 3, H, W]."""
     cells = v(0, 5, 8)
     dx, dy = (x * cells + v(1)).remainder(1) - 0.5, (y * cells + v(2)).remainder(1) - 0.5
     away = (dx**2 + dy**2).sqrt()
@@ -25,6 +27,7 @@ def dots(v, x, y, h):
 
 
 def bricks(v, x, y, h):
+    """A wall in running bond, [N, 3, H, W]."""
     rows = v(0, 8, 11).round()
     row = (y * rows).floor()
     along = x * rows / 2 + 0.5 * row.remainder(2) + v(1)
@@ -36,6 +39,7 @@ def bricks(v, x, y, h):
 
 
 def space(v, x, y, h):
+    """Stars and nebulae, [N, 3, H, W]."""
     dust = cloudy(v, x, y, 4.0)
     sky = mix(v.colour(6, 4, 18, 0.02), v.colour(92, 34, 128, 0.1), dust * 0.8)
     sky = mix(sky, v.colour(24, 96, 150, 0.08), cloudy(v, y, x, 5.0) * 0.5 - 0.1)
@@ -43,6 +47,7 @@ def space(v, x, y, h):
 
 
 def lava(v, x, y, h):
+    """Glowing veins in a crust, [N, 3, H, W]."""
     f = (x * v(0, 14, 22) + 2 * (y * v(1, 8, 12) + v(2) * TAU).sin()).sin()
     g = (y * v(3, 14, 22) + 2 * (x * v(4, 8, 12) + v(5) * TAU).sin()).sin()
     hot = f + g - 0.15
@@ -51,6 +56,7 @@ def lava(v, x, y, h):
 
 
 def rainbow(v, x, y, h):
+    """All hues along a direction, [N, 3, H, W]."""
     angle = v(0) * TAU
     hue = (x * angle.cos() + y * angle.sin()) * v(1, 0.8, 1.3) + v(2)
     waves = torch.cat([(TAU * (hue + shift)).cos() for shift in (0, -1 / 3, 1 / 3)], dim=1)
@@ -58,4 +64,5 @@ def rainbow(v, x, y, h):
 
 
 def plain(red, green, blue):
+    """A kind of one colour (0..255), lit from above; it returns [N, 3, H, W]."""
     return lambda v, x, y, h: shaded(v, v.colour(red, green, blue, 0.07), x, y, h, 0.22)

@@ -19,7 +19,7 @@ SIDE = 128
 """Units in the shorter side of an image, in which scenes are laid out; px of the first world."""
 SHADOW_WIDER = 4 / 3
 """Side of a shadow's square, in sides of its subject's."""
-MOST = 5
+MAX_SUBJECTS = 5
 """Subjects a scene holds at most."""
 PLAIN_COLOUR = np.eye(3, dtype=np.float32)
 SWAPS = tuple(np.eye(3, dtype=np.float32)[list(order)] for order in
@@ -105,9 +105,9 @@ class Scenes:
     def stack(cls, scenes: Sequence[Scene]) -> "Scenes":
         """Scenes of at most S subjects each, in the order given."""
         many = len(scenes)
-        sprite = np.full((many, MOST), -1, dtype=np.int64)
-        place, colour = np.zeros((many, MOST, 5), np.float32), np.zeros((many, MOST, 3, 3), np.float32)
-        other, cut = np.full((many, MOST), -1, dtype=np.int64), np.zeros((many, MOST, 3), np.float32)
+        sprite = np.full((many, MAX_SUBJECTS), -1, dtype=np.int64)
+        place, colour = np.zeros((many, MAX_SUBJECTS, 5), np.float32), np.zeros((many, MAX_SUBJECTS, 3, 3), np.float32)
+        other, cut = np.full((many, MAX_SUBJECTS), -1, dtype=np.int64), np.zeros((many, MAX_SUBJECTS, 3), np.float32)
         for row, scene in enumerate(scenes):
             for slot, s in enumerate(scene.subjects):
                 sprite[row, slot], colour[row, slot] = s.sprite, s.colour
@@ -138,7 +138,7 @@ def draw(
     height, width = (side, side) if isinstance(side, int) else side
     kinds = scenes.background.unique().tolist()
     level = torch.bucketize(scenes.place[..., 2].contiguous(), torch.tensor(world.upto))  # [P, S]
-    layers = [(depth, slot) for slot in range(MOST) for depth in range(len(world.upto) + 1)]
+    layers = [(depth, slot) for slot in range(MAX_SUBJECTS) for depth in range(len(world.upto) + 1)]
     chosen = [scenes.background == kind for kind in kinds]
     chosen += [((scenes.sprite >= 0) & (level == depth))[:, slot] for depth, slot in layers]
     rows = _upload([one.nonzero().flatten() for one in chosen], device)

@@ -132,7 +132,7 @@ def shadow(numbers: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_lopsided(number: int) -> bool:
+def is_asymmetric(number: int) -> bool:
     """Whether a drawing's mirror image differs visibly, so that "flip it" has something to do."""
     cell = _read(number)[0].float() / 255
     return (cell - cell.flip(2)).abs().mean().item() > 0.06

@@ -21,7 +21,7 @@ def sample(
     subjects: Sequence[int],
     mixture: Mapping[str, float] | None = None,
     *,
-    invent: bool = False,
+    augment: bool = False,
     world: World = FIRST,
     frame: Frame = SQUARE,
 ) -> Case:
@@ -29,7 +29,7 @@ def sample(
     mixture = MIXTURE if mixture is None else mixture
     weights = np.array(list(mixture.values()), dtype=float)
     kind = list(mixture)[int(rng.choice(len(weights), p=weights / weights.sum()))]
-    return make(kind, rng, subjects, invent=invent, world=world, frame=frame)
+    return make(kind, rng, subjects, augment=augment, world=world, frame=frame)
 
 
 def make(
@@ -37,17 +37,17 @@ def make(
     rng: np.random.Generator,
     subjects: Sequence[int],
     *,
-    invent: bool = False,
+    augment: bool = False,
     world: World = FIRST,
     frame: Frame = SQUARE,
 ) -> Case:
     """A case of one kind about the given subjects of a world; what a name brings in is always a seen one.
 
-    invent: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
+    augment: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
     turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins images), or both.
     A model that has only some hundred drawings to learn from remembers them else, and doesn't look at a new one.
     """
-    return KINDS[kind](Author(rng, subjects, invent, world, frame))
+    return KINDS[kind](Author(rng, subjects, augment, world, frame))
 
 
 # ---- from words and references to a new image --------------------------------------------------------------------
@@ -105,10 +105,8 @@ def _generation(a: Author, kind: str, words: str, background: int, references, p
 # ---- edits with a subject ----------------------------------------------------------------------------------------
 
 
-def _subject_edit(
-    kind: str, prompt: str, pictures: tuple[Scene, Scene], source: int, target: Scene, new: Placed
-) -> Case:
-    return Case(kind, Task.SUBJECT_EDIT, prompt, target, pictures, source, (new,))
+def _subject_edit(kind: str, prompt: str, images: tuple[Scene, Scene], source: int, target: Scene, new: Placed) -> Case:
+    return Case(kind, Task.SUBJECT_EDIT, prompt, target, images, source, (new,))
 
 
 def _add_by_reference(a: Author) -> Case:

@@ -22,7 +22,7 @@ class World:
         side: shorter side of an image, px. shapes: heights and widths of images, px, the square first.
         splits: numbers of subjects by what training shows of them, "seen" first.
         names: what the instruction calls each subject. named: which can be brought in by a name. known: which of those
-            in an image may be called by a name. is_lopsided: whether its mirror image differs visibly.
+            in an image may be called by a name. is_asymmetric: whether its mirror image differs visibly.
         sample: (level, numbers int64 [N]) -> drawings float32 [N, 4, h, w], colours times alpha, in [0, 1].
         upto: the size, in units, up to which a subject is drawn from each level but the last.
         shadow: numbers -> float32 [N, 1, h, w], what a subject shades; None for a world without shadows.
@@ -38,7 +38,7 @@ class World:
     named: Callable[[], Sequence[int]]
     known: Callable[[], Collection[int]]
     splits: Callable[[], dict[str, tuple[int, ...]]]
-    is_lopsided: Callable[[int], bool]
+    is_asymmetric: Callable[[int], bool]
     sample: Callable[[int, Tensor], Tensor]
     upto: tuple[float, ...]
     shadow: Callable[[Tensor], Tensor] | None
@@ -69,8 +69,8 @@ def _first_splits() -> dict[str, tuple[int, ...]]:
     return dict(zip(("seen", "unseen"), sprites.split(), strict=True))
 
 
-def _first_is_lopsided(number: int) -> bool:
-    return sprites.is_lopsided()[number]
+def _first_is_asymmetric(number: int) -> bool:
+    return sprites.is_asymmetric()[number]
 
 
 def _first_sample(level: int, numbers: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ FIRST = World(
     named=_first_named,
     known=_first_known,
     splits=_first_splits,
-    is_lopsided=_first_is_lopsided,
+    is_asymmetric=_first_is_asymmetric,
     sample=_first_sample,
     upto=(float(sprites.BIG_FROM),),
     shadow=None,
@@ -111,7 +111,7 @@ SECOND = World(
     named=styles.named,
     known=styles.known,
     splits=styles.split,
-    is_lopsided=styles.is_lopsided,
+    is_asymmetric=styles.is_asymmetric,
     sample=styles.sample,
     upto=styles.UPTO,
     shadow=styles.shadow,
