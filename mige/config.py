@@ -77,10 +77,10 @@ class DataConfig:
 
     sets: Sequence[Mapping[str, Any]]  # file, weight (views of a record an epoch, also "1/3"), if need be root, task
     world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
-    size: int  # side of the square pictures, px
+    size: int  # side of the square images, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
     skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
-    check_pictures: bool  # decode all before the first step; False for a large set that tools/check_data.py has passed
+    check_images: bool  # decode all before the first step; False for a large set that tools/check_data.py has passed
     workers: int  # data-loading processes a GPU
     drop_text: float  # share of samples that lose their text only
     drop_source: float  # ... their source only
@@ -96,7 +96,7 @@ class DataConfig:
         for kind, weight in self.world.items():
             positive(f"data.world.{kind}", weight)
         if self.world and (self.sets or self.features is not None):
-            raise ConfigError("data.world draws its own pictures: leave data.sets empty and data.features None")
+            raise ConfigError("data.world draws its own images: leave data.sets empty and data.features None")
         for number, one in enumerate(self.sets):
             known = {"file", "weight", "root", "task"}
             _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)

@@ -38,8 +38,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="cases of each kind, even (%(default)s)")  # fmt: skip
     parser.add_argument("--sampler-steps", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=64,
-                        help="pictures generated at a time (%(default)s)")  # fmt: skip
-    parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and pictures of scored runs")
+                        help="images generated at a time (%(default)s)")  # fmt: skip
+    parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and images of scored runs")
     parser.add_argument("--report-only", action="store_true", help="train and score nothing")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1 or args.sampler_steps < 1 or args.per_kind < 2 or args.per_kind % 2:

@@ -1,4 +1,4 @@
-"""Write the miniature world to disk: ordinary records and pictures, for the ordinary trainer and for `infer.py`.
+"""Write the miniature world to disk: ordinary records and images, for the ordinary trainer and for `infer.py`.
 
     python tools/make_world.py output/world --cases 10000
     python tools/make_world.py output/world_unseen --cases 200 --unseen --kinds one_reference replace_by_reference

@@ -1,4 +1,4 @@
-"""Turn one of the paper's public data sets into records and pictures for training.
+"""Turn one of the paper's public data sets into records and images for training.
 
     # streamed from the hub
     python tools/prepare_data.py magicbrush --output data/magicbrush

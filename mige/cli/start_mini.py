@@ -1,4 +1,4 @@
-"""What MIGE-mini's training starts from: a tokenizer of the world's grammar, a VAE of its pictures, fresh parts.
+"""What MIGE-mini's training starts from: a tokenizer of the world's grammar, a VAE of its images, fresh parts.
 
     python train_scripts/start_mini.py output/mini/start --steps 20000      # about 4 minutes on one H100
     python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1

@@ -1,8 +1,8 @@
 """The four benchmarks: their own files in, one prepared folder each out.
 
 A prepared folder holds records.jsonl, which infer.py runs as it is, and benchmark.json, which names the protocol. A row
-of records.jsonl carries under "score" what its picture is compared with: paths and captions, a group to average by.
-MagicBrush edited turn by turn has a file of records for each turn, since a turn starts from the picture of the last.
+of records.jsonl carries under "score" what its image is compared with: paths and captions, a group to average by.
+MagicBrush edited turn by turn has a file of records for each turn, since a turn starts from the image of the last.
 """
 
 import json
@@ -32,9 +32,9 @@ class Options:
     data: str  # folder of the benchmark's own files, or its name on the hub
     root: str | None = None  # MIGEBench: where its placeholder paths lead; by default the data
     split: str = "validation"  # Emu Edit: validation (3,589 rows) or test (2,022)
-    samples: int = 1  # DreamBench: pictures a prompt; the paper of DreamBooth makes 4
-    against: str = "input"  # DreamBench: compare with the one input, or with "all" pictures of the subject
-    iterative: str | None = None  # MagicBrush: folder of results whose pictures the next turns start from
+    samples: int = 1  # DreamBench: images a prompt; the paper of DreamBooth makes 4
+    against: str = "input"  # DreamBench: compare with the one input, or with "all" images of the subject
+    iterative: str | None = None  # MagicBrush: folder of results whose images the next turns start from
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Metric:
         return self.of in ("l1", "l2")
 
 
-CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no picture
+CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no image
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Benchmark:
 
 # ---- DreamBench ------------------------------------------------------------------------------------------------------
 
-# The one picture of each subject that KOSMOS-G and UNO give the model.
+# The one image of each subject that KOSMOS-G and UNO give the model.
 SINGLE_IMAGE = {
     "backpack": "02", "backpack_dog": "02", "bear_plushie": "03", "berry_bowl": "02", "can": "01", "candle": "02",
     "cat": "04", "cat2": "02", "clock": "03", "colorful_sneaker": "01", "dog": "02", "dog2": "02", "dog3": "05",
@@ -92,9 +92,9 @@ def dreambench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
         expected = "expected the 30 subjects and 25 + 25 prompts; fetch the file again"
         raise BenchmarkError(f"{root / 'prompts_and_classes.txt'}: {got}, {expected}")
     for subject, number in SINGLE_IMAGE.items():
-        pictures = sorted((root / subject).glob("[0-9][0-9].jpg"))
+        images = sorted((root / subject).glob("[0-9][0-9].jpg"))
         given = root / subject / f"{number}.jpg"
-        if given not in pictures:
+        if given not in images:
             raise BenchmarkError(f"{given}: no such file, and it is the input of {subject}; fetch the folder again")
         kind = "live" if classes[subject] in LIVE else "object"
         for n, prompt in enumerate(prompts[kind]):
@@ -109,8 +109,8 @@ def dreambench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                     "score": {
                         "group": kind,
                         "caption": prompt.replace("{0} {1}", classes[subject]),
-                        "references": [str(given)] if options.against == "input" else [str(one) for one in pictures],
-                        "others": [str(one) for one in pictures if one != given],
+                        "references": [str(given)] if options.against == "input" else [str(one) for one in images],
+                        "others": [str(one) for one in images if one != given],
                     },
                 }
 
@@ -121,14 +121,14 @@ _EMU_COLUMNS = ("instruction", "image", "task", "input_caption", "output_caption
 
 
 def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `facebook/emu_edit_test_set`, parquet files or the hub; source pictures are written into the folder."""
+    """Rows of `facebook/emu_edit_test_set`, parquet files or the hub; source images are written into the folder."""
     settings = sources.Settings("emu_edit", (options.data,), options.split)
     (folder / "sources").mkdir(parents=True, exist_ok=True)
     for n, row in enumerate(sources.ParquetRows(settings, _EMU_COLUMNS, None)):
         where = f"Emu Edit, {options.split}, row {n}"
         for name in ("instruction", "input_caption", "output_caption"):
             _text(row[name], where, name)
-        path = _write_picture(row["image"], folder / "sources" / f"{n:05d}", where)
+        path = _write_image(row["image"], folder / "sources" / f"{n:05d}", where)
         captions = row["input_caption"].strip(), row["output_caption"].strip()
         yield {
             "id": f"{n:05d}",
@@ -146,10 +146,10 @@ def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _write_picture(cell: Any, stem: Path, where: str) -> Path:
+def _write_image(cell: Any, stem: Path, where: str) -> Path:
     """The bytes of a parquet image cell as a file, unchanged; its suffix is the format that they are in."""
     if not isinstance(cell, Mapping) or not cell.get("bytes"):
-        raise BenchmarkError(f"{where}: the image holds no bytes; fetch the files with their pictures embedded")
+        raise BenchmarkError(f"{where}: the image holds no bytes; fetch the files with their images embedded")
     try:
         kind = Image.open(BytesIO(cell["bytes"])).format.lower()
     except Image.UnidentifiedImageError as error:
@@ -233,7 +233,7 @@ def migebench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
             found = [_below(root, path, where) for path in row["source_path"]]
             entities = [path for path in references if path not in found]
             if len(found) != 1 or len(entities) != 1:
-                raise BenchmarkError(f"{where}: {len(found)} source pictures and {len(entities)} entities among the "
+                raise BenchmarkError(f"{where}: {len(found)} source images and {len(entities)} entities among the "
                                      "references, expected one each; correct the row")  # fmt: skip
             target = _below(root, row["image"], where)
             yield {
@@ -410,12 +410,12 @@ def read(folder: Path) -> Prepared:
     rows = []
     for file in config.get("records", []):
         _read(folder / file, "records")
-        found, faults = read_json_lines(folder / file)
+        found, errors = read_json_lines(folder / file)
         bad = [
             f"{folder / file}, line {n}: no record with an id" for n, row in found if not isinstance(row.get("id"), str)
         ]
-        if faults := faults + bad:
-            raise BenchmarkError(f"{faults[0]} ({len(faults)} such lines); prepare it again")
+        if errors := errors + bad:
+            raise BenchmarkError(f"{errors[0]} ({len(errors)} such lines); prepare it again")
         rows += [row for _, row in found]
     if len(rows) != config.get("rows"):
         raise BenchmarkError(f"{folder}: {len(rows)} records, expected {config.get('rows')}; prepare it again")

@@ -32,8 +32,8 @@ def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
         f"below {statistics.FEW} values Student's t",
     }
     if prepared.name == "dreambench":
-        facts["pictures a prompt"] = str(options.samples)
-        facts["compared with"] = "the input" if options.against == "input" else "all pictures of the subject"
+        facts["images a prompt"] = str(options.samples)
+        facts["compared with"] = "the input" if options.against == "input" else "all images of the subject"
     if prepared.name == "emu_edit":
         facts["split"] = options.split
         facts["another size"] = "the source is scaled and centre-cropped to the output's, as the model was shown it"

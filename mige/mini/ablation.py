@@ -64,7 +64,7 @@ VARIANTS: Mapping[str, Variant] = {
     "without_vae_features": Variant("without VAE features", EVERY, EVERY, ("model.fusion.vae_features=False",)),
     "text_only": Variant("edits only, text-only", (Task.EDIT,), (Task.EDIT,), ("model.fusion.num_queries=0",)),
 }
-"""Text-only is compared with `edit_only`: without pictures in the instruction the other tasks have no meaning."""
+"""Text-only is compared with `edit_only`: without images in the instruction the other tasks have no meaning."""
 
 
 class AblationError(UserError, RuntimeError):
@@ -126,6 +126,7 @@ class Plan:
             del dumped["distillation"]
         del dumped["train"]["precision"]
         dumped["train"]["param_dtype"] = train.param_dtype
+        dumped["data"]["check_pictures"] = dumped["data"].pop("check_images")  # its name in the published settings
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}
         files = sorted(path for path in self.model.glob("*/*") if path.suffix in (".safetensors", ".json"))
@@ -303,7 +304,7 @@ def _values(rows: Sequence[Mapping], version: str, measure: str) -> list[float |
 
 
 def _tidy(folder: Path, steps: Sequence[int]) -> None:
-    """Delete the weights of a scored run, and the pictures of all checkpoints but the last."""
+    """Delete the weights of a scored run, and the images of all checkpoints but the last."""
     for part in (folder / "start", folder / "checkpoints", *(folder / "bench" / _step_name(s) for s in steps[:-1])):
         if part.exists():
             shutil.rmtree(part)

@@ -87,7 +87,7 @@ def _comparisons() -> list[Comparison]:
     made += [Comparison(claim, "joint", other, "compute", task, measure)
              for task, measure in ((Task.EDIT, "l1_inside"), (Task.EDIT, "success"), (Task.SUBJECT, "identity"),
                                    (Task.SUBJECT_EDIT, "identity"))]  # fmt: skip
-    claim = "pictures in the instruction help editing"
+    claim = "images in the instruction help editing"
     made += [Comparison(claim, "edit_only", "text_only", "compute", Task.EDIT, measure)
              for measure in ("l1_inside", "success")]  # fmt: skip
     return made
@@ -278,7 +278,7 @@ def _table(scores: Scores, compared: Sequence, entries: Sequence[Mapping]) -> li
         "",
         "## All scores at the end of the runs",
         "",
-        "Copied: the picture to edit, given back. VAE: the right answer through the VAE, the bound of all models.",
+        "Copied: the image to edit, given back. VAE: the right answer through the VAE, the bound of all models.",
         "",
         "| task | measure | variant | seeds | unseen subjects | seen subjects | copied, unseen | VAE, unseen |",
         "|---|---|---|---|---|---|---|---|",

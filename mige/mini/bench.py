@@ -1,9 +1,9 @@
 """The mini-bench: fixed cases of the miniature world that no training sees, and what is measured on them.
 
-Every case has one right answer, so the measures need no other network: how far the picture is from the answer inside
+Every case has one right answer, so the measures need no other network: how far the image is from the answer inside
 and outside what the instruction changes, which of 64 subjects stands at the asked place, which of 24 backgrounds it is.
 
-Letters: N pictures, K candidates, P pixels of a square, H and W pixels.
+Letters: N images, K candidates, P pixels of a square, H and W pixels.
 """
 
 import functools
@@ -40,7 +40,7 @@ BY_REFERENCE = ("one_reference", "two_references", "reference_and_name", "add_by
 NEW_BACKGROUND = ("text_to_image", "one_reference", "two_references", "reference_and_name", "background")
 SHARES = ("success", "identity", "identity_1", "identity_2", "background")
 MEASURES = (*SHARES, "l1_inside", "l1_outside", "l1_subjects")
-VERSIONS = ("model", "vae", "copy")  # the model's pictures, the answers through its VAE, the pictures to edit as given
+VERSIONS = ("model", "vae", "copy")  # the model's images, the answers through its VAE, the images to edit as given
 
 _CHANGED, _MARGIN = 0.02, 2  # what differs by more (in [0, 1]) is changed, and so is what lies at most 2 px from it
 _OUTSIDE = 0.03  # most mean change outside that a successful edit makes
@@ -51,13 +51,13 @@ _EXAMPLES, _CELLS, _BINS = 32, 16, 4  # of each background; raster of its colour
 
 
 def measure(case: tasks.Case, outputs: Tensor, target: Tensor, source: Tensor | None) -> list[dict[str, float]]:
-    """What each of N pictures that answer one case is worth.
+    """What each of N images that answer one case is worth.
 
     Args:
         outputs: float [N, 3, 128, 128] in [-1, 1]. target, source: [3, 128, 128] as `draw` gives them; source None
             where nothing is edited.
 
-    Returns for every picture, as far as the case asks for it:
+    Returns for every image, as far as the case asks for it:
         l1_inside, l1_outside: mean difference from the answer in [0, 1], in what the instruction changes and elsewhere;
         success: 1 if the difference inside is less than half of that of the source, and outside below 0.03;
         l1_subjects: the same difference where the answer's subjects are;
@@ -93,7 +93,7 @@ def _edit_scores(case: tasks.Case, distance: Tensor, target: Tensor, source: Ten
 
 
 def changed_region(source: Tensor, target: Tensor) -> Tensor:
-    """Where two pictures [3, H, W] in [-1, 1] differ by more than 0.02 of the range, and 2 px around: bool [H, W]."""
+    """Where two images [3, H, W] in [-1, 1] differ by more than 0.02 of the range, and 2 px around: bool [H, W]."""
     changed = ((source - target).abs() / 2).amax(dim=0) > _CHANGED
     return F.max_pool2d(changed[None].float(), 2 * _MARGIN + 1, stride=1, padding=_MARGIN)[0] > 0
 
@@ -123,7 +123,7 @@ def candidates(scene: Scene, subject: Placed) -> list[int]:
 
 
 def retrieve(scene: Scene, subject: Placed, outputs: Tensor) -> Tensor:
-    """Whether the subject, of 64 candidates, fits a picture best at its place: float [N], 1 for found.
+    """Whether the subject, of 64 candidates, fits an image best at its place: float [N], 1 for found.
 
     The rule: a candidate, as large, turned and coloured as the subject, is laid over a background whose colours run
     evenly (a plane a channel, the one that fits best); what counts is the mean squared difference in the subject's
@@ -151,7 +151,7 @@ def retrieve(scene: Scene, subject: Placed, outputs: Tensor) -> Tensor:
 
 
 def nearest_background(outputs: Tensor, covered: Tensor) -> Tensor:
-    """The kind of background of pictures, int64 [N]: that of the nearest of 32 examples of each of the 24 kinds.
+    """The kind of background of images, int64 [N]: that of the nearest of 32 examples of each of the 24 kinds.
 
     Compared are the mean colours of 16 x 16 cells and the histogram of colours, without what subjects cover.
 
@@ -176,16 +176,16 @@ def _examples(device: torch.device) -> tuple[Tensor, Tensor]:
     variants = torch.from_numpy(np.random.default_rng(SEED).random((_EXAMPLES, backgrounds.VARIANT), np.float32))
     drawn = (backgrounds.draw(kind, variants.to(device), SIDE) for kind in range(backgrounds.KINDS))
     free = torch.ones(SIDE, SIDE, device=device)
-    cells, histograms = zip(*(_features(pictures, free) for pictures in drawn), strict=True)
+    cells, histograms = zip(*(_features(outputs, free) for outputs in drawn), strict=True)
     return torch.cat(cells), torch.cat(histograms)
 
 
-def _features(pictures: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+def _features(outputs: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Mean colours of cells [N, 3, 16, 16] and shares of colours [N, 64] of what is free (float [H, W], 0 or 1)."""
     share = F.adaptive_avg_pool2d(free[None, None], _CELLS)
-    cells = F.adaptive_avg_pool2d(pictures * free, _CELLS) / share.clamp_min(1e-6)
-    place = (pictures[:, :, free > 0] * (_BINS - 1)).clamp(0, _BINS - 1)  # [N, 3, P]
-    steps = torch.arange(_BINS, device=pictures.device)[:, None]
+    cells = F.adaptive_avg_pool2d(outputs * free, _CELLS) / share.clamp_min(1e-6)
+    place = (outputs[:, :, free > 0] * (_BINS - 1)).clamp(0, _BINS - 1)  # [N, 3, P]
+    steps = torch.arange(_BINS, device=outputs.device)[:, None]
     red, green, blue = ((1 - (channel[:, None] - steps).abs()).clamp_min(0) for channel in place.unbind(1))
     histogram = torch.einsum("nrp,ngp,nbp->nrgb", red, green, blue) / place.shape[2]
     return cells, histogram.flatten(1)
@@ -237,7 +237,7 @@ def run(
     """Generate and measure the cases that `out` has not finished; return the rows of all of them, in order.
 
     Steps and guidance are by default a few-step student's own, else 20 and 2, the source's 1.
-    Every picture becomes out/images/ID.png, then its case a line of out/cases.jsonl. Raises BenchError if `out` holds a
+    Every image becomes out/images/ID.png, then its case a line of out/cases.jsonl. Raises BenchError if `out` holds a
     run with other settings, ValueError for a batch size below 1 and a guidance that the model does not take.
     """
     if batch < 1:
@@ -248,9 +248,9 @@ def run(
         settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": how.steps}
         settings |= {"guidance": how.guidance, "source_guidance": how.source_guidance}
         _settle(out / "settings.json", settings)
-        done, faults = _finished(out)
-        for fault in faults:
-            print(f"warning: {fault}; its case is made again", file=sys.stderr)
+        done, errors = _finished(out)
+        for error in errors:
+            print(f"warning: {error}; its case is made again", file=sys.stderr)
         write_text(out / "cases.jsonl", json_lines(done.values()))
         todo = [one for one in chosen if one.id not in done]
         pipeline.set_progress_bar_config(disable=True)
@@ -280,26 +280,26 @@ def _settle(path: Path, settings: Mapping) -> None:
 
 
 def finished(out: Path) -> dict[str, dict]:
-    """The rows of out/cases.jsonl by id, without a last line that was cut and without those that lost their picture."""
+    """The rows of out/cases.jsonl by id, without a last line that was cut and without those that lost their image."""
     return _finished(out)[0]
 
 
 def _finished(out: Path) -> tuple[dict[str, dict], list[str]]:
     """Also what stands there that counts as nothing, a sentence each."""
-    found, faults = read_json_lines(out / "cases.jsonl")
+    found, errors = read_json_lines(out / "cases.jsonl")
     rows = {}
     for number, row in found:
         where, name = f"{out / 'cases.jsonl'}, line {number}", row.get("id")
         whole = all(isinstance(row.get(key), str) for key in ("kind", "split")) and isinstance(row.get("model"), dict)
         if not isinstance(name, str) or not _ID.fullmatch(name) or not whole:
-            faults.append(f"{where}: no row of a case")
+            errors.append(f"{where}: no row of a case")
             continue
         try:
             images.open_image(out / "images" / f"{name}.png")
             rows[name] = row
         except images.BadImageError as error:
-            faults.append(f"{where}: {error}")
-    return rows, faults
+            errors.append(f"{where}: {error}")
+    return rows, errors
 
 
 def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:
@@ -319,14 +319,14 @@ def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase
 
 @torch.no_grad()
 def _answer(pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, how: Sampling) -> list[dict]:
-    """Generate one batch, save its pictures, measure them and the two bounds."""
+    """Generate one batch, save its images, measure them and the two bounds."""
     device = pipeline._execution_device
     drawn = [draw(Scenes.stack([one.case.target, *one.case.references]), device) for one in part]
-    pictures = [images.to_pil(pixels[1:]) if len(pixels) > 1 else [] for pixels in drawn]
-    sources = [None if one.case.source is None else p[one.case.source] for one, p in zip(part, pictures, strict=True)]
+    references = [images.to_pil(pixels[1:]) if len(pixels) > 1 else [] for pixels in drawn]
+    sources = [None if one.case.source is None else p[one.case.source] for one, p in zip(part, references, strict=True)]
     made = pipeline(
         [one.case.prompt for one in part],
-        pictures,
+        references,
         sources,
         height=SIDE,
         width=SIDE,

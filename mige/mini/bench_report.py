@@ -27,7 +27,7 @@ from mige.utils.files import write_text
 EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
 HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
 LEGEND = (
-    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the picture "
+    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the image "
     "to edit, given back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. "
     "Of VAE: the mean as a share of that bound."
 )
@@ -101,7 +101,7 @@ def _shortfall(rows: Sequence[Mapping]) -> str:
 
 
 def scores_line(scores: Mapping[str, float]) -> str:
-    """The scores of one picture, such as "success 1, L1 outside 0.0042"."""
+    """The scores of one image, such as "success 1, L1 outside 0.0042"."""
     words = (f"{_words(name)} {scores[name]:{'g' if name in bench.SHARES else '.4f'}}"
              for name in bench.MEASURES if name in scores)  # fmt: skip
     return ", ".join(words)
@@ -126,7 +126,7 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
     """Write out/scores.json and out/report.html of a run in `out`, and return the page's path.
 
     Args:
-        chosen: the cases of the run. rows: what `bench.run` returned for them; their pictures lie in out/images.
+        chosen: the cases of the run. rows: what `bench.run` returned for them; their images lie in out/images.
 
     The page links to files in `out` only. Raises ValueError without rows, or if a row is of none of the cases.
     """
@@ -177,7 +177,7 @@ def _overview(entries: Sequence[Mapping]) -> Section:
     return Section("Unseen subjects", tables=[Table(headings, lines)], detail=LEGEND)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Card:
         """The case's inputs with their labels, and its answer."""
         case = self.one.case
         truth, *inputs = images.to_pil(draw(Scenes.stack([case.target, *case.references])))
-        labels = (f"picture {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
+        labels = (f"image {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
         return list(zip(labels, inputs, strict=True)), truth
 
 
@@ -236,9 +236,9 @@ def sheet(cards: Sequence[Card], path: Path, *, note: str = "", tile: int = 160)
         x, y = margin + n % 2 * (width + margin), top + n // 2 * (height + margin)
         inputs, truth = card.drawn()
         places = [*enumerate(inputs), (2, ("output", card.output)), (3, ("truth", truth))]
-        for column, (label, picture) in places:
+        for column, (label, image) in places:
             pen.text((x + column * (tile + gap), y), label, fill=MUTED, font=small)
-            paste(canvas, picture, (x + column * (tile + gap), y + 20), tile)
+            paste(canvas, image, (x + column * (tile + gap), y + 20), tile)
         below = y + 20 + tile + 6
         numbers = iter(range(1, len(inputs) + 1))
         prompt = MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)

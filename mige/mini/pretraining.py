@@ -1,6 +1,6 @@
-"""MIGE-mini's encoder taught to tell its pictures and what stands where in the answer: a transformer reads both back.
+"""MIGE-mini's encoder taught to tell its images and what stands where in the answer: a transformer reads both back.
 
-Letters: B instructions, R pictures of all of them, L context positions, N patches of a picture, C values.
+Letters: B instructions, R images of all of them, L context positions, N patches of an image, C values.
 """
 
 import json
@@ -31,7 +31,7 @@ from mige.training.muon import BatchedMuon, muon_groups
 from mige.training.pretrained import check_sizes
 from mige.utils.files import atomic_directory
 
-MOST = 2  # pictures an instruction of the world shows at most
+MOST = 2  # images an instruction of the world shows at most
 SHOWN = 100  # side of a subject that is asked for by its place, px
 WIDTH, LAYERS, HEADS = 256, 2, 4
 RATE = 2e-3
@@ -46,7 +46,7 @@ class Answers:
     Attributes:
         scenes: A of them, each a subject alone as the answer has it, large, on white.
         row_A: int64, the case.
-        where_A3: float32, where the subject stands in the answer: x, y and size in sides of the picture.
+        where_A3: float32, where the subject stands in the answer: x, y and size in sides of the image.
     """
 
     scenes: Scenes
@@ -80,13 +80,13 @@ def collate_answered(drawn: Sequence[tuple[Drawn, tasks.Case]]) -> tuple[WorldBa
 
 
 class Reader(nn.Module):
-    """Context -> patches of a picture, by cross-attention from their positions, as the DiT reads.
+    """Context -> patches of an image, by cross-attention from their positions, as the DiT reads.
 
-    It is asked for a picture of the instruction by its number (`which`), or for a subject of the answer by where it
+    It is asked for an image of the instruction by its number (`which`), or for a subject of the answer by where it
     stands there (`where`).
 
     Args:
-        context_width: channels of the context. patches: of a picture. values: of a patch.
+        context_width: channels of the context. patches: of an image. values: of a patch.
     """
 
     def __init__(self, context_width: int, patches: int, values: int):
@@ -106,12 +106,12 @@ class Reader(nn.Module):
         return self.out(read)
 
 
-def lost(told_RNC: Tensor, pictures_RCHW: Tensor, side: int) -> Tensor:
-    """Share of the pictures' variance that a reader did not tell; 1 for a grey guess. Float32 [], with a gradient.
+def lost(told_RNC: Tensor, images_RCHW: Tensor, side: int) -> Tensor:
+    """Share of the images' variance that a reader did not tell; 1 for a grey guess. Float32 [], with a gradient.
 
     told: values of the patches, as `F.unfold` orders them; `side`: of a patch, px.
     """
-    truth_RNC = F.unfold(pictures_RCHW, side, stride=side).transpose(1, 2)
+    truth_RNC = F.unfold(images_RCHW, side, stride=side).transpose(1, 2)
     return F.mse_loss(told_RNC.float(), truth_RNC) / truth_RNC.var(dim=(0, 1)).mean()
 
 
@@ -123,7 +123,7 @@ def read(
     references_RCHW: Tensor,
     answered: Answers | None = None,
 ) -> dict[str, Tensor]:
-    """What is lost of the R pictures, asked for by number, and of the subjects of the answers, asked for by place.
+    """What is lost of the R images, asked for by number, and of the subjects of the answers, asked for by place.
 
     Args as in `MIGEModel.encode`, and `answered`, of the same instructions. Returns "lost" and, with answers,
     "lost_answers", as `lost`.
@@ -143,10 +143,10 @@ def read(
 
 
 def unseen_pairs(pipeline: MIGEPipeline, device: torch.device) -> tuple[list[Instruction], Tensor, Tensor, Answers]:
-    """`UNSEEN` cases of two references to unseen subjects: instructions, tower pictures, unscaled latents, answers."""
+    """`UNSEEN` cases of two references to unseen subjects: instructions, tower images, unscaled latents, answers."""
     subjects, rngs = sprites.split()[1], (np.random.default_rng([10_003, i]) for i in range(UNSEEN))
     cases = [tasks.make("two_references", rng, subjects) for rng in rngs]
-    pixels = draw(Scenes.stack([picture for case in cases for picture in case.references]), device)
+    pixels = draw(Scenes.stack([image for case in cases for image in case.references]), device)
     told = [tokenize(training_text(case.task, case.prompt), pipeline.tokenizer) for case in cases]
     size = pipeline.image_encoder.config.image_size
     return told, vision_pixels(pixels, size), encode(pipeline.vae, pixels).mean, answers(cases)

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.scenes import Scene, Scenes, draw
 
-KL = 1e-6  # weight of the pull where it and the error are both summed over a picture, as in latent diffusion's VAEs
+KL = 1e-6  # weight of the pull where it and the error are both summed over an image, as in latent diffusion's VAEs
 
 
-class Pictures(Dataset):
-    """Number -> two pictures of a case, without end: its target and its last reference, if it has one."""
+class WorldImages(Dataset):
+    """Number -> two images of a case, without end: its target and its last reference, if it has one."""
 
     def __init__(self, seed: int, subjects: tuple[int, ...]):
         self.seed, self.subjects = seed, subjects
@@ -36,28 +36,28 @@ def stack(cases: list[list[Scene]]) -> Scenes:
     return Scenes.stack([scene for case in cases for scene in case])
 
 
-def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+def psnr(vae: AutoencoderKL, images: Tensor) -> float:
     with torch.no_grad():
-        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
-    errors = ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3))
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
     return float(-10 * errors.log10().mean())
 
 
 @torch.no_grad()
-def noise_share(vae: AutoencoderKL, pictures: Tensor) -> float:
+def noise_share(vae: AutoencoderKL, images: Tensor) -> float:
     """How much of the latents' standard deviation is noise of the posterior: what no model can predict."""
-    posterior = vae.encode(pictures).latent_dist
+    posterior = vae.encode(images).latent_dist
     return float((posterior.var.mean() / (posterior.mean.var() + posterior.var.mean())).sqrt())
 
 
 def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list[dict]:
     """Trains in place; returns the curve, whose last entry tells of the end, also of no steps."""
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    held_out = draw(stack([Pictures(10_001, sprites.split()[1])[i] for i in range(64)]), device)
+    held_out = draw(stack([WorldImages(10_001, sprites.split()[1])[i] for i in range(64)]), device)
     if args.steps == 0:
         return [{"step": 0, "psnr_unseen": round(psnr(vae, held_out), 2), "noise_share": noise_share(vae, held_out)}]
     loader = DataLoader(
-        Pictures(10_000, sprites.split()[0]),
+        WorldImages(10_000, sprites.split()[0]),
         batch_size=args.batch // 2,
         collate_fn=stack,
         num_workers=args.workers,
@@ -70,9 +70,9 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list
     for step in itertools.count(1):
         done = max(step / args.steps, (time.perf_counter() - started) / args.seconds)
         optimizer.param_groups[0]["lr"] = args.rate * min(1.0, step / 100, 1.25 * (1 - min(done, 0.999)))
-        pictures = draw(next(batches), device).contiguous(memory_format=torch.channels_last)
+        images = draw(next(batches), device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = compiled(vae, pictures)
+            loss = compiled(vae, images)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -91,21 +91,21 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list
     return curve
 
 
-def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Absolute and squared error of reconstructed pictures, and a weak KL, a value of the pictures.
+def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Absolute and squared error of reconstructed images, and a weak KL, a value of the images.
 
     Much more of it makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
     """
-    posterior = vae.encode(pictures).latent_dist
+    posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample()).sample.float()
-    error = decoded - pictures
+    error = decoded - images
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
     return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum() / error.numel()
 
 
 def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
-    """The scale factor that gives latents of the world's pictures variance 1."""
-    pictures = draw(stack([Pictures(10_002, sprites.split()[0])[i] for i in range(64)]), device)
+    """The scale factor that gives latents of the world's images variance 1."""
+    images = draw(stack([WorldImages(10_002, sprites.split()[0])[i] for i in range(64)]), device)
     with torch.no_grad():
-        latents = vae.encode(pictures).latent_dist.sample(torch.Generator(device).manual_seed(0))
+        latents = vae.encode(images).latent_dist.sample(torch.Generator(device).manual_seed(0))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))

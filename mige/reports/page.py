@@ -148,10 +148,10 @@ class Drawing:
 
     def article(self, case: Case, beside: Sequence[tuple[str, object]] = ()) -> Article:
         """Args: beside: labels and images that stand beside the output, such as the truth."""
-        inputs = [self._figure(case, label, self.inputs.show(picture)) for label, picture in case.inputs]
+        inputs = [self._figure(case, label, self.inputs.show(image)) for label, image in case.inputs]
         references = [figure for figure in inputs if figure.caption != "source"]
         outputs = [self._figure(case, "output", self.outputs.show(case.output))]
-        outputs += [self._figure(case, label, self.inputs.show(picture)) for label, picture in beside]
+        outputs += [self._figure(case, label, self.inputs.show(image)) for label, image in beside]
         return Article(case.title, instruction(case.instruction, references), inputs, outputs, case.detail)
 
     @staticmethod

@@ -95,15 +95,15 @@ def read_json_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[
         *lines, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], []
-    rows, faults = [], []
+    rows, errors = [], []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append((number, parse_json_object(line)))
         except ValueError as error:
-            faults.append(f"{path}, line {number}: {error}")
+            errors.append(f"{path}, line {number}: {error}")
     if rest:
-        faults.append(f"{path}, line {len(lines) + 1}: cut, {len(rest)} bytes without the end of a line")
-    return rows, faults
+        errors.append(f"{path}, line {len(lines) + 1}: cut, {len(rest)} bytes without the end of a line")
+    return rows, errors
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

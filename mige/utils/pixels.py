@@ -25,8 +25,8 @@ def check_shape(size: tuple[int, int], height: int, width: int, *, letterboxed: 
     """
     if letterboxed:
         if min(size[1] * width / size[0], size[0] * height / size[1]) < 1:
-            problem = f"fitted into {width} x {height} its short side is less than 1 px"
-            raise BadImageError(_shape(size), problem, "crop it")
+            message = f"fitted into {width} x {height} its short side is less than 1 px"
+            raise BadImageError(_shape(size), message, "crop it")
         return
     check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering(size, height, width)[::-1])
 
@@ -89,7 +89,7 @@ def to_pil(pixels: "Tensor") -> list[Image.Image]:
     finite = pixels.isfinite().flatten(1).all(1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"pictures {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
+        raise ValueError(f"images {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
 

@@ -107,7 +107,7 @@ def summary(folder):
 
 
 def sound(folder):
-    """The folder's records, read as training reads them: no fault, every picture opens, every record has a target."""
+    """The folder's records, read as training reads them: no error, every image opens, every record has a target."""
     records = read_records([folder / "records.jsonl"]).raise_if_errors()
     assert not [issue for issue in check_images(records) if issue.fatal]
     assert all(record.target for record in records)
@@ -215,27 +215,27 @@ def test_instructpix2pix(tmp_path, monkeypatch, capsys):
     assert last.id.endswith("0000005") and last.target.suffix == ".png" and open_image(last.target).size == (9, 5)
     assert [(line["row"], line["reason"]) for line in lines(out / "skipped.jsonl")] == [
         (1, "empty instruction"),
-        (2, "damaged picture"),
-        (3, "damaged picture"),
-        (4, "missing picture"),
+        (2, "damaged image"),
+        (3, "damaged image"),
+        (4, "missing image"),
     ]
     found = summary(out)
     assert (found["finished"], found["rows"], found["written"]) == (True, 6, 2)
-    assert found["left_out"] == {"damaged picture": 2, "empty instruction": 1, "missing picture": 1}
+    assert found["left_out"] == {"damaged image": 2, "empty instruction": 1, "missing image": 1}
     assert "6 rows read, 2 records written, 4 samples left out (finished)" in capsys.readouterr().out
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.raw"))
 
 
 def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
-    pictures = [encoded(colour, (20, 20)) for colour in ("red", "green", "blue")]
+    images = [encoded(colour, (20, 20)) for colour in ("red", "green", "blue")]
     rows = [
         {
             "img_id": "326242",
             "turn_index": turn,
-            "source_img": cell(pictures[turn - 1]),
+            "source_img": cell(images[turn - 1]),
             "mask_img": cell(b"a mask is not read"),
             "instruction": f"turn {turn}",
-            "target_img": cell(pictures[turn]),
+            "target_img": cell(images[turn]),
         }
         for turn in (1, 2)
     ]
@@ -247,9 +247,9 @@ def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
         records = sound(out)
         assert [record.extra["turn_index"] for record in records] == turns
         assert {record.extra["img_id"] for record in records} == {"326242"}
-        assert [record.target.read_bytes() for record in records] == [pictures[turn] for turn in turns]
+        assert [record.target.read_bytes() for record in records] == [images[turn] for turn in turns]
     both = read_records([tmp_path / "train" / "records.jsonl", tmp_path / "dev" / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 3 and not both.notes, "ids of different splits do not collide"
+    assert len(both.raise_if_errors()) == 3 and not both.warnings, "ids of different splits do not collide"
 
 
 def composite(size, boxes, kind="PNG"):
@@ -312,7 +312,7 @@ def test_subjects200k(tmp_path, monkeypatch):
     assert records[0].target == records[1].references[0] and records[1].target == records[0].references[0]
     assert summary(out)["left_out"] == {
         "composite of unexpected size": 1,
-        "damaged picture": 1,
+        "damaged image": 1,
         "description does not mention its item": 3,
         "description marked as not valid": 1,
         "empty subject name": 2,
@@ -323,7 +323,7 @@ def test_subjects200k(tmp_path, monkeypatch):
     script(monkeypatch, "subjects200k", "--input", file, "--output", lenient, "--min-quality", 4, "--name", "again")
     assert summary(lenient)["written"] == 5
     both = read_records([out / "records.jsonl", lenient / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 8 and not both.notes, "two sets of one source, told apart by --name"
+    assert len(both.raise_if_errors()) == 8 and not both.warnings, "two sets of one source, told apart by --name"
 
 
 def seed_folder(root):
@@ -352,9 +352,9 @@ def seed_folder(root):
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
         (annotations / "split_0001.jsonl").write_text(text + "\n\n")
         for name in ("source_images/a.jpg", "target_images/a.jpg", "d/0.png", "d/1.png", "d/2.png"):
-            picture = root / part / "images" / name
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(encoded("red", (12, 10)))
+            image = root / part / "images" / name
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(encoded("red", (12, 10)))
         (root / part / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     return root
 
@@ -367,16 +367,16 @@ def test_seed_data_edit(tmp_path, monkeypatch):
     steps = [(r.prompt, r.source.resolve().name, r.target.resolve().name) for r in records]
     chain = [("red in<imagehere>", "0.png", "1.png"), ("blue in<imagehere>", "1.png", "2.png")]
     assert steps == [("Erase the car in<imagehere>", "a.jpg", "a.jpg"), *chain, *chain]
-    assert records[1].source.resolve() == (images / "0.png").resolve(), "pictures stay where they are"
+    assert records[1].source.resolve() == (images / "0.png").resolve(), "images stay where they are"
     assert not (out / "images").exists()
     assert [record.extra["turn_index"] for record in records] == [1, 1, 2, 1, 2]
     skipped = lines(out / "skipped.jsonl")
     assert sorted(line["reason"] for line in skipped) == [
-        "damaged picture",
+        "damaged image",
         "empty instruction",
         "empty instruction",
         "malformed JSON",
-        "missing picture",
+        "missing image",
         "neither instruction nor instruction_1",
     ]
     assert "real_editing/split_0001.jsonl, line 2" in next(
@@ -396,7 +396,7 @@ def test_missing_column_is_named_with_what_is_there(tmp_path, monkeypatch):
     assert "it has input_image, edit_prompt" in message
 
 
-def test_faults_of_the_call(tmp_path):
+def test_errors_of_the_call(tmp_path):
     def refused(source, *inputs, split="train", folder="out"):
         with pytest.raises(SourceError) as error:
             prepare(Settings(source, tuple(map(str, inputs)), split), tmp_path / folder, progress=False)
@@ -489,10 +489,10 @@ def _die_at(count, settings, folder):
 def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files):
     once, out = tmp_path / "once", tmp_path / "out"
     prepare(three_files, once, progress=False)
-    pictures = 2 * sum(n % 7 != 3 for n in range(32))
+    images = 2 * sum(n % 7 != 3 for n in range(32))
     deaths = 0
-    # In the first batch: a picture, records, skipped, summary; then the same places batch by batch.
-    for count in (1, 5, pictures + 2, pictures + 2, pictures + 3, 70, 150, 40, 10_000):
+    # In the first batch: an image, records, skipped, summary; then the same places batch by batch.
+    for count in (1, 5, images + 2, images + 2, images + 3, 70, 150, 40, 10_000):
         child = multiprocessing.get_context("fork").Process(target=_die_at, args=(count, three_files, out))
         child.start()
         child.join()
@@ -539,7 +539,7 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(tmp_path, three_files, mon
     assert contents(out) == contents(once)
 
 
-def test_a_full_disk_under_a_picture(tmp_path):
+def test_a_full_disk_under_an_image(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     file_ = io.BytesIO()
     Image.fromarray(noise).save(file_, "PNG")

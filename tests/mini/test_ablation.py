@@ -399,7 +399,7 @@ def test_a_toy_run_ends_with_a_table_and_curves(whole):
 
 
 @pytest.mark.processes
-def test_of_a_scored_run_the_weights_are_gone_and_the_last_pictures_stay(whole):
+def test_of_a_scored_run_the_weights_are_gone_and_the_last_images_stay(whole):
     out, _ = whole
     assert not list(out.rglob("*.safetensors"))
     for name in ("text_only-0", "edit_only-0"):
@@ -590,7 +590,7 @@ def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_pa
     assert not any(".fusion.fusion." in key for key in model)
     words = [key for key in start if key.startswith("encoder.text_encoder.") and key.endswith("SelfAttention.k.weight")]
     assert words and not any(torch.equal(start[key], seeing[key]) for key in words)
-    assert all(torch.equal(seeing[key], model[key]) for key in words)  # or it would forget the pictures
+    assert all(torch.equal(seeing[key], model[key]) for key in words)  # or it would forget the images
     metrics = (tmp_path / "base" / "text" / "metrics.jsonl").read_text()
     assert "loss/subject" in metrics and "loss/edit" not in metrics
     shutil.rmtree(tmp_path / "base" / "model")  # stopped before the end: the stages that are done are kept

@@ -26,7 +26,7 @@ SETTINGS = dict(steps=2, guidance=2.0, source_guidance=1.0)
 MIDDLE = np.full(backgrounds.VARIANT, 0.5, np.float32)
 
 
-def picture(*scenes: Scene) -> torch.Tensor:
+def image(*scenes: Scene) -> torch.Tensor:
     return draw(Scenes.stack(scenes))
 
 
@@ -35,7 +35,7 @@ def unit(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def source_of(case: tasks.Case) -> torch.Tensor | None:
-    return None if case.source is None else picture(case.references[case.source])[0]
+    return None if case.source is None else image(case.references[case.source])[0]
 
 
 def one_case(kind: str, seed: int = 0) -> tasks.Case:
@@ -93,7 +93,7 @@ def test_an_unknown_kind_is_refused():
 def test_the_truth_has_full_marks_and_a_copy_fails(kind):
     """The rules could err on a truth too: of the whole benchmark they do on one background, of these cases on none."""
     for one in make_cases(4, kinds=[kind]):
-        target, source = picture(one.case.target)[0], source_of(one.case)
+        target, source = image(one.case.target)[0], source_of(one.case)
         outputs = torch.stack([target] if source is None else [target, source])
         truth, *copy = bench.measure(one.case, outputs, target, source)
         expected = {name: 1.0 for name in ("identity",) if kind in bench.BY_REFERENCE}
@@ -108,10 +108,10 @@ def test_the_truth_has_full_marks_and_a_copy_fails(kind):
             assert scores.get("success", 0) == scores.get("background", 0) == scores.get("identity", 0) == 0, one.id
 
 
-def test_measures_do_not_depend_on_how_many_pictures_are_measured():
+def test_measures_do_not_depend_on_how_many_images_are_measured():
     for kind in KINDS:
         case = one_case(kind)
-        target, source = picture(case.target)[0], source_of(case)
+        target, source = image(case.target)[0], source_of(case)
         noise = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         outputs = target + noise * torch.linspace(0, 1, 5)[:, None, None, None]
         together = bench.measure(case, outputs, target, source)
@@ -187,14 +187,14 @@ def test_retrieve_finds_the_subject_on_any_variant_and_rejects_another(kind):
         variants = np.random.default_rng(3).random((6, backgrounds.VARIANT), np.float32)
         right = [replace(scene, variant=variant) for variant in variants]
         other = [scene.exchange(subject, replace(subject, sprite=n)) for n in bench.candidates(scene, subject)[1:7]]
-        found = bench.retrieve(scene, subject, unit(picture(*right, *other)))
+        found = bench.retrieve(scene, subject, unit(image(*right, *other)))
         assert found.tolist() == [1.0] * 6 + [0.0] * 6, one.id
 
 
 def test_retrieve_finds_no_subject_that_cannot_be_seen():
     subject = Placed(sprites.split()[0][0], -60, 64, 40)
     scene = Scene(0, MIDDLE, (subject,))
-    assert bench.retrieve(scene, subject, unit(picture(scene, scene))).tolist() == [0.0, 0.0]
+    assert bench.retrieve(scene, subject, unit(image(scene, scene))).tolist() == [0.0, 0.0]
 
 
 def test_the_nearest_background_is_right_for_fresh_variants():
@@ -211,10 +211,10 @@ def test_the_nearest_background_does_not_look_at_subjects():
     covered = torch.zeros(SIDE, SIDE)
     covered[20:110, 20:110] = 1.0
     for kind in (1, 9, 23):
-        pictures = backgrounds.draw(kind, torch.from_numpy(MIDDLE)[None], SIDE).repeat(2, 1, 1, 1)
-        pictures[1, :, covered > 0] = torch.rand(3, 1)
-        assert bench.nearest_background(pictures, covered).tolist() == [kind, kind]
-    assert bench.nearest_background(pictures, torch.ones(SIDE, SIDE)).tolist() == [-1, -1]
+        outputs = backgrounds.draw(kind, torch.from_numpy(MIDDLE)[None], SIDE).repeat(2, 1, 1, 1)
+        outputs[1, :, covered > 0] = torch.rand(3, 1)
+        assert bench.nearest_background(outputs, covered).tolist() == [kind, kind]
+    assert bench.nearest_background(outputs, torch.ones(SIDE, SIDE)).tolist() == [-1, -1]
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "cases.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_a_run_gives_every_case_a_row_and_a_picture(whole, chosen):
+def test_a_run_gives_every_case_a_row_and_an_image(whole, chosen):
     folder, rows = whole
     assert [row["id"] for row in rows] == [one.id for one in chosen]
     assert lines(folder) == rows
@@ -301,15 +301,15 @@ def test_a_run_gives_every_case_a_row_and_a_picture(whole, chosen):
         assert "copy" not in row or row["copy"]["success"] == 0
 
 
-def test_a_row_is_what_the_saved_picture_measures_and_the_pipeline_makes(whole, chosen, pipeline):
+def test_a_row_is_what_the_saved_image_measures_and_the_pipeline_makes(whole, chosen, pipeline):
     folder, rows = whole
     for row, one in zip(rows, chosen, strict=True):
         saved = images.open_image(folder / "images" / f"{row['id']}.png")
-        pixels, target = images.to_pixels(saved)[None], picture(one.case.target)[0]
+        pixels, target = images.to_pixels(saved)[None], image(one.case.target)[0]
         assert pixels.shape == (1, 3, SIDE, SIDE)
         [scores] = bench.measure(one.case, pixels, target, source_of(one.case))
         assert row["model"] == pytest.approx(scores, abs=1e-6)
-        references = images.to_pil(picture(*one.case.references))
+        references = images.to_pil(image(*one.case.references))
         source = None if one.case.source is None else references[one.case.source]
         settings = dict(num_inference_steps=2, guidance_scale=2.0, source_guidance_scale=1.0, seed=one.seed)
         made = pipeline(one.case.prompt, references, source, height=SIDE, width=SIDE, **settings).images[0]
@@ -385,7 +385,7 @@ def test_a_batch_of_no_case_is_refused(pipeline, chosen, tmp_path):
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_shows_every_kind_and_its_pictures_exist(whole, chosen, tmp_path):
+def test_the_report_shows_every_kind_and_its_images_exist(whole, chosen, tmp_path):
     out = shutil.copytree(whole[0], tmp_path / "run")
     page = Page(bench_report.write(chosen, whole[1], out))
     for kind in KINDS:
@@ -393,7 +393,7 @@ def test_the_report_shows_every_kind_and_its_pictures_exist(whole, chosen, tmp_p
     for one in chosen:
         assert one.id in page.text
     shown = [found["src"] for found in page.all("img")]
-    assert len(shown) == sum(2 * len(one.case.references) + 2 for one in chosen)  # the prompt shows pictures too
+    assert len(shown) == sum(2 * len(one.case.references) + 2 for one in chosen)  # the prompt shows images too
     files = [link for link in page.links() if not link.startswith("#")]
     assert set(shown) <= set(files) and all((out / link).is_file() for link in files)
     assert "6 of its 1664 cases" in page.text
@@ -523,7 +523,7 @@ def test_the_command_measures_a_model_and_refuses_other_settings(monkeypatch, ca
     given = ["--model", model, "--results", tmp_path / "run", "--per-kind", 2, "--kinds", "add", "--device", "cpu"]
     assert evaluate(monkeypatch, *given, "--steps", 1) is None
     out = capsys.readouterr().out
-    assert "success" in out and f"{tmp_path / 'run' / 'report.html'}: the tables and pictures" in out
+    assert "success" in out and f"{tmp_path / 'run' / 'report.html'}: the tables and images" in out
     assert len(lines(tmp_path / "run")) == 2 and (tmp_path / "run" / "scores.json").is_file()
     code = evaluate(monkeypatch, *given, "--steps", 2)
     assert str(code).startswith("error: ") and "steps: 1 there, 2 now" in str(code)

@@ -1,4 +1,4 @@
-"""The encoder of MIGE-mini taught to tell its pictures, and what stands where in the answer."""
+"""The encoder of MIGE-mini taught to tell its images, and what stands where in the answer."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from mige.mini import pretraining
 from mige.models.instruction import Instruction
 
 SCRIPT = "train_scripts/pretrain_mini_encoder.py"
-TOLD = [Instruction(((5,), (6, 7), (8, 1))), Instruction(((9, 1),)), Instruction(((5, 6), (7, 1)))]  # 2, 0, 1 pictures
+TOLD = [Instruction(((5,), (6, 7), (8, 1))), Instruction(((9, 1),)), Instruction(((5, 6), (7, 1)))]  # 2, 0, 1 images
 
 
 # Cases with 2, 0 and 1 subjects that are asked for.
@@ -53,14 +53,14 @@ class Asked(torch.nn.Module):
         return self.tells[len(self.asked) - 1]
 
 
-def patches(pictures):
+def patches(images):
     """[R, 3, 28, 28] -> [R, 4, 588], patch by patch, each channel by channel."""
-    cut = pictures.unfold(2, 14, 14).unfold(3, 14, 14)  # [R, 3, 2, 2, 14, 14]
-    return cut.permute(0, 2, 3, 1, 4, 5).reshape(len(pictures), 4, 588)
+    cut = images.unfold(2, 14, 14).unfold(3, 14, 14)  # [R, 3, 2, 2, 14, 14]
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(len(images), 4, 588)
 
 
 def ask(tiny_model):
-    """The shares lost if the reader tells three random pictures and the subjects of `CASES` right; reader, context."""
+    """The shares lost if the reader tells three random images and the subjects of `CASES` right; reader, context."""
     pipeline = MIGEPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     vision = torch.randn(3, 3, 28, 28, generator=generator)
@@ -73,10 +73,10 @@ def ask(tiny_model):
 
 
 def test_the_share_lost_is_none_of_the_truth_and_all_of_a_grey_guess():
-    pictures = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    told = patches(pictures)
-    assert pretraining.lost(told, pictures, 14) == 0
-    grey = float(pretraining.lost(told.mean(dim=(0, 1)).expand_as(told), pictures, 14))
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    told = patches(images)
+    assert pretraining.lost(told, images, 14) == 0
+    grey = float(pretraining.lost(told.mean(dim=(0, 1)).expand_as(told), images, 14))
     assert math.isclose(grey, 11 / 12, rel_tol=1e-5)  # twelve patches, and the variance divides by eleven
 
 
@@ -159,7 +159,7 @@ def test_the_encoder_learns_and_the_rest_stays(tiny_model, few_unseen, tmp_path)
         assert curve[1][name] < 0.9 * curve[0][name], name
 
 
-def test_the_reader_knows_as_many_pictures_as_an_instruction_of_the_world_shows():
+def test_the_reader_knows_as_many_images_as_an_instruction_of_the_world_shows():
     makers = [(kind, np.random.default_rng([n, seed])) for n, kind in enumerate(tasks.KINDS) for seed in range(20)]
     most = max(len(tasks.make(kind, rng, sprites.split()[0]).references) for kind, rng in makers)
     assert most == pretraining.MOST

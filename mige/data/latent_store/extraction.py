@@ -142,9 +142,9 @@ def _encode_jobs(
             kept = [(image, row) for image, row, whole in zip(good, rows, finite, strict=True) if whole]
             entries = [make_entry(image.job.key, image.file, image.size, row) for image, row in kept]
             part.add(np.concatenate([np.empty(0, ENTRY), *entries]), rows[finite])
-            remedy = "store float32 or check the VAE"
+            hint = "store float32 or check the VAE"
             failed += [
-                (image.job, f"its moments are not finite in {meta.dtype}", remedy)
+                (image.job, f"its moments are not finite in {meta.dtype}", hint)
                 for image, whole in zip(good, finite, strict=True)
                 if not whole
             ]
@@ -181,8 +181,8 @@ class _Images(Dataset):
         except BadImageError as error:
             return _Image(job, error=error)
         except OSError as error:
-            remedy = "correct the path or its permissions, or fetch the image"
-            return _Image(job, error=BadImageError(path, f"cannot be read ({error.strerror})", remedy))
+            hint = "correct the path or its permissions, or fetch the image"
+            return _Image(job, error=BadImageError(path, f"cannot be read ({error.strerror})", hint))
         return _Image(job, file, image.size, pixels)
 
 

@@ -100,7 +100,7 @@ def _local(path: Path, split: str) -> list[Path]:
 
 
 class SeedRows:
-    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its pictures."""
+    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its images."""
 
     def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
         self.exhausted, self.taken = False, position["rows"] if position else 0
@@ -108,7 +108,7 @@ class SeedRows:
         self.files = [file for path in given for file in ([path] if path.is_file() else _annotations(path))]
         for file in self.files:
             if not _seed_images(file).is_dir():
-                message = f"{file}: its pictures are expected in {_seed_images(file)}, which is no folder"
+                message = f"{file}: its images are expected in {_seed_images(file)}, which is no folder"
                 raise SourceError(f"{message}; extract the archive there (docs/data.md)")
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:

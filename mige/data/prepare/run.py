@@ -1,4 +1,4 @@
-"""A public data set -> a folder of records and pictures, by a run that may be killed and goes on where it stopped.
+"""A public data set -> a folder of records and images, by a run that may be killed and goes on where it stopped.
 
 The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a sample that was
 left out, with its reason) and summary.json (counts, and how far a killed run got).
@@ -20,13 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from mige.data.parsing import make_record
-from mige.data.prepare.sources import Box, Picture, Settings, SkippedSample, Source, SourceError, source_of
+from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
 from mige.utils.files import read_json_object
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
-ROWS_A_FOLDER = 1000  # pictures are spread over folders images/0000, images/0001, ...
+ROWS_A_FOLDER = 1000  # images are spread over folders images/0000, images/0001, ...
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Summary:
 def prepare(
     settings: Settings, folder: Path, *, limit: int | None = None, workers: int = 4, progress: bool = True
 ) -> Summary:
-    """Read the source from where the folder's last run stopped; write records, pictures, skipped.jsonl, summary.json.
+    """Read the source from where the folder's last run stopped; write records, images, skipped.jsonl, summary.json.
 
     limit: rows of the source to have read in the end, over all runs; None: all. workers: threads that decode and save.
 
-    A row is committed after its pictures are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
+    A row is committed after its images are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
     commit is cut off and made again. A finished folder is left alone. Raises SourceError for an unknown source or
     split, missing inputs or columns, an unreadable source, a folder of other settings or one in use, and OSError where
     writing fails (a full disk): run again to go on.
@@ -83,18 +83,18 @@ def prepare(
     return summary
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FolderAlbum:
-    """The `mige.data.prepare.sources.Album` of an output folder: where the pictures of one row go."""
+class FolderImageWriter:
+    """The `mige.data.prepare.sources.ImageWriter` of an output folder: where the images of one row go."""
 
     folder: Path  # the output folder
     stem: str  # images/0012/magicbrush-train-0012345
 
-    def store(self, name: str, cell: Any) -> Picture:
-        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; a picture of another format as PNG."""
+    def store(self, name: str, cell: Any) -> ImageFile:
+        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; an image of another format as PNG."""
         data = _bytes(cell, name)
         path = self._path(f"{name}{_suffix(data)}")
         image = _decode(data, path, name)
@@ -102,9 +102,9 @@ class FolderAlbum:
             path.unlink()
             path = path.with_suffix(".png")
             images.save_image(image, path)
-        return self._picture(path, image)
+        return self._image_file(path, image)
 
-    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[ImageFile]:
         """`<stem>_view0.jpg`, `<stem>_view1.jpg`, ..."""
         path = self._path("composite.raw")
         image = _decode(_bytes(cell, "image"), path, "image")
@@ -113,29 +113,29 @@ class FolderAlbum:
         for number, box in enumerate(boxes(*image.size)):
             view, path = image.crop(box), self._path(f"view{number}.jpg")
             images.save_image(view, path, quality=95, subsampling=0)
-            views.append(self._picture(path, view))
+            views.append(self._image_file(path, view))
         return views
 
-    def refer(self, path: Path) -> Picture:
-        """The picture where it lies, by its path relative to the output folder."""
+    def refer(self, path: Path) -> ImageFile:
+        """The image where it lies, by its path relative to the output folder."""
         try:
-            return self._picture(path, images.open_image(path))
+            return self._image_file(path, images.open_image(path))
         except images.BadImageError as error:
-            raise SkippedSample("missing picture" if not path.exists() else "damaged picture", str(error)) from error
+            raise SkippedSample("missing image" if not path.exists() else "damaged image", str(error)) from error
 
     def _path(self, name: str) -> Path:
         path = self.folder / f"{self.stem}_{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _picture(self, path: Path, image: Image.Image) -> Picture:
-        return Picture(os.path.relpath(path, self.folder), image.width, image.height)
+    def _image_file(self, path: Path, image: Image.Image) -> ImageFile:
+        return ImageFile(os.path.relpath(path, self.folder), image.width, image.height)
 
 
 def _bytes(cell: Any, name: str) -> bytes:
     data = cell.get("bytes") if isinstance(cell, Mapping) else None
     if not data:
-        raise SkippedSample("missing picture", f"{name} holds no bytes")
+        raise SkippedSample("missing image", f"{name} holds no bytes")
     return data
 
 
@@ -154,7 +154,7 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
         return images.open_image(path)
     except images.BadImageError as error:
         path.unlink()
-        raise SkippedSample("damaged picture", f"{name}: {error.message}") from error
+        raise SkippedSample("damaged image", f"{name}: {error.message}") from error
 
 
 # ---- the output folder -----------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
 def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
     """The lines of a row: records, and for each sample that is left out a line with its reason."""
     name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
-    album = FolderAlbum(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
+    writer = FolderImageWriter(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
-        samples = source.samples(row, album, settings)
+        samples = source.samples(row, writer, settings)
     except SkippedSample as left_out:
         samples = [left_out]
     lines = []
@@ -175,10 +175,10 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
         if not isinstance(sample, SkippedSample):
             record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
             _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
-            if not (faults := [f for f in issues if f.fatal]):
+            if not (errors := [f for f in issues if f.fatal]):
                 lines.append(record)
                 continue
-            sample = SkippedSample("no valid record", "; ".join(fault.message for fault in faults))
+            sample = SkippedSample("no valid record", "; ".join(error.message for error in errors))
         lines.append({**line, "reason": sample.reason, "detail": sample.detail})
     return lines
 

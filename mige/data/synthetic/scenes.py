@@ -119,7 +119,7 @@ class Scenes:
 
 
 def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -> Tensor:
-    """Pictures of P scenes, float32 [P, 3, side, side] in [-1, 1], drawn on `device`.
+    """Images of P scenes, float32 [P, 3, side, side] in [-1, 1], drawn on `device`.
 
     Everything that decides the shapes of the work is read on the CPU, so that a GPU is never waited for.
     """

@@ -94,10 +94,8 @@ def _generation(a: Author, kind: str, words: str, background: int, references, p
 # ---- edits with a subject ----------------------------------------------------------------------------------------
 
 
-def _subject_edit(
-    kind: str, prompt: str, pictures: tuple[Scene, Scene], source: int, target: Scene, new: Placed
-) -> Case:
-    return Case(kind, Task.SUBJECT_EDIT, prompt, target, pictures, source, (new,))
+def _subject_edit(kind: str, prompt: str, images: tuple[Scene, Scene], source: int, target: Scene, new: Placed) -> Case:
+    return Case(kind, Task.SUBJECT_EDIT, prompt, target, images, source, (new,))
 
 
 def _add_by_reference(a: Author) -> Case:
