@@ -22,11 +22,12 @@ def warm_up_batches(config: Config, pipeline: MIGEPipeline) -> Iterator[Training
 
     Their numbers of images differ, as those of real batches do.
     """
-    fusion, size = pipeline.fusion.config, config.train.batch_size
-    for number, width in enumerate(reversed(pipeline.model.encoder.widths)):
+    fusion, size, encoder = pipeline.fusion.config, config.train.batch_size, pipeline.model.encoder
+    widths = encoder.widths if encoder.pad_to > 1 else encoder.widths[-1:]  # the VAE alone sees none of them
+    for number, width in enumerate(reversed(widths)):
         yield collate([_sample(config, pipeline, width, 2 if place < number else 1) for place in range(size)])
     if fusion.num_queries:
-        yield collate([_sample(config, pipeline, pipeline.model.encoder.widths[0], 0) for _ in range(size)])
+        yield collate([_sample(config, pipeline, widths[0], 0) for _ in range(size)])
 
 
 def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> TrainingSample:
