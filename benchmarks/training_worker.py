@@ -68,7 +68,7 @@ class Samples(Dataset):
 
     def __getitem__(self, number: int) -> TrainingSample:
         generator = sample_generator(self.seed, number)
-        chance = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
+        randomness = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
         least = min(self.queries + 8, self.limit - 1)
         tokens = BENCH["tokens"] or int(torch.randint(least, self.limit + 1, (), generator=generator))
         words = torch.randint(3, self.vocabulary, (tokens - self.queries - 3,), generator=generator).tolist()
@@ -76,7 +76,7 @@ class Samples(Dataset):
         vision = torch.randn(1, 3, self.side, self.side, generator=generator)
         instruction = Instruction(((5, 6), (*words, 1)))
         name, moments = str(number), Moments(mean, std.abs())
-        return TrainingSample(name, name, Task.EDIT, 0, instruction, vision, None, moments, **chance)
+        return TrainingSample(name, name, Task.EDIT, 0, instruction, vision, None, moments, **randomness)
 
 
 class MeasuredTrainer(Trainer):

@@ -5,7 +5,7 @@
     python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
 
 The first two score the images that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
-samples.jsonl. The mini-bench makes its images itself and goes on where it was stopped; its report covers all that
+samples.jsonl. The mini-bench makes its images itself and resumes where it was stopped; its report covers all that
 RESULTS holds.
 """
 
@@ -24,7 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--results",
         type=command.folder_to_write,
         required=True,
-        help="run folder of infer.py; mini: to make or go on with",
+        help="run folder of infer.py; mini: to make or resume",
     )
     parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")

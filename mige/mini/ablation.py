@@ -68,7 +68,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 class AblationError(UserError, RuntimeError):
-    """Runs that cannot start or go on; the message says why and what to do."""
+    """Runs that cannot start or resume; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _train(plan: Plan, name: str, seed: int, lock: int) -> None:
         sys.exit(PREEMPTED)
     if code:
         raise AblationError(f"the training of {name}, seed {seed}, ended with exit code {code}: see {folder}/log.txt "
-                            "and the lines above; the same command goes on from its newest checkpoint")  # fmt: skip
+                            "and the lines above; the same command resumes from its newest checkpoint")  # fmt: skip
 
 
 def launch(trainer: Path, file: Path, folder: Path, overrides: Sequence[str], *passed: int) -> int:

@@ -364,9 +364,9 @@ def draw_curves(scores: Scores, entries: Sequence[Mapping], path: Path) -> None:
     most = max(len(seeds) for seeds in scores.seeds.values())
     band = "lines are means over seeds, bands reach from the lowest to the highest" if most > 1 else "1 seed, no band"
     figure.suptitle(f"Unseen subjects; {band}", fontsize=11)
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    tmp = path.with_name(f".{path.name}.part")
+    figure.savefig(tmp, format="png")
+    tmp.replace(path)
 
 
 def _draw_line(axis, name: str, rows: Sequence[Mapping]):

@@ -31,7 +31,7 @@ LEGEND = (
     "to edit, given back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. "
     "Of VAE: the mean as a share of that bound."
 )
-EACH = 3  # cases shown as best, median and worst of a kind
+NUM_SHOWN = 3  # cases shown as best, median and worst of a kind
 _OVERVIEW = ("success", "identity", "background", "l1_outside")
 _RANKED_SHARES, _RANKED_ERRORS = ("success", "identity", "background"), ("l1_inside", "l1_outside")
 
@@ -157,7 +157,7 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
 
 def _extremes(rows: Sequence[Mapping]) -> list[tuple[str, Sequence[Mapping]]]:
     """(best, median, worst) of ranked rows, as many of each, no row twice."""
-    each = max(1, min(EACH, len(rows) // 3))
+    each = max(1, min(NUM_SHOWN, len(rows) // 3))
     middle = (len(rows) - each) // 2
     groups = {"best": range(each), "worst": range(max(each, len(rows) - each), len(rows))}
     median = [i for i in range(middle, middle + each) if not any(i in group for group in groups.values())]

@@ -83,8 +83,8 @@ def start_from(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
     """
     vae, tokenizer = trained_parts(model, sizes)
     parts = fresh_parts(sizes, seed) | {"vae": vae}
-    with atomic_directory(folder) as beside:
-        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)
+    with atomic_directory(folder) as tmp:
+        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(tmp)
 
 
 def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None:
@@ -104,5 +104,5 @@ def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
             raise CheckpointError(f"{model}: its {name} is not of the config's sizes ({len(other)} tensors differ, the "
                                   f"first {other[0]}): make them equal, or start from another model")  # fmt: skip
         part.load_state_dict(own | fits)
-    with atomic_directory(folder) as beside:
-        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(beside)
+    with atomic_directory(folder) as tmp:
+        MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(tmp)

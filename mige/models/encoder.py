@@ -82,11 +82,9 @@ class MultimodalEncoder(nn.Module):
         """
         images_RQC = self.encode_images(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, images_RQC)
-        if not len(vision_RCHW) and self.training and self.fusion.config.num_queries:
+        if not len(vision_RCHW) and self.training and torch.is_grad_enabled() and self.fusion.config.num_queries:
             embeds_BLC = embeds_BLC + self._unseen(patches_RNC)
-        embeds_BLC = _in_dtype_of(self.text_encoder, embeds_BLC)
-        context_BLC = self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=_additive(mask_BL, embeds_BLC.dtype))
-        return context_BLC.last_hidden_state, mask_BL
+        return self.encode_text(_in_dtype_of(self.text_encoder, embeds_BLC), mask_BL), mask_BL
 
     def encode_images(self, vision_RCHW: Tensor, patches_RNC: Tensor) -> Tensor:
         """Images [R, 3, 224, 224] and patch features [R, N, 1152] -> text-like tokens [R, Q, 4096]."""
@@ -115,6 +113,11 @@ class MultimodalEncoder(nn.Module):
         dtype = _matrix_dtype(self.image_encoder)
         with torch.autocast(vision_RCHW.device.type, dtype) if dtype in _HALF else nullcontext():
             return self.image_encoder(vision_RCHW.to(self.image_encoder.dtype)).last_hidden_state
+
+    def encode_text(self, embeds_BLC: Tensor, mask_BL: Tensor) -> Tensor:
+        """T5: embeddings [B, L, 4096] and their mask, int64 [B, L] -> context [B, L, 4096]."""
+        added_B11L = _additive(mask_BL, embeds_BLC.dtype)
+        return self.text_encoder(inputs_embeds=embeds_BLC, attention_mask=added_B11L).last_hidden_state
 
     def interleave(self, instructions: Sequence[Instruction], images_RQC: Tensor) -> tuple[Tensor, Tensor]:
         """Splice the images between the word embeddings; cut at the token limit, pad to the longest.

@@ -279,7 +279,7 @@ def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, ste
         batch=settings.batch_size,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
-        accumulate=settings.gradient_accumulation_steps,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         start=step,
     )
     return DataLoader(

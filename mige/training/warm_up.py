@@ -35,7 +35,7 @@ def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> 
     queries, side = pipeline.fusion.config.num_queries, pipeline.image_encoder.config.image_size
     images = min(images, (width - 1) // max(queries, 1))
     shape, levels = pipeline.latent_shape(config.data.size, config.data.size), config.train.noise_levels
-    chance = sample_randomness(sample_generator(0, images), 1 + images, shape, Dropout(), levels, 1000)
+    randomness = sample_randomness(sample_generator(0, images), 1 + images, shape, Dropout(), levels, 1000)
     words, stored = (1,) * (width - images * queries), config.data.features is not None
     pixels, moments = torch.zeros(1 + images, 3, *[config.data.size] * 2), torch.zeros(1 + images, *shape)
     return TrainingSample(
@@ -47,7 +47,7 @@ def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> 
         torch.zeros(images, 3, side, side),
         None if stored else pixels,
         Moments(moments, moments) if stored else None,
-        **chance,
+        **randomness,
     )
 
 

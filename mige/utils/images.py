@@ -25,7 +25,20 @@ from mige.utils.colour import to_rgb
 from mige.utils.files import sync_folder
 from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
 from mige.utils.path_hints import path_hint
-from mige.utils.pixels import CLIP_MEAN, CLIP_STD, center_crop, check_shape, letterbox, to_pil, to_pixels, vision_pixels
+from mige.utils.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    center_crop,
+    check_shape,
+    letterbox,
+    pixels_of,
+    to_levels,
+    to_pil,
+    to_pixels,
+    vision_levels,
+    vision_pixels,
+    vision_pixels_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +56,14 @@ __all__ = [
     "image_size",
     "letterbox",
     "open_image",
+    "pixels_of",
     "save_image",
+    "to_levels",
     "to_pil",
     "to_pixels",
+    "vision_levels",
     "vision_pixels",
+    "vision_pixels_of",
 ]
 
 # What Pillow's decoders let through for damaged data, besides OSError; RuntimeError is AVIF's.
@@ -197,7 +214,7 @@ def _decoding(pixels: int) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file with something in it; a pipe, for one, would block for ever."""
+    """Refuse what is no file with something in it; a pipe, for one, would block forever."""
     try:
         status = path.stat()
     except FileNotFoundError as error:

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from mige.data.prepare import sources
 from mige.data.prepare.run import prepare
 from mige.data.prepare.sources import Settings, SkippedSample, SourceError, edit_prompt, subject_prompt
 from mige.tasks import Task
+from mige.utils.files import FolderInUseError, folder_lock
 from mige.utils.images import open_image
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -166,9 +168,9 @@ def test_subject_prompt(description, item, prompt):
     ],
 )
 def test_prompts_that_cannot_be_made(make, arguments, reason):
-    with pytest.raises(SkippedSample) as left_out:
+    with pytest.raises(SkippedSample) as skipped:
         make(*arguments)
-    assert left_out.value.reason == reason
+    assert skipped.value.reason == reason
 
 
 # ---- the four sources ------------------------------------------------------------------------------------------------
@@ -221,8 +223,8 @@ def test_instructpix2pix(tmp_path, monkeypatch, capsys):
     ]
     found = summary(out)
     assert (found["finished"], found["rows"], found["written"]) == (True, 6, 2)
-    assert found["left_out"] == {"damaged image": 2, "empty instruction": 1, "missing image": 1}
-    assert "6 rows read, 2 records written, 4 samples left out (finished)" in capsys.readouterr().out
+    assert found["skipped"] == {"damaged image": 2, "empty instruction": 1, "missing image": 1}
+    assert "6 rows read, 2 records written, 4 samples skipped (finished)" in capsys.readouterr().out
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.raw"))
 
 
@@ -310,7 +312,7 @@ def test_subjects200k(tmp_path, monkeypatch):
         ("0000001-1", "The<imagehere>in snow", Task.SUBJECT),
     ]
     assert records[0].target == records[1].references[0] and records[1].target == records[0].references[0]
-    assert summary(out)["left_out"] == {
+    assert summary(out)["skipped"] == {
         "composite of unexpected size": 1,
         "damaged image": 1,
         "description does not mention its item": 3,
@@ -427,8 +429,8 @@ def test_other_settings_lost_records_and_a_second_writer_are_refused(tmp_path):
     prepare(settings, out, progress=False)
     with pytest.raises(SourceError, match="min_quality: 5 there, 3 now"):
         prepare(Settings("instructpix2pix", (str(file),), min_quality=3), out)
-    with preparing._sole_writer(out), pytest.raises(SourceError, match="another run is writing"):
-        prepare(settings, out)
+    with folder_lock(out), ThreadPoolExecutor(1) as other, pytest.raises(FolderInUseError, match="another run writes"):
+        other.submit(prepare, settings, out).result()
     os.truncate(out / "records.jsonl", 5)
     with pytest.raises(SourceError, match=r"records.jsonl has 5 bytes, summary.json speaks of \d+"):
         prepare(settings, out)
@@ -468,6 +470,17 @@ def test_another_version_of_datasets_resumes_by_counting(tmp_path, three_files):
     (out / "summary.json").write_text(json.dumps(state))
     prepare(three_files, out, progress=False)
     assert [line["row"] for line in lines(out / "records.jsonl")] == [n for n in range(110) if n % 7 != 3]
+
+
+def test_a_folder_of_version_0_1_0_resumes(tmp_path, three_files):
+    """Its summary.json counts what was skipped under another key, and calls images pictures."""
+    once, out = tmp_path / "once", tmp_path / "out"
+    prepare(three_files, once, progress=False)
+    prepare(three_files, out, limit=45, progress=False)
+    state = summary(out)
+    state["left_out"] = state.pop("skipped") | {"missing picture": 2}
+    (out / "summary.json").write_text(json.dumps(state))
+    assert prepare(three_files, out, progress=False).skipped == summary(once)["skipped"] | {"missing image": 2}
 
 
 def _die_at(count, settings, folder):
@@ -519,7 +532,7 @@ def test_kill_9_of_the_script(tmp_path, monkeypatch, capsys):
     with (out / "records.jsonl").open("a") as file_:
         file_.write('{"id": "half a li')
     script(monkeypatch, *arguments)
-    assert "400 rows read, 400 records written, 0 samples left out (finished)" in capsys.readouterr().out
+    assert "400 rows read, 400 records written, 0 samples skipped (finished)" in capsys.readouterr().out
     assert [line["row"] for line in lines(out / "records.jsonl")] == list(range(400))
 
 

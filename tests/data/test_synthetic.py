@@ -69,9 +69,9 @@ def test_a_subject_stands_where_it_is_placed():
 
 
 def test_mirrored_and_recoloured_subjects():
-    lopsided = next(n for n in SEEN if sprites.is_lopsided()[n])
+    asymmetric = next(n for n in SEEN if sprites.is_asymmetric()[n])
     plain, mirrored, swapped = (
-        render(Scene(22, VARIANT, (Placed(lopsided, 64, 64, 70, **how),)))
+        render(Scene(22, VARIANT, (Placed(asymmetric, 64, 64, 70, **how),)))
         for how in ({}, {"flip": True}, {"colour": SWAPS[3]})
     )
     assert (plain - mirrored).abs().mean() > 0.02
@@ -141,8 +141,8 @@ def test_what_a_reference_shows_is_in_the_answer(kind):
 
 
 @pytest.mark.parametrize("kind", ["one_reference", "two_references", "add_by_reference", "replace_by_reference"])
-def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind):
-    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+def test_training_augments_subjects_that_stand_alike_in_reference_and_answer(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, augment=True) for seed in range(200)]
     plain = [tasks.make(kind, np.random.default_rng(seed), SEEN) for seed in range(200)]
     asked = [s for one in made for s in one.asked]
     for one in made:
@@ -152,17 +152,17 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
             assert np.array_equal(a.colour, b.colour) and a.sprite != a.other
     joined = sum(s.other >= 0 for s in asked) / len(asked)
     turned = sum(abs(s.angle) > 12 for s in asked) / len(asked)
-    assert joined == pytest.approx(author.INVENTED * 2 / 3, abs=0.1)
-    assert turned == pytest.approx(author.INVENTED * 3 / 4, abs=0.1)
+    assert joined == pytest.approx(author.AUGMENTED * 2 / 3, abs=0.1)
+    assert turned == pytest.approx(author.AUGMENTED * 3 / 4, abs=0.1)
     for one in plain:  # the benchmark's way
         assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
 
 
 @pytest.mark.parametrize("kind", ["move", "scale", "flip", "recolour", "replace", "remove", "add_relative"])
-def test_training_invents_what_is_edited_and_calls_it_by_its_place(kind):
-    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+def test_training_augments_what_is_edited_and_calls_it_by_its_place(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, augment=True) for seed in range(200)]
     standing = [s for one in made for s in one.references[0].subjects]
-    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(author.INVENTED_THERE * 2 / 3, abs=0.1)
+    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(author.AUGMENTED_THERE * 2 / 3, abs=0.1)
     for one in made:
         first = one.references[0].subjects[0]
         if first.other >= 0 or abs(first.angle) > 45:
@@ -176,7 +176,7 @@ def test_unseen_subjects_stay_unseen():
     assert set(SEEN) | set(UNSEEN) == set(range(len(sprites.names())))
     held_out, shown = {sprites.names()[n] for n in UNSEEN}, set()
     for seed in range(1500):
-        one = tasks.sample(np.random.default_rng(seed), SEEN, invent=seed % 2 == 0)
+        one = tasks.sample(np.random.default_rng(seed), SEEN, augment=seed % 2 == 0)
         shown |= numbers(one)
     assert shown <= set(SEEN) and len(shown) > 0.9 * len(SEEN)
     for kind in tasks.KINDS:
@@ -224,7 +224,7 @@ def test_cases_on_disk_are_records_with_the_drawn_images(tmp_path, unseen):
     mixture = {kind: weight for kind, weight in tasks.MIXTURE.items() if kind != "text_to_image"}
     for number, record in enumerate(records):
         rng, subjects = np.random.default_rng([5, number]), UNSEEN if unseen else SEEN
-        one = tasks.sample(rng, subjects, mixture, invent=not unseen)  # as training does
+        one = tasks.sample(rng, subjects, mixture, augment=not unseen)  # as training does
         assert record.task is one.task and record.prompt == one.prompt and record.id.startswith(one.kind)
         source = None if record.source is None else record.references.index(record.source)
         assert source == one.source
@@ -273,7 +273,7 @@ def test_the_stream_is_a_function_of_seed_and_counter(stream):
     assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(total))
 
 
-def test_the_stream_invents_subjects(stream):
+def test_the_stream_augments_subjects(stream):
     scenes = [scene for index in range(60) for scene in stream[index][1]]
     assert any(s.other >= 0 for scene in scenes for s in scene.subjects)
 

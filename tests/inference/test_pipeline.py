@@ -314,8 +314,10 @@ def test_output_types_are_one_image(pipe, photos):
     decoded = pipe.decode(latent)
     assert tensor.shape == (1, 3, 128, 128) and torch.equal(tensor, (decoded / 2 + 0.5).clamp(0, 1))
     assert isinstance(pil[0], Image.Image) and pil[0].tobytes() == images.to_pil(decoded)[0].tobytes()
-    with pytest.raises(ValueError, match="output_type must be 'pil', 'pt' or 'latent', got 'np'"):
-        made("np")
+    array = made("np")
+    assert array.shape == (1, 128, 128, 3) and (array == tensor.permute(0, 2, 3, 1).numpy()).all()
+    with pytest.raises(ValueError, match="output_type must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"):
+        made("jpg")
 
 
 def test_seeds(pipe, photos):

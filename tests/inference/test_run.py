@@ -150,7 +150,7 @@ def test_generators_of_records():
     assert record_generator(0, "cat").initial_seed() == 8534018142825387843
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_does_nothing_but_the_missing(pipe, records, finished, tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_other_settings_in_the_same_folder(pipe, records, finished, change):
 
 @pytest.mark.parametrize("name", ["model", "lora"])
 def test_one_folder_however_it_is_written(tmp_path, name):
-    """`--model x/` goes on with a run of `--model x`; another folder does not."""
+    """`--model x/` resumes a run of `--model x`; another folder does not."""
     write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
     for spelling in ("models/x", "models/x/", "./models/x", "models//x/."):
         inference.check_folder(tmp_path, replace(SETTINGS, **{name: spelling}), [])

@@ -97,7 +97,7 @@ def test_three_processes_share_a_run(model, records, alone, tmp_path):
     check_whole(tmp_path / "out", alone)
 
 
-def test_a_process_dies_and_two_new_ones_go_on(model, records, alone, tmp_path):
+def test_a_process_dies_and_two_new_ones_resume(model, records, alone, tmp_path):
     out = tmp_path / "out"
     process = launch(2, *arguments(model, records, out, 3), forked=False)  # the launcher's own ways of ending them
     lines = lambda: [line for part in out.glob("results-*.jsonl") for line in part.read_text().splitlines()]  # noqa: E731

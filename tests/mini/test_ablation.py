@@ -603,7 +603,7 @@ def test_what_the_ablations_start_from(toy, tiny_model, forked_trainings, tmp_pa
         run_script(*script)
 
 
-def test_the_published_scores_can_be_gone_on_with(monkeypatch):
+def test_the_published_scores_can_be_resumed(monkeypatch):
     """The shipped start, the config and the defaults give the settings that mige/mini/published was made with."""
     published, base = ROOT / "mige" / "mini" / "published", ROOT / "output" / "pretrained_models" / "ablation-base"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # they were made in bf16

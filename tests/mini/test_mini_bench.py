@@ -1,4 +1,4 @@
-"""The mini-bench: the truth scores full marks and a copy none, a stopped run goes on, the report shows every kind."""
+"""The mini-bench: the truth scores full marks and a copy none, a stopped run resumes, the report shows every kind."""
 
 import json
 import shutil

@@ -58,9 +58,9 @@ def small_images(monkeypatch):
     monkeypatch.setattr(vae_training, "draw", partial(vae_training.draw, side=64))
 
 
-def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, small_images, tmp_path):
+def test_finetuning_the_vae_of_a_model_keeps_the_rest(tiny_model, small_images, tmp_path):
     few = ("--steps", 2, "--batch", 4, "--workers", 0, "--device", "cpu")
-    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *few)
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--finetune", tiny_model, *few)
     before, after = (MIGEPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "on"))
     kept, there = before.model.state_dict(), after.model.state_dict()
     assert kept.keys() == there.keys() and all(torch.equal(kept[key], there[key]) for key in kept)
@@ -81,7 +81,7 @@ def test_another_vae_takes_its_place_untrained(tiny_model, small_images, tmp_pat
     other = with_posterior(MIGEPipeline.from_pretrained(tiny_model).vae, 0.5, 0.1)
     other.save_pretrained(tmp_path / "vae")
     none = ("--vae", tmp_path / "vae", "--steps", 0, "--batch", 4, "--workers", 0, "--device", "cpu")
-    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *none)
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--finetune", tiny_model, *none)
     after = MIGEPipeline.from_pretrained(tmp_path / "on").vae
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in after.state_dict().items())
     assert math.isclose(after.config.scaling_factor, 10, rel_tol=0.01)  # its latents are noise of deviation 0.1

@@ -220,7 +220,7 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
     got = pipe.encode(inputs)
     used, encoder = [0, 4, 5], pipe.model.encoder
     with torch.no_grad():
-        filled = inputs.vision_RCHW, encode_references(pipe.vae, inputs, torch.device("cpu"))
+        filled = images.vision_pixels_of(inputs.vision_RHWC), encode_references(pipe.vae, inputs, torch.device("cpu"))
         vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
         vision[used], references[used] = filled
         embeddings = encoder.encode_images(vision, pipe.model.patchify(references))

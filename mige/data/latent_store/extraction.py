@@ -23,7 +23,7 @@ from mige.utils import images
 from mige.utils.files import absolute
 from mige.utils.images import BadImageError
 
-_AT_ONCE = 8  # images through the VAE: fixed, as a network's last bits depend on the shape of its input
+_CHUNK = 8  # images through the VAE: fixed, as a network's last bits depend on the shape of its input
 
 
 def distinct_crops(records: Iterable[Record]) -> dict[Crop, str]:
@@ -199,7 +199,7 @@ def _encode(vae: AutoencoderKL, batch: Sequence[_Image], batch_size: int, meta: 
     for place, image in zip(pixels[: len(batch)], batch, strict=True):
         place.copy_(image.pixels)
     try:
-        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
+        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_CHUNK)]
     except torch.OutOfMemoryError as error:
         raise StoreError(f"out of memory with {batch_size} images at a time: give a smaller batch size") from error
     rows = torch.cat([torch.stack([m.mean, m.std], dim=1) for m in moments])[: len(batch)].float().cpu().numpy()

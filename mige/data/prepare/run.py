@@ -1,10 +1,9 @@
-"""A public data set -> a folder of records and images, by a run that may be killed and goes on where it stopped.
+"""A public data set -> a folder of records and images, by a run that may be killed and resumes where it stopped.
 
-The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a sample that was
-left out, with its reason) and summary.json (counts, and how far a killed run got).
+The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a skipped
+sample, with its reason) and summary.json (counts, and how far a killed run got).
 """
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from mige.data.parsing import make_record
 from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
-from mige.utils.files import read_json_object
+from mige.utils.files import folder_lock, read_json_object
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
@@ -31,22 +30,22 @@ ROWS_A_FOLDER = 1000  # images are spread over folders images/0000, images/0001,
 
 @dataclass
 class Summary:
-    """What became of the rows so far. A sample is a would-be record; a row that is left out whole counts as one."""
+    """What became of the rows so far. A sample is a would-be record; a row that is skipped whole counts as one."""
 
     settings: dict[str, Any]
     finished: bool = False  # the source has no further rows
     rows: int = 0
     written: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # samples by reason
+    skipped: dict[str, int] = field(default_factory=dict)  # samples by reason
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the .jsonl files that are accounted for
-    position: dict[str, Any] | None = None  # where the reader goes on
+    position: dict[str, Any] | None = None  # where the reader resumes
 
     def text(self) -> str:
         """Counts in and out, a line a reason."""
-        total = sum(self.left_out.values())
+        total = sum(self.skipped.values())
         state = "finished" if self.finished else "unfinished"
-        lines = [f"{self.rows} rows read, {self.written} records written, {total} samples left out ({state})"]
-        lines += [f"{count:9d}  {reason}" for reason, count in Counter(self.left_out).most_common()]
+        lines = [f"{self.rows} rows read, {self.written} records written, {total} samples skipped ({state})"]
+        lines += [f"{count:9d}  {reason}" for reason, count in Counter(self.skipped).most_common()]
         return "\n".join(lines)
 
 
@@ -60,11 +59,11 @@ def prepare(
     A row is committed after its images are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
     commit is cut off and made again. A finished folder is left alone. Raises SourceError for an unknown source or
     split, missing inputs or columns, an unreadable source, a folder of other settings or one in use, and OSError where
-    writing fails (a full disk): run again to go on.
+    writing fails (a full disk): run again to resume.
     """
     source = source_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(folder):
+    with folder_lock(folder):
         summary = _open(folder, settings)
         if summary.finished or (limit is not None and summary.rows >= limit):
             return summary
@@ -161,13 +160,13 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
 
 
 def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
-    """The lines of a row: records, and for each sample that is left out a line with its reason."""
+    """The lines of a row: records, and for each skipped sample a line with its reason."""
     name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
     writer = FolderImageWriter(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
         samples = source.samples(row, writer, settings)
-    except SkippedSample as left_out:
-        samples = [left_out]
+    except SkippedSample as skipped:
+        samples = [skipped]
     lines = []
     for place, sample in enumerate(samples):
         sample_id = name if len(samples) == 1 else f"{name}-{place}"
@@ -189,10 +188,13 @@ def _open(folder: Path, settings: Settings) -> Summary:
     summary = Summary(ours, sizes={RECORDS: 0, SKIPPED: 0})
     if (folder / SUMMARY).exists():
         try:
-            last = Summary(**read_json_object(folder / SUMMARY))
+            saved = read_json_object(folder / SUMMARY)
+            if "left_out" in saved:  # version 0.1.0's names
+                saved["skipped"] = {k.replace("picture", "image"): n for k, n in saved.pop("left_out").items()}
+            last = Summary(**saved)
             if not isinstance(last.settings, dict) or not isinstance(last.sizes, dict) or type(last.rows) is not int:
                 raise ValueError(f"{folder / SUMMARY}: not the summary of a run")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             advice = "it says how far the run came: restore it, or use another --output"
             raise SourceError(f"{folder / SUMMARY} is damaged or another file ({error}); {advice}") from error
         summary = last if last.rows else summary  # a run without a commit binds nobody
@@ -227,7 +229,7 @@ def _commit(folder: Path, summary: Summary, lines: list[dict], rows: int, positi
         summary.sizes[name] += len(text)
     summary.rows += rows
     summary.written += len(records)
-    summary.left_out = dict(sorted((Counter(summary.left_out) + Counter(line["reason"] for line in skipped)).items()))
+    summary.skipped = dict(sorted((Counter(summary.skipped) + Counter(line["reason"] for line in skipped)).items()))
     summary.position = position
     _save(folder, summary)
 
@@ -256,13 +258,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-
-
-@contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SourceError(f"{folder}: another run is writing there; wait for it or use another --output") from error
-        yield

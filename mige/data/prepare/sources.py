@@ -150,8 +150,8 @@ def _subjects200k(row: Mapping[str, Any], writer: ImageWriter, settings: Setting
     samples = []
     for view, prompt in enumerate(prompts):
         extra = {"item": item, "caption": texts[view], "collection": row["collection"]}
-        left_out = isinstance(prompt, SkippedSample)
-        samples.append(prompt if left_out else _subject(prompt, views[1 - view], views[view], **extra))
+        is_skipped = isinstance(prompt, SkippedSample)
+        samples.append(prompt if is_skipped else _subject(prompt, views[1 - view], views[view], **extra))
     return samples
 
 
@@ -213,8 +213,8 @@ def _attempt(make: Callable[..., Any], *args: Any) -> Any:
     """What `make` returns, or the SkippedSample that it raises."""
     try:
         return make(*args)
-    except SkippedSample as left_out:
-        return left_out
+    except SkippedSample as skipped:
+        return skipped
 
 
 @dataclass(frozen=True)

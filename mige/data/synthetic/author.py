@@ -24,9 +24,9 @@ PLACES = (
 SIZES = {"small": 28, "": 38, "large": 50}
 HUGE = 76  # fits the centre only
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-INVENTED = 0.7
-"""Share of the referenced subjects that `invented` is asked for; one of twelve of these comes back as it is drawn."""
-INVENTED_THERE = 0.5
+AUGMENTED = 0.7
+"""Share of the referenced subjects that `augmented` is asked for; one of twelve of these comes back as it is drawn."""
+AUGMENTED_THERE = 0.5
 """Share of what stands in the images to edit; the rest must do for learning names."""
 
 
@@ -52,8 +52,8 @@ class Case:
 class Author:
     """Draws the pieces of a case: scenes, subjects, words."""
 
-    def __init__(self, rng: np.random.Generator, subjects: Sequence[int], invent: bool):
-        self.rng, self.subjects, self.invent = rng, subjects, invent
+    def __init__(self, rng: np.random.Generator, subjects: Sequence[int], augment: bool):
+        self.rng, self.subjects, self.augment = rng, subjects, augment
         self.named = set(sprites.split()[0])
         self.used: set[int] = set()
 
@@ -69,11 +69,11 @@ class Author:
         """Uniform in [-spread, spread]."""
         return float(self.rng.uniform(-spread, spread))
 
-    def subject(self, *, named: bool = False, lopsided: bool = False) -> int:
+    def subject(self, *, named: bool = False, asymmetric: bool = False) -> int:
         """A subject that this case does not show yet; `named`: one whose name the model can know."""
         while True:
             number = int(self.pick(sprites.split()[0] if named else self.subjects))
-            if number not in self.used and (not lopsided or sprites.is_lopsided()[number]):
+            if number not in self.used and (not asymmetric or sprites.is_asymmetric()[number]):
                 self.used.add(number)
                 return number
 
@@ -97,14 +97,14 @@ class Author:
         size = float(self.rng.uniform(*sizes))
         turned = self.scatter(12), self.chance(0.5)
         placed = Placed(number, x + self.scatter(5), y + self.scatter(5), size, *turned, colour)
-        return self.invented(placed) if self.invent and self.chance(INVENTED_THERE) else placed
+        return self.augmented(placed) if self.augment and self.chance(AUGMENTED_THERE) else placed
 
     def scene(self, many: int | None = None, **first) -> tuple[Scene, list[int]]:
         """A scene of one to four subjects and their places; `first` is about the first subject."""
         many = int(self.rng.integers(1, 5)) if many is None else many
         places = self.places(many)
-        lopsided = first.pop("lopsided", False)
-        numbers = [self.subject(lopsided=lopsided and i == 0) for i in range(many)]
+        asymmetric = first.pop("asymmetric", False)
+        numbers = [self.subject(asymmetric=asymmetric and i == 0) for i in range(many)]
         traits = [first, *[{}] * many][:many]
         placed = [self.there(n, p, **t) for n, p, t in zip(numbers, places, traits, strict=True)]
         return Scene(self.background(), self.variant(), tuple(placed)), places
@@ -113,13 +113,13 @@ class Author:
         """An image of one subject alone, large, and the subject as it will appear elsewhere."""
         swap = self.pick(SWAPS) if self.chance(0.5) else SWAPS[0]
         subject = Placed(self.subject(), SIDE / 2, SIDE / 2, SIZES[""], self.scatter(12), self.chance(0.5), swap)
-        subject = self.invented(subject) if self.invent and self.chance(INVENTED) else subject
+        subject = self.augmented(subject) if self.augment and self.chance(AUGMENTED) else subject
         ground = backgrounds.PLAIN_WHITE if self.chance(0.4) else self.pick(backgrounds.PLAIN)
         size = float(self.rng.uniform(88, 116))
         shown = replace(subject, x=64 + self.scatter(5), y=64 + self.scatter(5), size=size)
         return Scene(ground, self.variant(), (shown,)), subject
 
-    def invented(self, subject: Placed) -> Placed:
+    def augmented(self, subject: Placed) -> Placed:
         """A new subject made of it: turned by quarters, in two of three cases joined with another drawing."""
         turned = replace(subject, angle=subject.angle + 90 * int(self.rng.integers(4)))
         if self.chance(1 / 3):

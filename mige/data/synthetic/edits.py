@@ -115,7 +115,7 @@ def _scale(a: Author) -> Case:
 
 
 def _flip(a: Author) -> Case:
-    scene, places = a.scene(plain=True, lopsided=True)
+    scene, places = a.scene(plain=True, asymmetric=True)
     old = scene.subjects[0]
     new = replace(old, flip=not old.flip, angle=-old.angle)  # the mirror image of what is seen
     prompt = a.pick(("flip {} in{} horizontally", "mirror {} in{}", "turn {} in{} the other way round"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from mige.data.synthetic import backgrounds, sprites
 
 SIDE = 128
-MOST = 5
+MAX_SUBJECTS = 5
 """Subjects a scene holds at most."""
 PLAIN_COLOUR = np.eye(3, dtype=np.float32)
 SWAPS = tuple(np.eye(3, dtype=np.float32)[list(order)] for order in
@@ -101,9 +101,9 @@ class Scenes:
     def stack(cls, scenes: Sequence[Scene]) -> "Scenes":
         """Scenes of at most S subjects each, in the order given."""
         many = len(scenes)
-        sprite = np.full((many, MOST), -1, dtype=np.int64)
-        place, colour = np.zeros((many, MOST, 5), np.float32), np.zeros((many, MOST, 3, 3), np.float32)
-        other, cut = np.full((many, MOST), -1, dtype=np.int64), np.zeros((many, MOST, 3), np.float32)
+        sprite = np.full((many, MAX_SUBJECTS), -1, dtype=np.int64)
+        place, colour = np.zeros((many, MAX_SUBJECTS, 5), np.float32), np.zeros((many, MAX_SUBJECTS, 3, 3), np.float32)
+        other, cut = np.full((many, MAX_SUBJECTS), -1, dtype=np.int64), np.zeros((many, MAX_SUBJECTS, 3), np.float32)
         for row, scene in enumerate(scenes):
             for slot, s in enumerate(scene.subjects):
                 sprite[row, slot], colour[row, slot] = s.sprite, s.colour
@@ -126,7 +126,7 @@ def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -
     device = torch.device(device)
     kinds = scenes.background.unique().tolist()
     there, big = scenes.sprite >= 0, scenes.place[..., 2] > sprites.BIG_FROM  # [P, S]
-    layers = [(sheet, slot) for slot in range(MOST) for sheet in range(2)]
+    layers = [(sheet, slot) for slot in range(MAX_SUBJECTS) for sheet in range(2)]
     chosen = [scenes.background == kind for kind in kinds]
     chosen += [(there & (~big if sheet else big))[:, slot] for sheet, slot in layers]
     rows = _upload([one.nonzero().flatten() for one in chosen], device)

@@ -20,23 +20,23 @@ def sample(
     subjects: Sequence[int],
     mixture: Mapping[str, float] | None = None,
     *,
-    invent: bool = False,
+    augment: bool = False,
 ) -> Case:
     """A case of a kind drawn by the weights of `mixture` (default `MIXTURE`); the rest as `make`."""
     mixture = MIXTURE if mixture is None else mixture
     weights = np.array(list(mixture.values()), dtype=float)
     kind = list(mixture)[int(rng.choice(len(weights), p=weights / weights.sum()))]
-    return make(kind, rng, subjects, invent=invent)
+    return make(kind, rng, subjects, augment=augment)
 
 
-def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, invent: bool = False) -> Case:
+def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, augment: bool = False) -> Case:
     """A case of one kind about the given subjects; those that are called by a name are always seen ones.
 
-    invent: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
+    augment: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
     turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins images), or both.
     A model that has only some hundred drawings to learn from remembers them else, and doesn't look at a new one.
     """
-    return KINDS[kind](Author(rng, subjects, invent))
+    return KINDS[kind](Author(rng, subjects, augment))
 
 
 # ---- from words and references to a new image --------------------------------------------------------------------
