@@ -1,6 +1,7 @@
 """Nothing is compiled after the warm-up, whatever lengths the prompts have and however many images there are."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -39,10 +40,13 @@ def varied_records(folder, many: int):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_warm_up(tiny_model, tmp_path, graphs_alone):
-    """50 batches of two samples; the warm-up leaves no trace: losses are those without compiling."""
+def test_nothing_is_compiled_after_the_warm_up(tiny_model, tmp_path, graphs_alone, caplog):
+    """50 batches of two samples; the warm-up takes a batch a width and leaves no trace: losses are as uncompiled."""
+    caplog.set_level(logging.INFO, "mige")
     steps = ("train.steps=50", "train.checkpoint_every=50", "train.ema=None", varied_records(tmp_path, 37))
     assert build(tiny_model, tmp_path / "compiled", *steps, ALL).run() == 0
+    warm = [line.split(":")[1].strip() for line in caplog.messages if "graphs compiled" in line]
+    assert warm == ["width 128", "width 64", "width 64 without images"]
     lines = metrics(tmp_path / "compiled")
     assert len(lines) == 50 and {line["recompiles"] for line in lines} == {0}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 8  # and something was compiled
