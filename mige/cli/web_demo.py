@@ -21,6 +21,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--public-host", action="append", default=[], metavar="NAME",
+        help="a name by which visitors reach the page, as mige.example.org; may be given again",
+    )  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     args = parser.parse_args(argv)
@@ -42,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    with serving(GenerationService(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
+    service = GenerationService(pipeline, folder.resolve().name)
+    with serving(service, host=args.host, port=args.port, public_hosts=args.public_host) as address:
         print(f"Open {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 
