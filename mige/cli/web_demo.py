@@ -7,6 +7,7 @@ Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/
 """
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")
+    for name in args.public_host:
+        if not re.fullmatch(r"[\w.-]+", name):
+            parser.error(f"--public-host is {name!r}; expected a name alone, as mige.example.org")
     return args
 
 

@@ -22,7 +22,10 @@ def tiny_service(tiny_model) -> GenerationService:
 @pytest.fixture(scope="module")
 def http(tiny_service) -> Iterator[httpx.Client]:
     """A client of a page over a tiny model, which visitors reach as `PUBLIC` too."""
-    with page.serving(tiny_service, public_hosts=[PUBLIC]) as address, httpx.Client(base_url=address.rstrip("/"), timeout=60) as client:
+    with (
+        page.serving(tiny_service, public_hosts=[PUBLIC]) as address,
+        httpx.Client(base_url=address.rstrip("/"), timeout=60) as client,
+    ):
         yield client
 
 
