@@ -24,7 +24,7 @@ from mige.data.latent_store.store import create_store
 from mige.models.build import build_parts
 from mige.models.vae import encode
 
-AT_ONCE = 8  # images that extraction gives to the VAE at once
+CHUNK = 8  # images that extraction gives to the VAE at once
 
 
 def write_images(folder: Path, many: int) -> list[Path]:
@@ -56,8 +56,8 @@ def main() -> None:
     sizes = config.load(args.config)
     vae = build_parts(sizes.model, device=args.device, only=("vae",))["vae"]
     side = sizes.data.size
-    pixels = torch.rand(AT_ONCE, 3, side, side, device=args.device) * 2 - 1
-    alone = AT_ONCE / machine.median_seconds(lambda: encode(vae, pixels), repeats=5)
+    pixels = torch.rand(CHUNK, 3, side, side, device=args.device) * 2 - 1
+    alone = CHUNK / machine.median_seconds(lambda: encode(vae, pixels), repeats=5)
     with tempfile.TemporaryDirectory() as folder:
         images = {path: "benchmark" for path in write_images(Path(folder), args.images)}
         store = create_store(Path(folder) / "store", vae=vae, size=side, root=Path(folder))

@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace, machine: Machine, variant: Variant, batch:
     started = time.perf_counter()
     bench = Bench(args, machine, variant, batch)
     latent_tokens = (bench.sizes.model.transformer["sample_size"] // bench.model.transformer.config.patch_size) ** 2
-    flops = useful_flops(forward_flops(bench.model, latent_tokens, args.tokens, pictures=1), variant.trainable)
+    flops = useful_flops(forward_flops(bench.model, latent_tokens, args.tokens, images=1), variant.trainable)
     for _ in range(3):
         bench.step(PhaseClock(machine))
     machine.wait()

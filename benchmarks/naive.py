@@ -11,6 +11,7 @@ from mige.inference.encoding import encode_references, encode_sources
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import Sample, SampleNoise
 from mige.tasks import TASKS, Task
+from mige.utils import images
 
 SLOTS = 4  # images the released code encodes for every sample
 
@@ -24,7 +25,8 @@ def naive_denoiser(pipeline: MIGEPipeline, chosen: list[Sample], noise: list[Sam
     source = encode_sources(pipeline.vae, inputs, unscaled)
     counts = [len(sample.references) for sample in chosen]
     used = [SLOTS * n + slot for n, count in enumerate(counts) for slot in range(count)]
-    slots = [_slots(rows, used, len(chosen)) for rows in (inputs.vision_RCHW.to(unscaled.device), unscaled)]
+    vision = images.vision_pixels_of(inputs.vision_RHWC.to(unscaled.device))
+    slots = [_slots(rows, used, len(chosen)) for rows in (vision, unscaled)]
     scale = TASKS[task].guidance
     branches = [Branch(1 - scale, True, False), Branch(scale, False, False)]
     if task is not Task.SUBJECT:

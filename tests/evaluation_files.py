@@ -26,20 +26,20 @@ from transformers import (
     SwinConfig,
 )
 
-from mige.evaluation.benchmarks import SINGLE_IMAGE
+from mige.evaluation.benchmarks.rows import SINGLE_IMAGE
 
 PROMPTS = ("in the jungle", "on top of a wooden floor", *(f"with thing {n} in the background" for n in range(21)))
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A smooth random RGB picture, width x height."""
+def image(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A smooth random RGB image, width x height."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 def save(path: Path, seed: int, size: tuple[int, int] = (40, 32)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, size).save(path)
+    image(seed, size).save(path)
 
 
 def dreambench(root: Path) -> Path:
@@ -60,11 +60,11 @@ def dreambench(root: Path) -> Path:
 
 
 def emu_edit(root: Path, rows: int = 6) -> Path:
-    """facebook/emu_edit_test_set: data/validation-*.parquet with pictures embedded; the last captions are equal."""
+    """facebook/emu_edit_test_set: data/validation-*.parquet with images embedded; the last captions are equal."""
 
     def cell(seed: int) -> dict:
         encoded = BytesIO()
-        picture(seed, (64, 64)).save(encoded, "PNG")
+        image(seed, (64, 64)).save(encoded, "PNG")
         return {"bytes": encoded.getvalue(), "path": None}
 
     table = {

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # at these sizes threads only wait for each other, for
 
 
 def lively_checkpoint(tiny_model: Path, folder: Path) -> Path:
-    """Copy the tiny checkpoint with the weights of the golden rule, so that pictures, text and noise all matter."""
+    """Copy the tiny checkpoint with the weights of the golden rule, so that images, text and noise all matter."""
     pipe = MIGEPipeline.from_pretrained(tiny_model)
     names = ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")
     parts = {name: pipe.components[name] for name in names}

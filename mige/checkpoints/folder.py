@@ -61,24 +61,24 @@ def verify(folder: Path, variant: str | None = None) -> None:
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
         raise CheckpointError(f"{folder}: variant is {variant!r}, expected a word such as 'fp16', or None")
     listed = read_json(index)
-    faults = [f"{name}: missing from {index.name} or from the folder" for name in (*CLASSES, *OTHERS)
+    errors = [f"{name}: missing from {index.name} or from the folder" for name in (*CLASSES, *OTHERS)
               if name not in listed or not (folder / name).is_dir()]  # fmt: skip
-    faults += _index_faults(listed) + _stray_faults(folder)
+    errors += _index_errors(listed) + _stray_errors(folder)
     with_variant = [
         name for name, cls in CLASSES.items() if variant and has_variant(folder / name, _stem(cls), variant)
     ]
     if variant and not with_variant:
-        faults.append(f"no part has weights of the variant {variant!r}, such as model.{variant}.safetensors")
+        errors.append(f"no part has weights of the variant {variant!r}, such as model.{variant}.safetensors")
     for name, cls in CLASSES.items():
         if (folder / name).is_dir():
             own = variant if name in with_variant else None
-            faults += [f"{name}: {fault}" for fault in _part_faults(cls, folder / name, own)]
+            errors += [f"{name}: {error}" for error in _part_errors(cls, folder / name, own)]
     if (folder / "tokenizer").is_dir():
-        faults += [f"tokenizer: {fault}" for fault in _tokenizer_faults(folder, listed.get("tokenizer"))]
+        errors += [f"tokenizer: {error}" for error in _tokenizer_errors(folder, listed.get("tokenizer"))]
     if (folder / "scheduler").is_dir():
-        faults += [f"scheduler: {fault}" for fault in _scheduler_faults(folder / "scheduler", listed.get("scheduler"))]
-    if faults:
-        raise CheckpointError(f"{folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+        errors += [f"scheduler: {error}" for error in _scheduler_errors(folder / "scheduler", listed.get("scheduler"))]
+    if errors:
+        raise CheckpointError(f"{folder}: {len(errors)} error(s):\n  " + "\n  ".join(errors))
 
 
 def _stem(cls: type) -> str:
@@ -86,73 +86,73 @@ def _stem(cls: type) -> str:
     return "model" if getattr(cls, "config_class", None) is not None else "diffusion_pytorch_model"
 
 
-def _index_faults(listed: dict[str, Any]) -> list[str]:
+def _index_errors(listed: dict[str, Any]) -> list[str]:
     """What model_index.json says of classes that is not so."""
-    faults = []
+    errors = []
     pipeline = listed.get("_class_name")
     if "MIGEPipeline" not in (pipeline if isinstance(pipeline, list) else [pipeline]):
-        faults.append(f"model_index.json is of {pipeline!r}, expected 'MIGEPipeline'")
+        errors.append(f"model_index.json is of {pipeline!r}, expected 'MIGEPipeline'")
     for name, value in listed.items():
         if name.startswith("_"):
             continue
         if name not in (*CLASSES, *OTHERS):
-            faults.append(f"{name}: model_index.json names it, but a MIGE model has no such part")
+            errors.append(f"{name}: model_index.json names it, but a MIGE model has no such part")
         elif not (isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)):
-            faults.append(f"{name}: model_index.json says {value!r}, expected [library, class]")
+            errors.append(f"{name}: model_index.json says {value!r}, expected [library, class]")
         elif name in CLASSES:
             cls = CLASSES[name]
             libraries = _OWN.get(cls.__name__, (cls.__module__.split(".")[0],))
             if value[0] not in libraries or value[1] != cls.__name__:
-                faults.append(f"{name}: model_index.json says {value}, expected {[libraries[0], cls.__name__]}")
-    return faults
+                errors.append(f"{name}: model_index.json says {value}, expected {[libraries[0], cls.__name__]}")
+    return errors
 
 
-def _stray_faults(folder: Path) -> list[str]:
+def _stray_errors(folder: Path) -> list[str]:
     """Weight files where no part would read them: beside the parts, in folders that are none, below a part's own."""
-    faults = []
+    errors = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder).parts
         beside_weights = len(place) == 2 and place[0] in CLASSES  # `files_to_read` judges these
         if path.suffix in SUFFIXES and not beside_weights and not any(name.startswith(".") for name in place):
-            faults.append(f"{'/'.join(place)}: a weight file that nothing reads: remove it")
-    return faults
+            errors.append(f"{'/'.join(place)}: a weight file that nothing reads: remove it")
+    return errors
 
 
-def _part_faults(cls: type[nn.Module], folder: Path, variant: str | None) -> list[str]:
+def _part_errors(cls: type[nn.Module], folder: Path, variant: str | None) -> list[str]:
     if not (folder / "config.json").is_file():
         return ["expected config.json"]
     try:
-        files, faults = files_to_read(folder, _stem(cls), variant)
+        files, errors = files_to_read(folder, _stem(cls), variant)
         config = read_json(folder / "config.json")
         found = {key: stored for file in files for key, stored in header(file).items()}
         part = _build(cls, config)
     except CheckpointError as error:
         return [f"damaged: {error}"]
-    faults += _config_faults(cls, config)
+    errors += _config_errors(cls, config)
     if not files:
-        return sorted(faults)
+        return sorted(errors)
     tensors = dict(part.named_parameters()) | dict(part.named_buffers())  # a tied tensor by its first name
     saved = part.state_dict(keep_vars=True)
     expected = {key: tensor for key, tensor in tensors.items() if key in saved}
-    return sorted([*faults, *mismatches(found, expected, saved.keys() - expected.keys())])
+    return sorted([*errors, *mismatches(found, expected, saved.keys() - expected.keys())])
 
 
-def _config_faults(cls: type[nn.Module], config: dict) -> list[str]:
+def _config_errors(cls: type[nn.Module], config: dict) -> list[str]:
     """What config.json says of the class, the kind of model or its storage that is not so."""
     architectures = config.get("architectures") or []
     named = [config.get("_class_name", cls.__name__)]
     named += architectures if isinstance(architectures, list) else [architectures]
-    faults = [f"config.json is of {other}, expected {cls.__name__}" for other in named if other != cls.__name__]
+    errors = [f"config.json is of {other}, expected {cls.__name__}" for other in named if other != cls.__name__]
     kind = getattr(getattr(cls, "config_class", None), "model_type", None)
     if kind is not None and config.get("model_type", kind) != kind:
-        faults.append(f"config.json is of a {config['model_type']!r} model, expected {kind!r}")
+        errors.append(f"config.json is of a {config['model_type']!r} model, expected {kind!r}")
     if "quantization_config" in config:
-        faults.append("config.json has a quantization_config, but only plain weights are read: save it unquantised")
+        errors.append("config.json has a quantization_config, but only plain weights are read: save it unquantised")
     for name in ("timestep_dtype", "vision_dtype") if cls is MIGEFusion else ():
         dtype = getattr(torch, str(config.get(name, "float32")), None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            faults.append(f"config.json has {name} {config[name]!r}, expected a float dtype such as 'float32'")
-    return faults
+            errors.append(f"config.json has {name} {config[name]!r}, expected a float dtype such as 'float32'")
+    return errors
 
 
 def _build(cls: type[nn.Module], config: dict) -> nn.Module:
@@ -165,7 +165,7 @@ def _build(cls: type[nn.Module], config: dict) -> nn.Module:
         raise CheckpointError(f"config.json: {cls.__name__} refuses it: {error}") from error
 
 
-def _tokenizer_faults(folder: Path, listed: Any) -> list[str]:
+def _tokenizer_errors(folder: Path, listed: Any) -> list[str]:
     """A tokenizer of a class of transformers that loads, knows words, and whose ids the text encoder has."""
     path = folder / "tokenizer"
     if not (isinstance(listed, list) and len(listed) == 2):
@@ -180,28 +180,28 @@ def _tokenizer_faults(folder: Path, listed: Any) -> list[str]:
         ids = tokenizer(_PROBE, add_special_tokens=False).input_ids
     except Exception as error:  # transformers and tokenizers raise anything
         return [f"cannot be loaded: {error}"]
-    faults = []
+    errors = []
     unknown = sum(token == tokenizer.unk_token_id for token in ids)
     if unknown or not ids:
-        faults.append(f"{unknown} of {len(ids)} tokens of {_PROBE!r} are unknown: its vocabulary is not T5's")
+        errors.append(f"{unknown} of {len(ids)} tokens of {_PROBE!r} are unknown: its vocabulary is not T5's")
     for name in ("eos_token_id", "pad_token_id", "unk_token_id"):
         if getattr(tokenizer, name) is None:
-            faults.append(f"it has no {name}")
+            errors.append(f"it has no {name}")
     try:
         config = read_json(folder / "text_encoder" / "config.json")
     except CheckpointError:
-        return faults  # told of the text encoder
+        return errors  # told of the text encoder
     size = config.get("vocab_size")
     for name in ("eos_token_id", "pad_token_id"):
         own, wanted = getattr(tokenizer, name), config.get(name)
         if None not in (own, wanted) and own != wanted:
-            faults.append(f"its {name} is {own}, the text encoder's is {wanted}")
+            errors.append(f"its {name} is {own}, the text encoder's is {wanted}")
     if isinstance(size, int) and len(tokenizer) > size:
-        faults.append(f"{len(tokenizer)} tokens, but the text encoder has embeddings of {size}")
-    return faults
+        errors.append(f"{len(tokenizer)} tokens, but the text encoder has embeddings of {size}")
+    return errors
 
 
-def _scheduler_faults(folder: Path, listed: Any) -> list[str]:
+def _scheduler_errors(folder: Path, listed: Any) -> list[str]:
     """A scheduler of a known class, with a noise schedule that is one."""
     try:
         config = read_json(folder / "scheduler_config.json")

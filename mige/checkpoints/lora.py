@@ -231,13 +231,13 @@ def _check_modules(file: Path, state: dict[str, Tensor], transformer: PixArtTran
 
 
 def _compare(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    faults = [f"missing {key}" for key in sorted(wanted.keys() - found.keys())]
-    faults += [f"unexpected {key}" for key in sorted(found.keys() - wanted.keys())]
-    faults += [
+    errors = [f"missing {key}" for key in sorted(wanted.keys() - found.keys())]
+    errors += [f"unexpected {key}" for key in sorted(found.keys() - wanted.keys())]
+    errors += [
         f"{key} is {list(found[key].shape)}, the model needs {list(value.shape)}"
         for key, value in wanted.items()
         if key in found and found[key].shape != value.shape
     ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(f"{file}: these adapters do not fit the model: {'; '.join(faults[:5])}{more}")
+    if errors:
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise CheckpointError(f"{file}: these adapters do not fit the model: {'; '.join(errors[:5])}{more}")

@@ -52,17 +52,17 @@ def check_keys(
     """
     left_over = sorted(state.keys() - expected.keys())
     known = [key for key in left_over if re.fullmatch(extra, key)]
-    faults = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in state]
-    faults += [f"unexpected: {key} {list(state[key].shape)}" for key in left_over if key not in known]
-    faults += [
+    errors = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in state]
+    errors += [f"unexpected: {key} {list(state[key].shape)}" for key in left_over if key not in known]
+    errors += [
         f"shape mismatch: {key} is {list(state[key].shape)}, expected {list(shape)}"
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != tuple(shape)
     ]
-    if faults:
-        lines = "\n  ".join(faults)
+    if errors:
+        lines = "\n  ".join(errors)
         raise CheckpointError(
-            f"{origin}: {len(faults)} of its keys do not fit the config; is it the right file?\n  {lines}"
+            f"{origin}: {len(errors)} of its keys do not fit the config; is it the right file?\n  {lines}"
         )
     return known
 

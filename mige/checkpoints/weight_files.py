@@ -48,7 +48,7 @@ def has_variant(folder: Path, stem: str, variant: str) -> bool:
 
 def files_to_read(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list[str]]:
     """The files that will be read, and what is wrong with the files of the folder."""
-    own, faults = _set(folder, stem, variant)
+    own, errors = _set(folder, stem, variant)
     known = set(own)
     for path in folder.iterdir():  # complete sets of other variants may lie beside
         name = path.name
@@ -60,8 +60,8 @@ def files_to_read(folder: Path, stem: str, variant: str | None) -> tuple[list[Pa
     if variant is not None:
         known |= set(_set(folder, stem, None)[0])
     stray = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path not in known)
-    faults += [f"{name} is in no index and would not be read: remove it" for name in stray]
-    return [path for path in own if path.is_file()], faults
+    errors += [f"{name} is in no index and would not be read: remove it" for name in stray]
+    return [path for path in own if path.is_file()], errors
 
 
 def header(file: Path) -> dict[str, Stored]:
@@ -100,11 +100,11 @@ def _index(folder: Path, stem: str, variant: str | None) -> Path:
 
 def mismatches(found: dict[str, Stored], expected: dict[str, Any], aliases: set[str]) -> list[str]:
     """What differs between the stored tensors and those of the part as its config describes it (on the meta device)."""
-    faults = [f"missing {key}" for key in expected.keys() - found.keys()]
-    faults += [f"unexpected {key}" for key in found.keys() - expected.keys() - aliases]
+    errors = [f"missing {key}" for key in expected.keys() - found.keys()]
+    errors += [f"unexpected {key}" for key in found.keys() - expected.keys() - aliases]
     for key in expected.keys() & found.keys():
         if found[key].shape != tuple(expected[key].shape):
-            faults.append(f"{key} is {list(found[key].shape)}, its config says {list(expected[key].shape)}")
+            errors.append(f"{key} is {list(found[key].shape)}, its config says {list(expected[key].shape)}")
         if expected[key].is_floating_point() and found[key].dtype not in FLOATS:
-            faults.append(f"{key} is stored as {found[key].dtype}, expected one of {', '.join(sorted(FLOATS))}")
-    return faults
+            errors.append(f"{key} is stored as {found[key].dtype}, expected one of {', '.join(sorted(FLOATS))}")
+    return errors

@@ -4,7 +4,7 @@
     python tools/ablate.py output/ablation --seeds 2 --variants joint edit_only
     python tools/ablate.py output/ablation --report-only
 
-Writes OUT/table.md, report.json and curves.png. The same command goes on where it was stopped; a run that has its
+Writes OUT/table.md, report.json and curves.png. The same command resumes where it was stopped; a run that has its
 scores in OUT/scores.jsonl is finished, and its weights are deleted. Runs of several machines (the same options and
 start, a folder each) are merged by joining their scores.jsonl beside one settings.json, also with the published ones
 in mige/mini/published/, of which the defaults are the options. Several at a time on one card, a folder each, need
@@ -25,7 +25,7 @@ from mige.cli.places import CONFIGS, MODELS, ROOT
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    parser.add_argument("out", type=command.folder_to_write, help="folder to make or go on with")
+    parser.add_argument("out", type=command.folder_to_write, help="folder to make or resume")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config, for all variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of weights and data (%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
@@ -38,8 +38,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="cases of each kind, even (%(default)s)")  # fmt: skip
     parser.add_argument("--sampler-steps", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=64,
-                        help="pictures generated at a time (%(default)s)")  # fmt: skip
-    parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and pictures of scored runs")
+                        help="images generated at a time (%(default)s)")  # fmt: skip
+    parser.add_argument("--keep-weights", action="store_true", help="keep checkpoints and images of scored runs")
     parser.add_argument("--report-only", action="store_true", help="train and score nothing")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1 or args.sampler_steps < 1 or args.per_kind < 2 or args.per_kind % 2:

@@ -1,9 +1,9 @@
-"""Check a whole training set: records, their targets and every picture; list every bad record with its reason.
+"""Check a whole training set: records, their targets and every image; list every bad record with its reason.
 
     python tools/check_data.py data/magicbrush/records.jsonl data/subjects200k/records.jsonl
-    python tools/check_data.py train.json --root pictures --no-pictures
+    python tools/check_data.py train.json --root images --no-images
 
-The exit code is 1 if there is any fault. Reports are in the order of the files, whatever the number of workers.
+The exit code is 1 if there is any error. Reports are in the order of the files, whatever the number of workers.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from mige.data.records import Issue, Record
 from mige.tasks import Task
 from mige.utils.errors import UserError
 
-CHUNK = 64  # records a process decodes at a time; a picture shared within a chunk is decoded once
+CHUNK = 64  # records a process decodes at a time; an image shared within a chunk is decoded once
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("files", nargs="+", type=Path, help=".json and .jsonl files")
     parser.add_argument("--root", type=Path, help="what relative paths start from (default: the folder of each file)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help="decode every picture")
+    parser.add_argument("--images", action=argparse.BooleanOptionalAction, default=True, help="decode every image")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}, expected at least 1")
@@ -43,8 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_targets(records: Sequence[Record]) -> list[Issue]:
-    remedy = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
-    return [Issue(record.where, "no target picture", remedy) for record in records if record.target is None]
+    hint = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
+    return [Issue(record.where, "no target image", hint) for record in records if record.target is None]
 
 
 def _leave_ctrl_c_to_the_parent() -> None:
@@ -52,8 +52,8 @@ def _leave_ctrl_c_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def check_pictures(records: Sequence[Record], workers: int) -> Iterator[Issue]:
-    """Findings in the order of the records; a process holds the pictures of no more than one record at a time."""
+def check_all_images(records: Sequence[Record], workers: int) -> Iterator[Issue]:
+    """Issues in the order of the records; a process holds the images of no more than one record at a time."""
     chunks = [records[first : first + CHUNK] for first in range(0, len(records), CHUNK)]
     context = get_context("forkserver")
     context.set_forkserver_preload(["mige.data.checks"])
@@ -93,16 +93,16 @@ def run(args: argparse.Namespace) -> int:
     report = read_records(files, root=args.root)
     issues = report.issues + check_targets(report.records) + check_repeats(report.records)
     issues += [issue for record in report.records for issue in check_training_text(record)]
-    if args.pictures and report.records:
-        issues += check_pictures(report.records, args.workers)
-    faults = [issue for issue in issues if issue.fatal]
-    bad = dict.fromkeys(fault.where for fault in faults)
+    if args.images and report.records:
+        issues += check_all_images(report.records, args.workers)
+    errors = [issue for issue in issues if issue.fatal]
+    bad = dict.fromkeys(error.where for error in errors)
     good = [record for record in report.records if record.where not in bad]
     print_counts(files, good, list(bad))
-    for issue in [*faults, *(issue for issue in issues if not issue.fatal)]:
+    for issue in [*errors, *(issue for issue in issues if not issue.fatal)]:
         print(issue)
-    print(f"{len(faults)} faults in {len(bad)} places, {len(good)} good records")
-    return 1 if faults else 0
+    print(f"{len(errors)} errors in {len(bad)} places, {len(good)} good records")
+    return 1 if errors else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

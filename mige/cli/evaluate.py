@@ -4,8 +4,8 @@
     python tools/evaluate.py --benchmark migebench --results output/migebench --entities output/migebench/entities
     python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
 
-The first two score the pictures that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
-samples.jsonl. The mini-bench makes its pictures itself and goes on where it was stopped; its report covers all that
+The first two score the images that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
+samples.jsonl. The mini-bench makes its images itself and resumes where it was stopped; its report covers all that
 RESULTS holds.
 """
 
@@ -24,9 +24,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--results",
         type=command.folder_to_write,
         required=True,
-        help="run folder of infer.py; mini: to make or go on with",
+        help="run folder of infer.py; mini: to make or resume",
     )
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
     group = parser.add_argument_group("dreambench, emu_edit, magicbrush, migebench")
     group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
     group.add_argument("--steps", type=int, help="of the sampler (default: the few-step student's own, else 20)")
     group.add_argument("--guidance", type=float, help="towards the instruction (default: 2; a student's is inside it)")
-    group.add_argument("--source-guidance", type=float, help="towards the edited picture (default: 1)")
+    group.add_argument("--source-guidance", type=float, help="towards the edited image (default: 1)")
     group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
                        help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
     args = parser.parse_args(argv)
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
                      "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
     if (args.benchmark == "mini") != (args.model is not None):
-        parser.error("--model belongs to --benchmark mini, which needs it: the others score pictures that are there")
+        parser.error("--model belongs to --benchmark mini, which needs it: the others score images that are there")
     return args
 
 
@@ -79,15 +79,17 @@ def mini(args: argparse.Namespace) -> None:
     chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
     written = bench_report.write(chosen, rows, args.results)
     print(bench_report.text_table(rows))
-    print(f"{written}: the tables and pictures")
+    print(f"{written}: the tables and images")
 
 
 def published(args: argparse.Namespace) -> None:
-    from mige.evaluation import backbones, benchmarks, page, scoring, summary
+    from mige.evaluation import backbones, page, scoring, summary
+    from mige.evaluation.benchmarks.files import BenchmarkError
+    from mige.evaluation.benchmarks.prepared import read
 
-    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    prepared = read(args.prepared or args.results / "benchmark")
     if prepared.name != args.benchmark:
-        raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+        raise BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
     reports = [summary.read_report(path) for path in args.compare]
     found = scoring.outputs(prepared, args.results)
     crops = scoring.crops(prepared, args.entities) if args.entities else None
@@ -108,7 +110,7 @@ def published(args: argparse.Namespace) -> None:
     written = page.write(prepared, facts, scores.rows, found, out)
     scoring.write_rows(scores.rows, out / "samples.jsonl")
     print(page.text_table(prepared, facts))
-    print(f"{written}: the tables and pictures")
+    print(f"{written}: the tables and images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

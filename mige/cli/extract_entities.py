@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=command.folder_to_write, help="default: RESULTS/entities")
     parser.add_argument("--detector", default=DETECTOR, help="Grounding DINO: folder or hub name (%(default)s)")
     parser.add_argument("--segmenter", default=SEGMENTER, help="SAM: folder or hub name (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at a time (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
     if args.batch < 1:
@@ -30,17 +30,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mige.evaluation import benchmarks, entities, scoring
+    from mige.evaluation import entities, scoring
+    from mige.evaluation.benchmarks.files import BenchmarkError
+    from mige.evaluation.benchmarks.prepared import read
 
     args.device = command.check_device(command.parser(None), args.device)
-    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    prepared = read(args.prepared or args.results / "benchmark")
     rows = [row for row in prepared.scored if "object" in row["score"]]
     if not rows:
-        raise benchmarks.BenchmarkError(f"{prepared.name} names no objects; entities are cut out for migebench")
-    pictures = scoring.outputs(prepared, args.results)
+        raise BenchmarkError(f"{prepared.name} names no objects; entities are cut out for migebench")
+    images = scoring.outputs(prepared, args.results)
     finder = entities.EntityFinder(args.detector, args.segmenter, args.device)
     out = args.output or args.results / "entities"
-    found, every = entities.extract(rows, pictures, finder, out, args.batch)
+    found, every = entities.extract(rows, images, finder, out, args.batch)
     print(f"{found} of {every} objects found ({1 - found / every:.1%} not): {out / 'index.html'}")
 
 

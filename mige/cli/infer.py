@@ -136,14 +136,14 @@ def run(args: argparse.Namespace) -> int:
         check_lora(model, Path(args.lora))
     if report.issues and main_process:
         print(report.text(), file=sys.stderr)
-    if report.faults and not (args.keep_going and report.records):
+    if report.errors and not (args.keep_going and report.records):
         return 1
     with ExitStack() as held:
         if main_process:
             held.enter_context(inference.claim(args.output))  # before the weights load, and until the pages are written
             inference.check_folder(args.output, settings, report.records)
             listed = inference.write_failures(report, args.output)
-            if report.faults:
+            if report.errors:
                 print(f"listed in {listed}", file=sys.stderr)
         pipeline = load(args, model, device)
         options = {
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         made, page = len(report.records), args.output / "index.html"
         sheet = args.output / "contact_sheet.png"
         print(f"{made} images: open {page}" + (f" or {sheet}" if sheet.exists() else ""))
-    return SOME_FAILED if report.faults else 0
+    return SOME_FAILED if report.errors else 0
 
 
 def load(args: argparse.Namespace, model: Path, device: "torch.device | str") -> "MIGEPipeline":

@@ -1,10 +1,10 @@
-"""Write the miniature world to disk: ordinary records and pictures, for the ordinary trainer and for `infer.py`.
+"""Write the miniature world to disk: ordinary records and images, for the ordinary trainer and for `infer.py`.
 
     python tools/make_world.py output/world --cases 10000
     python tools/make_world.py output/world_unseen --cases 200 --unseen --kinds one_reference replace_by_reference
 
 makes OUT/records.jsonl and OUT/images/ (PNG, 128 px). Case N depends on the seed, the kinds and N alone, so a larger
-set begins with the smaller one. Most subjects of a reference are invented, as in training, but with --unseen.
+set begins with the smaller one. Most subjects of a reference are augmented, as in training, but with --unseen.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     mixture = {kind: tasks.MIXTURE[kind] for kind in args.kinds}
     cases, subjects = range(args.first, args.first + args.cases), sprites.split()[args.unseen]
     with atomic_directory(args.folder) as folder:
-        counts = write(folder, args.seed, cases, subjects, mixture, invent=not args.unseen)
+        counts = write(folder, args.seed, cases, subjects, mixture, augment=not args.unseen)
     for kind in args.kinds:
         print(f"{counts[kind]:8d} {kind}")
 

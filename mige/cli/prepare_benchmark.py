@@ -22,9 +22,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to write")
     parser.add_argument("--root", help="migebench: where its placeholder paths lead (default: the data)")
     parser.add_argument("--split", choices=["validation", "test"], default="validation", help="emu_edit")
-    parser.add_argument("--samples", type=int, default=1, help="dreambench: pictures a prompt (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="dreambench: images a prompt (%(default)s)")
     parser.add_argument("--against", choices=["input", "all"], default="input",
-                        help="dreambench: compare with the input, or with all pictures of the subject")  # fmt: skip
+                        help="dreambench: compare with the input, or with all images of the subject")  # fmt: skip
     parser.add_argument(
         "--iterative", metavar="RESULTS", help="magicbrush: turns start from the results in this folder"
     )
@@ -37,7 +37,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mige.evaluation.benchmarks import BENCHMARKS, Options, prepare
+    from mige.evaluation.benchmarks.files import Options
+    from mige.evaluation.benchmarks.prepared import prepare
+    from mige.evaluation.benchmarks.table import BENCHMARKS
 
     args.data = args.data or BENCHMARKS[args.benchmark].hub
     options = Options(args.data, args.root, args.split, args.samples, args.against, args.iterative)

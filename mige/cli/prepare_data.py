@@ -1,4 +1,4 @@
-"""Turn one of the paper's public data sets into records and pictures for training.
+"""Turn one of the paper's public data sets into records and images for training.
 
     # streamed from the hub
     python tools/prepare_data.py magicbrush --output data/magicbrush
@@ -7,8 +7,8 @@
     python tools/prepare_data.py instructpix2pix --input downloads/instructpix2pix --output data/instructpix2pix
     python tools/prepare_data.py seed_data_edit --input downloads/SEED-Data-Edit-Part2-3 --output data/seed
 
-Writes records.jsonl, images/, skipped.jsonl (every sample left out, with its reason) and summary.json. A killed run
-goes on where it stopped; a finished folder is left alone. docs/data.md describes the sources.
+Writes records.jsonl, images/, skipped.jsonl (every skipped sample, with its reason) and summary.json. A killed run
+resumes where it stopped; a finished folder is left alone. docs/data.md describes the sources.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from mige.cli.choices import SOURCES
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to make or to go on with")
+    parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to make or resume")
     parser.add_argument("--input", nargs="+", help="local files or folders, or a hub name (default: the source's own)")
     parser.add_argument("--split", default="train", help="magicbrush: train or dev (default: %(default)s)")
     parser.add_argument("--name", default="", help="how ids begin, if not with the source (two sets of one source)")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(args.source, resolved, args.split, args.name, args.min_quality)
     summary = prepare(settings, args.output, limit=args.limit, workers=args.workers)
     print(summary.text())
-    print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was left out")
+    print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was skipped")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,13 +1,13 @@
-"""Teaches MIGE-mini's encoder to tell all of a picture, and what stands where in the answer.
+"""Pretrains MIGE-mini's encoder: reconstruction of its images and layout prediction of the answer.
 
 Before the joint training, which else may teach it names alone.
 
     python train_scripts/pretrain_mini_encoder.py output/mini/seeing --start output/mini/start --steps 2000
 
-From the context that the DiT will read, a small transformer that is thrown away afterwards reads every picture of the
-instruction back, patch by patch of the vision tower, and every subject that the answer brings or changes, of which it
-is told where it stands there. Vision tower, Q-Former, fusion and text encoder train; DiT and VAE stay as they are. It
-prints the share of the pictures' variance that is lost: of the stream's and of unseen subjects'.
+From the context that the DiT will read, a small transformer that is thrown away afterwards reconstructs every image of
+the instruction, patch by patch of the vision tower, and every subject that the answer brings or changes, queried by its
+place there. Vision tower, Q-Former, fusion and text encoder train; DiT and VAE stay as they are. It prints the
+unexplained variance (squared error by variance) of both: of the stream's images and subjects and of unseen ones.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python tools/ablate.py output/ablation --from-model output/ablation-base/model
 
 Only to make another one than output/pretrained_models/ablation-base, which ships. Tokenizer and VAE are those of
---from-model. The encoder learns to tell the pictures of an instruction and what stands where in the answer, of all
+--from-model. The encoder is pretrained by reconstruction of its images and layout prediction of the answer, of all
 tasks but the composed one, without VAE features; then the DiT learns to draw from names. It has never been asked to
-draw what a picture shows or to edit, nothing has seen a subject edit, and nothing VAE features. Stopped at any point,
-the same command goes on after the last stage that was done.
+draw what an image shows or to edit, nothing has seen a subject edit, and nothing VAE features. Stopped at any point,
+the same command resumes after the last stage that was done.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python train_scripts/train_mige.py configs/mige_512.py --output output/runs/mine
     accelerate launch --config_file configs/accelerate/fsdp2.yaml train_scripts/train_mige.py configs/mige_512.py ...
 
-The same command again goes on from the newest checkpoint of the run. SIGTERM saves and exits with code 75. Any value of
+The same command again resumes from the newest checkpoint of the run. SIGTERM saves and exits with code 75. Any value of
 the config can be set on the command line: train.steps=200 data.features=output/features
 """
 
@@ -18,7 +18,7 @@ def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argpa
     parser = command.parser(doc)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--output", type=Path, required=True, help="run folder, made or gone on with")
+    parser.add_argument("--output", type=Path, required=True, help="run folder, made or resumed")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 

@@ -1,4 +1,4 @@
-"""Serve the page in a browser: generate with a subject, edit a picture, edit with a subject.
+"""Serve the page in a browser: generate with a subject, edit an image, edit with a subject.
 
     python infer_scripts/web_demo.py
     python infer_scripts/web_demo.py --model output/pretrained_models/mige --port 8000

@@ -44,10 +44,10 @@ def check_images(
 ) -> list[Issue]:
     """Decode each distinct image of the records once, in threads; one fatal issue a record and bad file.
 
-    size: height and width that the images will be fitted to, px; what is too long for that is a fault.
+    size: height and width that the images will be fitted to, px; what is too long for that is an error.
     training: fitted as in training (never letterboxed).
     opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
-    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a note.
+    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a warning.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
@@ -97,13 +97,13 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
-        problem = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
-        return [Issue(record.where, problem, "the source is stretched to the target's shape; crop both alike", False)]
+        message = f"{shapes}: their ratios differ by more than {RATIO_TOLERANCE:.0%}"
+        return [Issue(record.where, message, "the source is stretched to the target's shape; crop both alike", False)]
     return []
 
 
 def check_repeats(records: Iterable[Record]) -> list[Issue]:
-    """A note for each target that MANY or more records of a training set share."""
+    """A warning for each target that MANY or more records of a training set share."""
     targets = Counter(record.target for record in records if record.target is not None)
     return [
         Issue(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
@@ -113,33 +113,33 @@ def check_repeats(records: Iterable[Record]) -> list[Issue]:
 
 
 def check_markers(record: Record) -> list[Issue]:
-    """A note for what in the prompt looks like the marker and is read as words."""
+    """A warning for what in the prompt looks like the marker and is read as words."""
     near = near_markers(record.prompt)
     if not near:
         return []
-    problem = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
-    return [Issue(record.where, problem, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
+    message = f"{', '.join(map(repr, near))} looks like the marker and is read as words"
+    return [Issue(record.where, message, f"write exactly {PLACEHOLDER} for each reference", fatal=False)]
 
 
 def check_training_text(record: Record) -> list[Issue]:
     """Whether the text that the record is trained on mentions each of its references once; needs no tokenizer.
 
     An edit without a marker gets its mentions from its words, and text is cut after MAX_WORDS words: both can leave
-    another number of markers than references, which training cannot pair, so it is a fault.
+    another number of markers than references, which training cannot pair, so it is an error.
     """
     found, given = placeholders(training_text(record.task, record.prompt, record.edit_type)), len(record.references)
     issues = check_markers(record)
     if found == given:
         return issues
     asked = placeholders(record.prompt)
-    problem = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
+    message = f"the text it is trained on has {found} {PLACEHOLDER} for {count(given, 'reference')}"
     if asked == 0 and found > given:
-        problem += f", as the prompt mentions its image {found} times"
-        remedy = f"write one {PLACEHOLDER} in place of one mention"
+        message += f", as the prompt mentions its image {found} times"
+        hint = f"write one {PLACEHOLDER} in place of one mention"
     else:
-        problem += f", as the text is cut after {MAX_WORDS} words"
-        remedy = "shorten the prompt"
-    return [*issues, Issue(record.where, problem, remedy)]
+        message += f", as the text is cut after {MAX_WORDS} words"
+        hint = "shorten the prompt"
+    return [*issues, Issue(record.where, message, hint)]
 
 
 def check_lengths(
@@ -148,7 +148,7 @@ def check_lengths(
     """What of each record's instruction is not read as written.
 
     Near markers, tokens that the tokenizer does not know, special tokens as text, and cut text (words over MAX_WORDS,
-    tokens over the limit) are notes; a marker or a whole image that is cut is a fault.
+    tokens over the limit) are warnings; a marker or a whole image that is cut is an error.
     """
     read = [(r, read_prompt(r.task, r.prompt, r.edit_type, tokenizer)) for r in records]
     return [f for record, one in read for f in check_instruction(record, one, tokenizer, num_queries, max_tokens)]
@@ -161,18 +161,18 @@ def check_instruction(
     issues = check_markers(record) + check_spelling(record, instruction, tokenizer)
     read, given = instruction.num_images, len(record.references)
     if read < given:
-        problem = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
-        issues.append(Issue(record.where, problem, "shorten the prompt", fatal=True))
+        message = f"only {read} of {given} {PLACEHOLDER} are within the first {MAX_WORDS} words"
+        issues.append(Issue(record.where, message, "shorten the prompt", fatal=True))
     if (extra := read - given) > 0:
-        problem = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
-        issues.append(Issue(record.where, problem, f"write one {PLACEHOLDER} to choose which", fatal=False))
+        message = f"it mentions the image {read} times; {extra} mention(s) read an empty image"
+        issues.append(Issue(record.where, message, f"write one {PLACEHOLDER} to choose which", fatal=False))
     length = instruction.length(num_queries)
     if length > max_tokens:
-        last_picture_starts = length - len(instruction.segments[-1]) - num_queries
-        lost = instruction.num_images > 0 and last_picture_starts >= max_tokens
-        problem = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
+        last_image_starts = length - len(instruction.segments[-1]) - num_queries
+        lost = instruction.num_images > 0 and last_image_starts >= max_tokens
+        message = f"the instruction takes {length} tokens, the last {length - max_tokens} are cut (limit {max_tokens})"
         issues.append(
-            Issue(record.where, problem + (" and with them a whole image" if lost else ""), "shorten it", lost)
+            Issue(record.where, message + (" and with them a whole image" if lost else ""), "shorten it", lost)
         )
     return issues
 
@@ -182,9 +182,9 @@ def check_spelling(record: Record, instruction: Instruction, tokenizer: "PreTrai
     unknown, special = unspelled(record.prompt, instruction, tokenizer)
     issues = []
     if special:
-        problem = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
-        issues.append(Issue(record.where, problem, "leave them out", fatal=False))
+        message = f"{', '.join(special)} in the prompt are special tokens of the model, read as text here"
+        issues.append(Issue(record.where, message, "leave them out", fatal=False))
     if unknown:
-        problem = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
-        issues.append(Issue(record.where, problem, "write it in English, without emoji", fatal=False))
+        message = f"{count(unknown, 'token')} of the prompt are unknown to the model (it was trained on English)"
+        issues.append(Issue(record.where, message, "write it in English, without emoji", fatal=False))
     return issues

@@ -1,4 +1,4 @@
-"""Rows of .json and .jsonl files, with every fault named by file and line; nothing is raised for what a file holds."""
+"""Rows of .json and .jsonl files, with every error named by file and line; nothing is raised for what a file holds."""
 
 import json
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mige.data.records import Issue
-from mige.utils.path_hints import hint
+from mige.utils.path_hints import path_hint
 
 Rows = list[tuple[int, Any]]
 
 
 def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
-    """The rows of a file with their numbers from 1, and the faults of the file and of its rows as JSON."""
+    """The rows of a file with their numbers from 1, and the errors of the file and of its rows as JSON."""
     where = str(file)
     if file.suffix.lower() not in (".json", ".jsonl"):
         return [], [Issue(where, f"unknown kind of file {file.suffix!r}", "give a .json or .jsonl file")]
@@ -24,7 +24,7 @@ def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
         return [], [_not_utf8(where, file.read_bytes()[:4], error)]
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
-        return [], [Issue(where, f"cannot be read: {reason}", hint(file) or "check the path and its permissions")]
+        return [], [Issue(where, f"cannot be read: {reason}", path_hint(file) or "check the path and its permissions")]
     if not text.strip():
         return [], [Issue(where, "the file is empty", "write at least one record")]
     return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
@@ -87,14 +87,14 @@ def _parse_list(where: str, text: str) -> tuple[Rows, list[Issue]]:
         rows = decoder.decode(text)
     except json.JSONDecodeError as error:
         if _are_lines(text):
-            problem = "it holds JSON Lines (an object a line), not one list"
-            return [], [Issue(where, problem, "name it .jsonl, or put the records in [ ] with commas")]
+            message = "it holds JSON Lines (an object a line), not one list"
+            return [], [Issue(where, message, "name it .jsonl, or put the records in [ ] with commas")]
         return [], [_malformed(where, error.lineno, error)]
     if decoder.problems:
         return _located(where, text)
     if not isinstance(rows, list):
-        remedy = "put the records in [ ], or name the file .jsonl where each line is a record"
-        return [], [Issue(where, f"the top level is {type_name(rows)}, expected a list", remedy)]
+        hint = "put the records in [ ], or name the file .jsonl where each line is a record"
+        return [], [Issue(where, f"the top level is {type_name(rows)}, expected a list", hint)]
     if not rows:
         return [], [Issue(where, "the list is empty", "write at least one record")]
     return list(enumerate(rows, 1)), []
@@ -141,8 +141,8 @@ def _parse_lines(where: str, text: str) -> tuple[Rows, list[Issue]]:
             row = decoder.decode(line)
         except json.JSONDecodeError as error:
             if position == 1 and _is_list_or_spread(text):
-                problem = "it holds one JSON value over several lines, not an object a line"
-                return [], [Issue(where, problem, "name it .json (a list of records), or write a record a line")]
+                message = "it holds one JSON value over several lines, not an object a line"
+                return [], [Issue(where, message, "name it .json (a list of records), or write a record a line")]
             issues.append(_malformed(where, number, error))
             continue
         if isinstance(row, list) and len(lines) == 1 and not decoder.problems:

@@ -82,18 +82,19 @@ class SampleOrder:
 class ResumableBatchSampler(Sampler[list[int]]):
     """The sample indices of one process, a list a micro-batch, from optimiser step `start` on, without end.
 
-    A step takes `batch * processes * accumulate` consecutive indices, whatever they are split into.
+    A step takes `batch * processes * gradient_accumulation_steps` consecutive indices, whatever they are split into.
 
     Args:
         batch: samples a process and micro-batch. processes, rank: how many share the run, and which is this one.
-        accumulate: micro-batches a step. start: steps done.
+        gradient_accumulation_steps: micro-batches a step. start: steps done.
     """
 
-    def __init__(self, *, batch: int, processes: int, rank: int, accumulate: int, start: int):
-        self.batch, self.processes, self.rank, self.accumulate, self.start = batch, processes, rank, accumulate, start
+    def __init__(self, *, batch: int, processes: int, rank: int, gradient_accumulation_steps: int, start: int):
+        self.batch, self.processes, self.rank, self.start = batch, processes, rank, start
+        self.gradient_accumulation_steps = gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro = self.start * self.accumulate
+        micro = self.start * self.gradient_accumulation_steps
         while True:
             first = (micro * self.processes + self.rank) * self.batch
             yield list(range(first, first + self.batch))

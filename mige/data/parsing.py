@@ -6,7 +6,7 @@ Two row layouts are recognised by their fields; both may stand in one file:
   multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
   instruction, image (the source image), task (the type of edit)            Emu Edit
 
-Reading never stops at the first fault: a `Report` holds the good records and every issue. Pictures are not opened
+Reading never stops at the first error: a `Report` holds the good records and every issue. Images are not opened
 here (`checks.check_images` does that).
 """
 
@@ -28,7 +28,7 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
     root: what relative paths in the rows are relative to; by default the folder of each file.
     task: what every record must be; by default each record's own fields decide.
     Ids are a row's "id", else its "idx", else its number in the file ("00012", counted from 1). Where ids of several
-    files collide, every id gets its file's stem in front, and a note says so.
+    files collide, every id gets its file's stem in front, and a warning says so.
     """
     report = Report()
     if not files:
@@ -62,8 +62,8 @@ def make_record(
     task: what the record must be (None: its fields decide).
     """
     if not isinstance(row, Mapping):
-        problem = f"the row is {type_name(row)}, expected an object"
-        return None, [Issue(where, problem, "write it as {...} with the fields of the record")]
+        message = f"the row is {type_name(row)}, expected an object"
+        return None, [Issue(where, message, "write it as {...} with the fields of the record")]
     reader = _RowReader(row, where, root)
     record_id = reader.identifier(default_id)
     reader.storable()
@@ -73,14 +73,14 @@ def make_record(
         sources, references, target = reader.required_path("image"), (), None
         edit_type = reader.text("task") or ""
         if "multi_prompt" in row:
-            reader.fault('both "instruction" and "multi_prompt" are present', "keep the one that is the prompt")
+            reader.error('both "instruction" and "multi_prompt" are present', "keep the one that is the prompt")
     else:
         prompt = reader.prompt("multi_prompt")
         sources, references, target = reader.paths("source_path"), reader.paths("entity_path"), reader.path("image")
         edit_type = None
         named += reader.named_task()
     if sources is not None and len(sources) > 1:
-        reader.fault(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
+        reader.error(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
         sources = None
     if sources is not None and references is not None:
         source = sources[0] if sources else None
@@ -119,12 +119,12 @@ def _check_tasks(
 ) -> None:
     for task in dict.fromkeys(named):
         if task != implied:
-            reader.fault(
+            reader.error(
                 f'the task is named "{task}", but the record has {_IMAGES[implied]}, which makes it "{implied}"',
                 f'a record of task "{task}" has {_IMAGES[task]}: correct the images or the task',
             )
     if source is not None and source not in references:
-        reader.fault(
+        reader.error(
             f"the source {source} is not among the references",
             'list it in "entity_path" too, at the place of its <imagehere>',
         )
@@ -136,11 +136,11 @@ def _check_placeholders(reader: "_RowReader", prompt: str, task: Task, reference
     if near := near_markers(prompt):
         found += f" ({', '.join(map(repr, near))} is read as words)"
     if asked == 0 and given == 0:
-        reader.fault(f"{found}, and no source", f'write {PLACEHOLDER} and list its image in "entity_path"')
+        reader.error(f"{found}, and no source", f'write {PLACEHOLDER} and list its image in "entity_path"')
     elif not is_rewritten(task, prompt) and not can_pair(task, prompt, asked, given):
-        reader.fault(found, f"write one {PLACEHOLDER} for each reference, in their order")
+        reader.error(found, f"write one {PLACEHOLDER} for each reference, in their order")
     if given > MAX_REFERENCES:
-        reader.note(count(given, "reference"), f"the model was trained with at most {MAX_REFERENCES}")
+        reader.warning(count(given, "reference"), f"the model was trained with at most {MAX_REFERENCES}")
 
 
 class _RowReader:
@@ -150,23 +150,23 @@ class _RowReader:
         self.row, self.where, self.root = row, where, root
         self.issues: list[Issue] = []
 
-    def fault(self, problem: str, remedy: str) -> None:
+    def error(self, message: str, hint: str) -> None:
         """Note what makes the row unusable."""
-        self.issues.append(Issue(self.where, problem, remedy))
+        self.issues.append(Issue(self.where, message, hint))
 
-    def note(self, problem: str, remedy: str) -> None:
+    def warning(self, message: str, hint: str) -> None:
         """Note what is odd but usable."""
-        self.issues.append(Issue(self.where, problem, remedy, fatal=False))
+        self.issues.append(Issue(self.where, message, hint, fatal=False))
 
     def identifier(self, default: str) -> str | None:
         """The row's "id", else its "idx", else the default; further issues name it."""
         name = next((name for name in ("id", "idx") if self.row.get(name) is not None), None)
         value = default if name is None else self.row[name]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            self.fault(f'"{name}" is {type_name(value)}, expected a string or an integer', "correct it or leave it out")
+            self.error(f'"{name}" is {type_name(value)}, expected a string or an integer', "correct it or leave it out")
             return None
         if not ID_PATTERN.fullmatch(str(value)) or RESERVED.fullmatch(str(value)):
-            self.fault(f'"{name}" is {reprlib.repr(value)}, unfit for a file name', f"use {ID_RULE}")
+            self.error(f'"{name}" is {reprlib.repr(value)}, unfit for a file name', f"use {ID_RULE}")
             return None
         self.where = f"{self.where} (id {value})"
         return str(value)
@@ -177,7 +177,7 @@ class _RowReader:
             if name in _READ_FIELDS:
                 continue
             if character := SURROGATE.search(f"{name} {value}" if isinstance(value, str) else f"{name} {value!r}"):
-                self.fault(
+                self.error(
                     f"{reprlib.repr(name)} holds {character.group()!r}, which is no character of a text", "remove it"
                 )
 
@@ -189,7 +189,7 @@ class _RowReader:
     def prompt(self, name: str) -> str | None:
         """A string that has to be there."""
         if name not in self.row:
-            self.fault(f'no prompt: the field "{name}" is missing', f'add "{name}" with the instruction')
+            self.error(f'no prompt: the field "{name}" is missing', f'add "{name}" with the instruction')
             return None
         return self._string(f'"{name}"', self.row[name])
 
@@ -201,7 +201,7 @@ class _RowReader:
     def required_path(self, name: str) -> tuple[Path, ...] | None:
         """A path that has to be there, as a list of one."""
         if self.row.get(name) is None:
-            self.fault(f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the image')
+            self.error(f'no source: the field "{name}" is missing or null', f'add "{name}" with the path of the image')
         path = self.path(name)
         return None if path is None else (path,)
 
@@ -211,7 +211,7 @@ class _RowReader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.fault(f'"{name}" is {type_name(value)}, expected a list of paths', "put it in [ ]")
+            self.error(f'"{name}" is {type_name(value)}, expected a list of paths', "put it in [ ]")
             return None
         texts = [self._string(f'"{name}"[{position}]', item) for position, item in enumerate(value)]
         return None if None in texts else tuple(self.root / text for text in texts)
@@ -223,7 +223,7 @@ class _RowReader:
             return []
         if name not in set(Task):
             names = ", ".join(Task)
-            self.fault(
+            self.error(
                 f"unknown task {reprlib.repr(name)}, expected one of {names}",
                 'correct it, or name the prompt "instruction" where this is an Emu Edit row',
             )
@@ -231,13 +231,13 @@ class _RowReader:
         return [Task(name)]
 
     def _string(self, label: str, value: Any) -> str | None:
-        """`value` if it is a string with something in it, else a fault and None."""
+        """`value` if it is a string with something in it, else an error and None."""
         if not isinstance(value, str):
-            self.fault(f"{label} is {type_name(value)}, expected a string", "correct the field")
+            self.error(f"{label} is {type_name(value)}, expected a string", "correct the field")
         elif not value.strip():
-            self.fault(f"{label} is empty", "fill it in")
+            self.error(f"{label} is empty", "fill it in")
         elif character := UNSTORABLE.search(value):
-            self.fault(f"{label} holds {character.group()!r}, which is no character of a text", "remove it")
+            self.error(f"{label} holds {character.group()!r}, which is no character of a text", "remove it")
         else:
             return value
         return None
@@ -249,20 +249,20 @@ def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None
     files_with = Counter(folded for _, records in records_of for folded in {r.id.casefold() for r in records})
     shared = [folded for folded, files in files_with.items() if files > 1]
     if shared:
-        problem = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
-        report.issues.append(Issue("all files", problem, "every id now starts with its file's name", fatal=False))
+        message = f"{count(len(shared), 'id')} used by more than one file, the first is {shared[0]!r}"
+        report.issues.append(Issue("all files", message, "every id now starts with its file's name", fatal=False))
     first: dict[str, Record] = {}
     for file, records in records_of:
         for record in records:
             record_id = f"{file.stem}_{record.id}" if shared else record.id
             if not ID_PATTERN.fullmatch(record_id) or RESERVED.fullmatch(record_id):
-                problem = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
-                report.issues.append(Issue(record.where, problem, f"rename the file; ids are {ID_RULE}"))
+                message = f"the id with its file's name, {reprlib.repr(record_id)}, is unfit for a file name"
+                report.issues.append(Issue(record.where, message, f"rename the file; ids are {ID_RULE}"))
             elif taken := first.get(record_id.casefold()):
-                problem = f"the id {record_id!r} is already taken by {taken.where}"
+                message = f"the id {record_id!r} is already taken by {taken.where}"
                 if taken.id != record.id:
-                    problem += ", as file names may not tell upper from lower case"
-                report.issues.append(Issue(record.where, problem, "give each record its own id"))
+                    message += ", as file names may not tell upper from lower case"
+                report.issues.append(Issue(record.where, message, "give each record its own id"))
             else:
                 first[record_id.casefold()] = record
                 report.records.append(replace(record, id=record_id))

@@ -41,42 +41,42 @@ class Issue:
     fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{'' if self.fatal else 'note: '}{self.where}: {self.message}; {self.hint}"
+        return f"{'' if self.fatal else 'warning: '}{self.where}: {self.message}; {self.hint}"
 
 
 class BadRecordsError(UserError, ValueError):
-    """The data has faults; the message is the whole report."""
+    """The data has errors; the message is the whole report."""
 
 
 @dataclass
 class Report:
-    """The records without a fault, and everything found on the way."""
+    """The records without an error, and everything found on the way."""
 
     records: list[Record] = field(default_factory=list)
     issues: list[Issue] = field(default_factory=list)
 
     @property
-    def faults(self) -> list[Issue]:
+    def errors(self) -> list[Issue]:
         """What makes a record unusable."""
         return [issue for issue in self.issues if issue.fatal]
 
     @property
-    def notes(self) -> list[Issue]:
+    def warnings(self) -> list[Issue]:
         """What is worth knowing and stops nothing."""
         return [issue for issue in self.issues if not issue.fatal]
 
     def text(self) -> str:
-        """A line with the counts, then one line an issue, faults first."""
-        counts = f"{count(len(self.faults), 'fault')}, {count(len(self.notes), 'note')}"
-        return "\n".join([counts, *map(str, self.faults), *map(str, self.notes)])
+        """A line with the counts, then one line an issue, errors first."""
+        counts = f"{count(len(self.errors), 'error')}, {count(len(self.warnings), 'warning')}"
+        return "\n".join([counts, *map(str, self.errors), *map(str, self.warnings)])
 
     def raise_if_errors(self) -> list[Record]:
         """The records, if nothing was fatal; raises BadRecordsError with the whole report otherwise."""
-        if self.faults:
+        if self.errors:
             raise BadRecordsError(self.text())
         return self.records
 
 
 def count(number: int, noun: str) -> str:
-    """'1 fault', '2 faults': for messages."""
+    """'1 error', '2 errors': for messages."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -3,7 +3,28 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the DiT's cross-attention reads of B prompts.
+
+    Attributes:
+        context_BLC: float [B, L, text width], the multimodal encoder's output; rows where the mask is 0 are ignored.
+        mask_BL: int64 [B, L], 1 for a valid token.
+    """
+
+    context_BLC: Tensor
+    mask_BL: Tensor
+
+    def pad(self, length: int) -> "Context":
+        """The same, at least so many positions long: zeros under a mask of 0 at the end."""
+        missing = length - self.mask_BL.shape[1]
+        if missing <= 0:
+            return self
+        return Context(F.pad(self.context_BLC, (0, 0, 0, missing)), F.pad(self.mask_BL, (0, missing)))
 
 
 @dataclass(frozen=True)

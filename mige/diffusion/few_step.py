@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin  # noqa: F401 - where diffusers loads a par
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from mige.diffusion.solver import Denoise, DPMSolver2M, Grid, OnStep, time_grid
+from mige.diffusion.solver import Denoise, DPMSolver2M, Grid, OnStep, after_step, time_grid
 
 
 def first_order_step(x_BCHW: Tensor, x0_BCHW: Tensor, grid: Grid, i: int) -> Tensor:
@@ -43,9 +43,7 @@ def first_order_solver(denoise: Denoise, noise: Tensor, grid: Grid, on_step: OnS
     x = noise
     for i in range(len(grid.lam) - 1):
         x0 = (x - grid.sigma[i] * denoise(x, grid.model_time[i])) / grid.alpha[i]
-        x = first_order_step(x, x0, grid, i)
-        if on_step is not None:
-            on_step(i, x, x0)
+        x = after_step(on_step, i, first_order_step(x, x0, grid, i), x0)
     return x
 
 

@@ -7,11 +7,11 @@ and "full". Rearranged so that each branch stands once, and the weights add up t
 * subject-driven: `none + s (full - none)` (Ho & Salimans, arXiv 2207.12598, eq. 6); there is no source to drop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mige.diffusion.conditioning import Condition
+from mige.diffusion.conditioning import Condition, Context
 from mige.tasks import Task
 
 
@@ -46,17 +46,25 @@ def branches(task: Task, guidance: float, source_guidance: float) -> list[Branch
     return [branch for branch in table if branch.weight != 0]
 
 
-def stack(condition: Condition, chosen: list[Branch], null_LC: Tensor) -> Condition:
+def stack(condition: Condition, chosen: list[Branch], null_LC: Tensor, negative: Context | None = None) -> Condition:
     """The condition of every branch, one batch after the other.
 
     Args:
         condition: of B samples: context float [B, L, C], mask int [B, L] or None, source float [B, 4, h, w].
         chosen: from `branches`, at least one.
         null_LC: the learnt context of a dropped text, float [max tokens, C], in the context's dtype, on its device.
+        negative: of a negative prompt, B rows as long as the condition's: read in place of the null context.
 
     Returns a condition of len(chosen) * B samples, branch by branch, as `combine` takes their estimates apart.
     """
-    return Condition.stack([condition.drop(null_LC, text=b.drop_text, source=b.drop_source) for b in chosen])
+    parts = []
+    for branch in chosen:
+        if branch.drop_text and negative is not None:
+            read = replace(condition, context_BLC=negative.context_BLC, mask_BL=negative.mask_BL)
+            parts.append(read.drop(null_LC, source=branch.drop_source))
+        else:
+            parts.append(condition.drop(null_LC, text=branch.drop_text, source=branch.drop_source))
+    return Condition.stack(parts)
 
 
 def combine(eps_BCHW: Tensor, chosen: list[Branch]) -> Tensor:

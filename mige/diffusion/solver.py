@@ -17,8 +17,11 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w], model time as a 0-dim float tensor in 0..999) -> noise estimate like x."""
 
-OnStep = Callable[[int, Tensor, Tensor], None]
-"""(finished step 0..steps-1, x after it, its estimate of x0): for progress, previews; an exception stops sampling."""
+OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+"""(finished step 0..steps-1, x after it, its estimate of x0): for progress, previews; an exception stops sampling.
+
+A tensor that it returns, of the shape of x, takes the place of x.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,14 @@ def dpm_solver_pp_2m(denoise: Denoise, noise: Tensor, grid: Grid, on_step: OnSte
         if x0_before is not None and not last_of_few:
             ratio = (lam[i] - lam[i - 1]) / h
             x_next = x_next - 0.5 * (alpha[i + 1] * phi) * ((1 / ratio) * (x0 - x0_before))
-        x, x0_before = x_next, x0
-        if on_step is not None:
-            on_step(i, x, x0)
+        x, x0_before = after_step(on_step, i, x_next, x0), x0
     return x
+
+
+def after_step(on_step: OnStep | None, i: int, x: Tensor, x0: Tensor) -> Tensor:
+    """Call `on_step`, if there is one, after step i; x [B, C, h, w], or what it puts in its place."""
+    changed = None if on_step is None else on_step(i, x, x0)
+    return changed if isinstance(changed, Tensor) else x
 
 
 class DPMSolver2M(SchedulerMixin, ConfigMixin):
@@ -150,9 +157,7 @@ def run_scheduler(
     for i, time in enumerate(scheduler.timesteps):
         eps = denoise(scheduler.scale_model_input(x, time), time.float())
         result = scheduler.step(eps, time, x, **extra)
-        x = result.prev_sample
-        if on_step is not None:
-            on_step(i, x, getattr(result, "pred_original_sample", x))
+        x = after_step(on_step, i, result.prev_sample, getattr(result, "pred_original_sample", result.prev_sample))
     return x
 
 

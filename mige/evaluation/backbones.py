@@ -1,6 +1,6 @@
 """The networks whose features are compared: CLIP (transformers) and DINO (timm), each with its own published transform.
 
-Letters: B pictures or texts, D features.
+Letters: B images or texts, D features.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Clip:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Transformed pictures [B, 3, S, S] -> features, float32 [B, D] on the CPU, not normalised."""
+        """Transformed images [B, 3, S, S] -> features, float32 [B, D] on the CPU, not normalised."""
         pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         return self.model.visual_projection(pooled).cpu()
 
@@ -90,7 +90,7 @@ class Dino:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Transformed pictures [B, 3, 224, 224] -> features, float32 [B, 384] on the CPU, not normalised."""
+        """Transformed images [B, 3, 224, 224] -> features, float32 [B, 384] on the CPU, not normalised."""
         return self.model(pixels.to(self.device)).cpu()
 
 

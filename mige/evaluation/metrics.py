@@ -1,4 +1,4 @@
-"""The measures, each as it is published; features and pictures in, one number a sample out, computed in float64.
+"""The measures, each as it is published; features and images in, one number a sample out, computed in float64.
 
 Letters: D features.
 """
@@ -21,7 +21,7 @@ def cosine(a_D: Tensor, b_D: Tensor) -> float:
 
 
 def direction(edited_D: Tensor, source_D: Tensor, caption_D: Tensor, source_caption_D: Tensor) -> float:
-    """CLIPdir: cosine of the change of the picture with the change of the caption (Gal et al. 2021; Emu Edit).
+    """CLIPdir: cosine of the change of the image with the change of the caption (Gal et al. 2021; Emu Edit).
 
     All features are normalised before they are subtracted, as in InstructPix2Pix. NaN where nothing changes.
     """
@@ -31,12 +31,12 @@ def direction(edited_D: Tensor, source_D: Tensor, caption_D: Tensor, source_capt
 
 
 def l1(output: Image.Image, target: Image.Image) -> float:
-    """Mean absolute difference of two RGB pictures of one size, in [0, 1]."""
+    """Mean absolute difference of two RGB images of one size, in [0, 1]."""
     return float(np.abs(_levels(output, target)).mean())
 
 
 def l2(output: Image.Image, target: Image.Image) -> float:
-    """Mean squared difference of two RGB pictures of one size, in [0, 1]: MagicBrush's L2, without a root."""
+    """Mean squared difference of two RGB images of one size, in [0, 1]: MagicBrush's L2, without a root."""
     return float(np.square(_levels(output, target)).mean())
 
 
@@ -52,8 +52,8 @@ def to_output(output: Image.Image, source: Image.Image) -> tuple[Image.Image, Im
 
 def _levels(output: Image.Image, target: Image.Image) -> np.ndarray:
     if output.size != target.size:
-        raise ValueError(f"pictures of {output.size} and {target.size} px, expected one size")
-    a, b = (np.asarray(picture.convert("RGB"), dtype=np.float64) / 255 for picture in (output, target))
+        raise ValueError(f"images of {output.size} and {target.size} px, expected one size")
+    a, b = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (output, target))
     return a - b
 
 

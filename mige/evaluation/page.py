@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mige.evaluation.benchmarks import BENCHMARKS, Metric, Prepared
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import BENCHMARKS, Metric
 from mige.evaluation.published import PUBLISHED, Published
 from mige.evaluation.scoring import VERSIONS
 from mige.reports.cases import Case
@@ -47,7 +48,7 @@ def write(
 
 
 def note(table: Sequence[Mapping[str, Any]], notes: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a reader must know of these scores, in sentences: a part of the benchmark, pictures changed on the way."""
+    """What a reader must know of these scores, in sentences: a part of the benchmark, images changed on the way."""
     whole = next(entry for entry in table if entry["version"] == "model" and entry["subset"] == "all")
     sentences = []
     if len(rows) < whole["of"]:
@@ -137,10 +138,10 @@ def _case(row: Mapping[str, Any], scores: Mapping[str, Any], output: Path) -> Ca
     else:
         prompt, references, sources = row["multi_prompt"], row["entity_path"], row["source_path"]
     inputs = [
-        (f"picture {n}" + (", source" if path in sources else ""), Path(path)) for n, path in enumerate(references, 1)
+        (f"image {n}" + (", source" if path in sources else ""), Path(path)) for n, path in enumerate(references, 1)
     ]
     if "target" in row["score"]:
-        inputs.append(("true picture", Path(row["score"]["target"])))
+        inputs.append(("true image", Path(row["score"]["target"])))
     detail = ", ".join(f"{name} {value:.4f}" for name, value in scores["model"].items())
     detail += f"; {row['score']['caption']}" if "caption" in row["score"] else ""
     return Case(row["id"], row["score"]["group"], prompt, tuple(inputs), output, detail)

@@ -6,7 +6,7 @@ A row stands beside a measured one only where backbone and protocol are known to
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mige.evaluation.benchmarks import Options
+from mige.evaluation.benchmarks.files import Options
 
 # The true image's CLIP-T is .2826 with local captions (its author, OSU-NLP-Group/MagicBrush issue 27): what lies above
 # is of global ones.
@@ -24,7 +24,7 @@ class Published:
     source: str
     clip: str | None = None  # CLIP's name where stated, else None: the row never stands beside a measured one
     iterative: bool = False  # MagicBrush's final turn
-    samples: int = 1  # DreamBench: pictures a prompt
+    samples: int = 1  # DreamBench: images a prompt
 
     def fits(self, options: Options, clip: str) -> bool:
         """Whether these are the protocol and the backbone of a measured table."""
@@ -33,11 +33,11 @@ class Published:
 
 
 def _dreambench(method: str, dino: float, clip_i: float, clip_t: float, source: str | None) -> Published:
-    """Without a source: the method's own paper, whose protocol is not known to be the one of 750 pictures."""
+    """Without a source: the method's own paper, whose protocol is not known to be the one of 750 images."""
     scores = {"DINO": dino, "CLIP-I": clip_i, "CLIP-T": clip_t}
     if source is None:
         return Published("dreambench", method, "not known", scores, "its paper")
-    return Published("dreambench", method, "750 pictures, one input picture a subject", scores, source, "ViT-B/32")
+    return Published("dreambench", method, "750 images, one input image a subject", scores, source, "ViT-B/32")
 
 
 def _magicbrush(method: str, values: str, source: str, iterative: bool = False, captions: str = LOCAL) -> Published:
@@ -54,7 +54,7 @@ PUBLISHED = (
     _dreambench("OmniGen", 0.693, 0.801, 0.315, f"{_UNO}, its run"),
     _dreambench("OminiControl", 0.684, 0.799, 0.312, _UNO),
     _dreambench("KOSMOS-G", 0.694, 0.847, 0.287, "KOSMOS-G (arXiv 2310.02992)"),
-    Published("dreambench", "real images", "pictures of the subject among themselves", {"DINO": 0.774, "CLIP-I": 0.885},
+    Published("dreambench", "real images", "images of the subject among themselves", {"DINO": 0.774, "CLIP-I": 0.885},
               "DreamBooth (arXiv 2208.12242)"),
     Published("dreambench", "MIGE", "not stated in full", {"DINO": 0.744}, _MIGE),
     _dreambench("BLIP-Diffusion", 0.670, 0.805, 0.302, None),

@@ -1,6 +1,6 @@
-"""Results of a prepared benchmark -> scores a sample, each picture and text through each network once.
+"""Results of a prepared benchmark -> scores a sample, each image and text through each network once.
 
-Versions scored beside the model's own pictures: "copy", the input given back; "target", the true picture; and for
+Versions scored beside the model's own images: "copy", the input given back; "target", the true image; and for
 DreamBench "real", the subject's other photographs. Letters: D features.
 """
 
@@ -25,18 +25,20 @@ from tqdm import tqdm
 
 from mige.evaluation import metrics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import CAPTIONS, BenchmarkError, Metric, Prepared
+from mige.evaluation.benchmarks.files import BenchmarkError
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import CAPTIONS, Metric
 from mige.utils.files import json_lines, read_json_lines, write_bytes, write_text
 from mige.utils.images import open_image
 
-VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true picture", "real": "real pictures"}
+VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true image", "real": "real images"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Features:
     """Features of one backbone, kept in a file from one run to the next.
 
-    A picture's key is the hash of its file, a text's that of its letters, so that nothing stale is ever read; the file
+    An image's key is the hash of its file, a text's that of its letters, so that nothing stale is ever read; the file
     is named after the backbone's weights.
     """
 
@@ -48,16 +50,16 @@ class Features:
         self.key_of: dict[Path | str, str] = {}
         self.pool = ThreadPoolExecutor(os.cpu_count())  # decoding and resizing take longer than the networks
 
-    def compute(self, pictures: Iterable[Path], texts: Iterable[str] = ()) -> None:
+    def compute(self, images: Iterable[Path], texts: Iterable[str] = ()) -> None:
         """See that the features of these are known; a kill loses at most the last fifty batches."""
-        self._compute(dict.fromkeys(pictures), _file_key, self._encode, f"{self.backbone.name}, pictures")
+        self._compute(dict.fromkeys(images), _file_key, self._encode, f"{self.backbone.name}, images")
         self._compute(dict.fromkeys(texts), _text_key, self._texts, f"{self.backbone.name}, captions")
 
     def __getitem__(self, what: Path | str) -> Tensor:
         return self.known[self.key_of[what]]
 
-    def _encode(self, pictures: Sequence[Path]) -> Tensor:
-        return self.backbone.encode(torch.stack(list(self.pool.map(self._pixels, pictures))))
+    def _encode(self, images: Sequence[Path]) -> Tensor:
+        return self.backbone.encode(torch.stack(list(self.pool.map(self._pixels, images))))
 
     def _pixels(self, path: Path) -> Tensor:
         return self.backbone.transform(open_image(path))
@@ -92,9 +94,9 @@ def _read_cache(path: Path) -> dict[str, Tensor]:
         known = load(path.read_bytes())
         shapes = {tuple(features.shape) for features in known.values()}
         if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-            raise ValueError(f"tensors of shapes {sorted(shapes)}, expected one vector a picture or text")
+            raise ValueError(f"tensors of shapes {sorted(shapes)}, expected one vector an image or text")
         if strangers := [key for key in known if not re.fullmatch("(picture|text) [0-9a-f]{64}", key)]:
-            raise ValueError(f"the key {strangers[0]!r}, expected those of pictures and texts")
+            raise ValueError(f"the key {strangers[0]!r}, expected those of images and texts")
         if not all(features.dtype == torch.float32 and features.isfinite().all() for features in known.values()):
             raise ValueError("features that are no finite float32")
     except (ValueError, SafetensorError) as error:
@@ -113,14 +115,14 @@ def _text_key(text: str) -> str:
 
 @dataclass
 class Scores:
-    """What scoring found: a line a sample, and what had to be done to pictures on the way."""
+    """What scoring found: a line a sample, and what had to be done to images on the way."""
 
     rows: list[dict[str, Any]]
     notes: Counter = field(default_factory=Counter)
 
 
 def outputs(prepared: Prepared, results: Path) -> dict[str, Path]:
-    """The picture of every record by its id: RESULTS/images/ID.png, or RESULTS/ID.png where there is no such folder.
+    """The image of every record by its id: RESULTS/images/ID.png, or RESULTS/ID.png where there is no such folder.
 
     Raises BenchmarkError that lists what is missing, what belongs to no record, and ids with two files.
     """
@@ -137,7 +139,7 @@ def outputs(prepared: Prepared, results: Path) -> dict[str, Path]:
     }
     found = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
     if found:
-        raise BenchmarkError(f"{folder}: {'; '.join(found)}. expected one picture for each of the {len(ids)} records")
+        raise BenchmarkError(f"{folder}: {'; '.join(found)}. expected one image for each of the {len(ids)} records")
     return {path.stem: path for path in files}
 
 
@@ -146,11 +148,11 @@ def crops(prepared: Prepared, folder: Path) -> dict[str, Path]:
     path = folder / "entities.jsonl"
     if not path.is_file():
         raise BenchmarkError(f"{path}: no such file; run tools/extract_entities.py first")
-    rows, faults = read_json_lines(path)
+    rows, errors = read_json_lines(path)
     ids = {row["id"] for row in prepared.scored}
     lines = {line.get("id"): line for _, line in rows if isinstance(line.get("id"), str) and "crop" in line}
-    for fault in faults:
-        print(f"warning: {fault}", file=sys.stderr)
+    for error in errors:
+        print(f"warning: {error}", file=sys.stderr)
     if missing := sorted(ids - lines.keys()):
         raise BenchmarkError(f"{path}: {len(missing)} ids missing ({_some(missing)}); run extract_entities.py again")
     return {one: folder / lines[one]["crop"] for one in ids if lines[one]["crop"]}
@@ -174,9 +176,9 @@ def score(
 
     Args:
         found: the outputs, as `outputs` gives them. cache: folder of features. entities: crops of the outputs, without
-            which the entity measures are left out. batch: pictures at a time; does not change the scores.
+            which the entity measures are left out. batch: images at a time; does not change the scores.
 
-    Raises BenchmarkError for NaN features, BadImageError for a picture that cannot be read.
+    Raises BenchmarkError for NaN features, BadImageError for an image that cannot be read.
     """
     wanted = [metric for metric in prepared.metrics if entities is not None or not metric.crop]
     versions = {row["id"]: _versions(row, found[row["id"]]) for row in prepared.scored}
@@ -184,8 +186,8 @@ def score(
     networks = {"clip": Features(clip, cache, batch), "dino": Features(dino, cache, batch)}
     for of, features in networks.items():
         used = [metric for metric in wanted if metric.of == of or (of, metric.of) == ("clip", "direction")]
-        pictures = [path for row in prepared.scored for path in _pictures(row, used, versions[row["id"]], crop_of)]
-        features.compute(pictures, [text for row in prepared.scored for text in _texts(row, used)])
+        images = [path for row in prepared.scored for path in _images(row, used, versions[row["id"]], crop_of)]
+        features.compute(images, [text for row in prepared.scored for text in _texts(row, used)])
     scores = Scores([])
     for row in tqdm(prepared.scored, desc="scores"):
         line = {"id": row["id"], "group": row["score"]["group"]}
@@ -206,7 +208,7 @@ def score(
 
 
 def _versions(row: Mapping[str, Any], output: Path) -> dict[str, list[Path]]:
-    """The pictures that stand for the output in each version; "copy": the picture that the model was given."""
+    """The images that stand for the output in each version; "copy": the image that the model was given."""
     score = row["score"]
     copied = score.get("source") or row["entity_path"][0]
     versions = {"model": [output], "copy": [Path(copied)]}
@@ -221,7 +223,7 @@ def _applies(metric: Metric, version: str) -> bool:
 
 
 def _against(score: Mapping[str, Any], metric: Metric) -> list[Path]:
-    """The pictures that a measure compares with."""
+    """The images that a measure compares with."""
     if metric.of == "direction":
         return [Path(score["source"])]
     if metric.against in CAPTIONS:
@@ -230,7 +232,7 @@ def _against(score: Mapping[str, Any], metric: Metric) -> list[Path]:
     return [Path(path) for path in (given if isinstance(given, list) else [given])]
 
 
-def _pictures(
+def _images(
     row: Mapping[str, Any], used: Sequence[Metric], versions: Mapping[str, Sequence[Path]], crop_of: Mapping[str, Path]
 ) -> Iterable[Path]:
     for metric in used:
@@ -275,7 +277,7 @@ def _pixel_value(metric: Metric, answer: Path, other: Path, notes: Counter) -> f
     made, true = open_image(answer), open_image(other)
     resize = metrics.to_target if metric.against == "target" else metrics.to_output
     if made.size != true.size and metric.of == "l1":
-        notes["of another size than the picture compared with"] += 1
+        notes["of another size than the image compared with"] += 1
     return (metrics.l1 if metric.of == "l1" else metrics.l2)(*resize(made, true))
 
 

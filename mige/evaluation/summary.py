@@ -14,7 +14,9 @@ import transformers
 import mige
 from mige.evaluation import statistics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import BENCHMARKS, CAPTIONS, BenchmarkError, Prepared
+from mige.evaluation.benchmarks.files import BenchmarkError
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS
 from mige.evaluation.scoring import VERSIONS
 from mige.utils.files import read_json_object
 
@@ -32,8 +34,8 @@ def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
         f"below {statistics.FEW} values Student's t",
     }
     if prepared.name == "dreambench":
-        facts["pictures a prompt"] = str(options.samples)
-        facts["compared with"] = "the input" if options.against == "input" else "all pictures of the subject"
+        facts["images a prompt"] = str(options.samples)
+        facts["compared with"] = "the input" if options.against == "input" else "all images of the subject"
     if prepared.name == "emu_edit":
         facts["split"] = options.split
         facts["another size"] = "the source is scaled and centre-cropped to the output's, as the model was shown it"

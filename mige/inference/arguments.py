@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -58,8 +59,8 @@ def check_run(scheduler: Any, output_type: Any, on_step: Any, reuse: int, compil
 
     That is another output type, a scheduler that cannot sample, an `on_step` that cannot be called, `reuse` uncompiled.
     """
-    if output_type not in ("pil", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', got {output_type!r}")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
     if reason := why_not(scheduler):
         raise ValueError(reason)
     if on_step is not None and not callable(on_step):
@@ -68,24 +69,48 @@ def check_run(scheduler: Any, output_type: Any, on_step: Any, reuse: int, compil
         raise ValueError(f"reuse must be 1, or more with compile=True, got {reuse}")
 
 
-def seeds_of(seed: Any, prompts: int) -> list[int]:
-    """One seed a prompt, from one for all or a list; raises ValueError for a wrong number of them or a bad one."""
+def generators_of(seed: Any, generator: Any, prompts: int, each: int) -> list[torch.Generator]:
+    """The generator of every image, `each` of them a prompt.
+
+    Args:
+        seed: one for all prompts, one a prompt, or one an image; the further images of a prompt take the seeds after
+            its own. None: 0, where there is no generator either.
+        generator: one, from which the images draw in turn, or a list of one an image.
+
+    Raises ValueError for both, a wrong number of them or a bad one.
+    """
+    images = prompts * each
+    if generator is None:
+        return [torch.Generator().manual_seed(one) for one in _seeds_of(0 if seed is None else seed, prompts, each)]
+    if seed is not None:
+        raise ValueError("both seed and generator are given: give one of them")
+    given = list(generator) if isinstance(generator, list | tuple) else [generator] * images
+    if len(given) != images:
+        raise ValueError(f"{images} images, {len(given)} generators; give one for all, or one each")
+    if wrong := [one for one in given if not isinstance(one, torch.Generator)]:
+        raise ValueError(f"generator is {wrong[0]!r}, expected a torch.Generator, or a list of them")
+    return given
+
+
+def _seeds_of(seed: Any, prompts: int, each: int) -> list[int]:
     several = isinstance(seed, Sequence) and not isinstance(seed, str)
     several = several or (isinstance(seed, np.ndarray | Tensor) and seed.ndim == 1)
     seeds = list(seed) if several else [seed] * prompts
-    if len(seeds) != prompts:
+    if len(seeds) not in (prompts, prompts * each):
         raise ValueError(f"{prompts} prompts, {len(seeds)} seeds; give one for all, or one each")
     plain = [number("seed", one, whole=True, least=0) for one in seeds]
+    if len(plain) == prompts:
+        plain = [one + image for one in plain for image in range(each)]
     if large := next((one for one in plain if one >= SEEDS), None):
         raise ValueError(f"seed is {large}, expected a whole number below 2**63")
     return plain
 
 
-def samples_of(prompt: Any, references: Any, source: Any) -> list[Sample]:
+def samples_of(prompt: Any, references: Any, source: Any, count: int | None = None) -> list[Sample]:
     """The samples of a call.
 
     Args:
-        prompt: a text, or a list of them.
+        prompt: a text, or a list of them; None where their context is known already, of `count` of them.
         references: of one prompt an image or a list of images; of several a list with that for each; None for none.
         source: an image for all prompts, or a list; None for none. An image that equals a reference is that reference.
         An image is whatever `as_image` takes: a path, a PIL image, an array, a tensor.
@@ -93,13 +118,16 @@ def samples_of(prompt: Any, references: Any, source: Any) -> list[Sample]:
     Raises ValueError where numbers do not agree, a prompt is no text or empty, or a source is not among its
     references; TypeError for what is no image; BadImageError for one that cannot be used.
     """
-    prompts = [prompt] if isinstance(prompt, str) else _listed("prompt", prompt)
-    for one in prompts:
-        if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"prompt is {one!r}, expected a text")
-    if not prompts:
-        raise ValueError("prompt is an empty list, expected at least one text")
-    lists = [references] if isinstance(prompt, str) else _each("references", references, len(prompts))
+    if count is not None:
+        prompts, is_one = [""] * count, count == 1
+    else:
+        prompts, is_one = [prompt] if isinstance(prompt, str) else _listed("prompt", prompt), isinstance(prompt, str)
+        for one in prompts:
+            if not isinstance(one, str) or not one.strip():
+                raise ValueError(f"prompt is {one!r}, expected a text")
+        if not prompts:
+            raise ValueError("prompt is an empty list, expected at least one text")
+    lists = [references] if is_one else _each("references", references, len(prompts))
     sources = _each("source", source, len(prompts))
     return [_sample(*given) for given in zip(prompts, lists, sources, strict=True)]
 
@@ -117,7 +145,9 @@ def _sample(prompt: str, references: Any, source: Any) -> Sample:
 
 
 def _each(name: str, value: Any, prompts: int) -> list:
-    """A value for each prompt: one for all, or a list of as many."""
+    """A value for each prompt: one for all, or a list, tensor or array [B, ...] of as many."""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 4:  # [B, 3, H, W] or [B, H, W, 3], as in diffusers
+        value = list(value)
     if value is None or (_is_image(value) and name == "source"):
         return [value] * prompts
     values = [value] if _is_image(value) else _listed(name, value)

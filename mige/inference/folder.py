@@ -24,7 +24,7 @@ from mige.inference.settings import Settings, differing
 from mige.utils.errors import UserError
 from mige.utils.files import FolderInUseError, folder_lock, json_lines, read_json_object, write_text
 
-_NAMED = 20  # faults of a folder that are printed; the others are counted
+_NAMED = 20  # errors of a folder that are printed; the others are counted
 
 
 class RunError(UserError, RuntimeError):
@@ -59,7 +59,7 @@ def check_folder(folder: Path, settings: Settings, records: Sequence[Record]) ->
     """
     with _as_run_errors(folder):
         finished = read_finished(folder, [folder / "results.jsonl", *sorted(folder.glob("results-*.jsonl"))])
-        finished.faults += _check_config(folder, settings, finished.lines)
+        finished.errors += _check_config(folder, settings, finished.lines)
     _check_records(folder, records, finished.lines)
     return finished
 
@@ -74,21 +74,21 @@ def _as_run_errors(folder: Path) -> Iterator[None]:
 
 
 def _check_config(folder: Path, settings: Settings, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Raise RunError for other settings than config.json has; a fault where it is damaged and the lines agree."""
-    path, faults, config = folder / "config.json", [], {}
+    """Raise RunError for other settings than config.json has; an error where it is damaged and the lines agree."""
+    path, errors, config = folder / "config.json", [], {}
     try:
         config = read_json_object(path)
         if not isinstance(config.get("settings"), dict):
-            faults = [f'{path}: an object without the "settings" of a run']
+            errors = [f'{path}: an object without the "settings" of a run']
             if not lines:
                 raise RunError(
-                    f"{faults[0]}: something else's file, or the folder holds a run with other settings: "
+                    f"{errors[0]}: something else's file, or the folder holds a run with other settings: "
                     "use another --output, or delete the file"
                 )
     except FileNotFoundError:
         pass
     except ValueError as error:
-        faults = [str(error)]
+        errors = [str(error)]
     if isinstance(config.get("settings"), dict):
         phrases = differing(config["settings"], settings, config.get("resolved"))
     else:  # lost: the lines say what their images were made with
@@ -96,7 +96,7 @@ def _check_config(folder: Path, settings: Settings, lines: Mapping[str, Mapping[
         phrases = list(dict.fromkeys(phrase for some in own for phrase in some))
     if phrases:
         raise RunError(f"{folder} holds a run with other settings ({'; '.join(phrases)}): use another --output")
-    return faults
+    return errors
 
 
 def _check_records(folder: Path, records: Sequence[Record], lines: Mapping[str, Mapping[str, Any]]) -> None:
@@ -121,10 +121,10 @@ def open_folder(folder: Path, settings: Settings, records: Sequence[Record]) -> 
     Raises RunError where `check_folder` does.
     """
     finished = check_folder(folder, settings, records)
-    for fault in finished.faults[:_NAMED]:
-        print(f"warning: {fault}; what it stood for is made again", file=sys.stderr)
-    if len(finished.faults) > _NAMED:
-        print(f"warning: {len(finished.faults) - _NAMED} more of this kind in {folder}", file=sys.stderr)
+    for error in finished.errors[:_NAMED]:
+        print(f"warning: {error}; what it stood for is made again", file=sys.stderr)
+    if len(finished.errors) > _NAMED:
+        print(f"warning: {len(finished.errors) - _NAMED} more of this kind in {folder}", file=sys.stderr)
     with _as_run_errors(folder):
         (folder / "images").mkdir(exist_ok=True)
         for half_written in (folder / "images").glob(".*.part"):  # of a killed run
@@ -165,11 +165,11 @@ def _write_results(folder: Path, finished: Finished) -> None:
 
 
 def write_failures(report: Report, folder: Path) -> Path:
-    """failures.jsonl: a line a fault; without faults, one of an earlier run is removed. Returns its path."""
+    """failures.jsonl: a line an error; without errors, one of an earlier run is removed. Returns its path."""
     path = folder / "failures.jsonl"
-    if report.faults:
+    if report.errors:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [{"where": f.where, "problem": f.message, "remedy": f.hint} for f in report.faults]
+        lines = [{"where": f.where, "message": f.message, "hint": f.hint} for f in report.errors]
         write_text(path, json_lines(lines))
     else:
         path.unlink(missing_ok=True)

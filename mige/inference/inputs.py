@@ -21,18 +21,18 @@ from mige.utils import images
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the encoders read of B samples of one task; tensors are float32 on the CPU."""
+    """What the encoders read of B samples of one task; images are uint8 on the CPU, a quarter of what they become."""
 
     task: Task
     instructions: list[Instruction]  # B of them
-    vision_RCHW: Tensor  # [R, 3, 224, 224], all references, normalised for the vision tower
-    references_RCHW: Tensor | None  # [R, 3, H', W'] in [-1, 1], fitted for the VAE; None without references
-    sources_BCHW: Tensor | None  # [B, 3, H, W] in [-1, 1]; None where the source is the reference, or there is none
+    vision_RHWC: Tensor  # [R, 224, 224, 3], all references, squeezed for the vision tower
+    references_RHWC: Tensor | None  # [R, H', W', 3], fitted for the VAE; None without references
+    sources_BHWC: Tensor | None  # [B, H, W, 3]; None where the source is the reference, or there is none
     noise: Sequence[SampleNoise]
 
     @property
     def reference_noise(self) -> list[Tensor]:
-        """The posterior's noise of each reference, R times [4, h', w']."""
+        """The posterior's noise of each reference that is encoded, R times [4, h', w']."""
         return [draw for sample_noise in self.noise for draw in sample_noise.references]
 
     def spread(self, references_R: Tensor) -> Tensor:
@@ -58,6 +58,8 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     vision_size: int,
     cell: int,
+    *,
+    read: bool = True,
 ) -> Inputs:
     """Tokenise the prompts of B samples and fit their images.
 
@@ -65,26 +67,27 @@ def prepare(
         noise: of each sample; its shapes decide the sizes that images are fitted to.
         vision_size: side of what the vision tower reads, px.
         cell: px of a latent cell along one side.
+        read: False where the context of the prompts is known: then only the images to edit are fitted.
 
     Raises ValueError where the samples are of several tasks, and where markers and references do not pair.
     """
     task = samples[0].task
     if any(sample.task is not task for sample in samples):
         raise ValueError("the samples of one batch must be of one task: guidance and sizes depend on it")
-    instructions = [instruct(sample, tokenizer) for sample in samples]
-    references = [image for sample in samples for image in sample.references]
-    vision = _each(lambda image: images.vision_pixels(image, vision_size), references)
+    instructions = [instruct(sample, tokenizer) for sample in samples] if read else []
+    references = [image for sample in samples for image in sample.references if read or task is Task.EDIT]
+    vision = _each(lambda image: images.vision_levels(image, vision_size), references) if read else []
     fit = images.letterbox if TASKS[task].letterbox else images.center_crop
-    draws = [draw for sample_noise in noise for draw in sample_noise.references]
+    draws = [draw for sample_noise in noise for draw in sample_noise.references if references]
     sources = None
     if task is Task.SUBJECT_EDIT:
         sources = _fit([s.source for s in samples], images.center_crop, noise[0].source, cell)
     return Inputs(
         task=task,
         instructions=instructions,
-        vision_RCHW=torch.stack(vision) if vision else torch.zeros(0, 3, vision_size, vision_size),
-        references_RCHW=_fit(references, fit, draws[0], cell) if draws else None,
-        sources_BCHW=sources,
+        vision_RHWC=torch.stack(vision) if vision else torch.zeros(0, vision_size, vision_size, 3, dtype=torch.uint8),
+        references_RHWC=_fit(references, fit, draws[0], cell) if draws else None,
+        sources_BHWC=sources,
         noise=noise,
     )
 
@@ -107,9 +110,9 @@ def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
 def _fit(
     originals: Sequence[Image.Image], fit: Callable[[Image.Image, int, int], Image.Image], draw: Tensor, cell: int
 ) -> Tensor:
-    """Images fitted to the size of a draw [4, h, w] of their posterior -> [B, 3, H, W]."""
+    """Images fitted to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    return torch.stack(_each(lambda image: images.to_pixels(fit(image, height, width)), originals))
+    return torch.stack(_each(lambda image: images.to_levels(fit(image, height, width)), originals))
 
 
 def _each(function: Callable[[Image.Image], Tensor], originals: Sequence[Image.Image]) -> list[Tensor]:

@@ -2,21 +2,34 @@
 
 import torch
 
+from mige.inference.compiled import compile_vae, replayed
 from mige.inference.offload import stream_blocks
 from mige.inference.quantise import quantise
+from mige.models.mige import MIGEModel
 
 
 class Modes:
     """What a pipeline can do to be faster or take less memory; its parts are attributes by their names."""
 
     is_compiled = False
+    _replayed = _compiled_vae = None
 
     def compile(self) -> None:
-        """Denoise with `FastDenoiser` from now on: the same result but for rounding, one CUDA graph a step.
+        """From now on the same result but for rounding, sooner.
 
-        It reads the transformer's weights when the first image is made: change them before (adapters, for one).
+        Denoising is `FastDenoiser`, one CUDA graph a step. On a GPU the encoders are CUDA graphs too, and a VAE in
+        bfloat16 is compiled (`mige.inference.compiled`). The transformer's weights are read when the first image is
+        made: change them before (adapters, for one).
         """
         self.is_compiled = True
+
+    def _compile_ends(self, model: MIGEModel) -> MIGEModel:
+        """The pipeline's model with the encoder to use now, and its VAE compiled if it is to be."""
+        if self.is_compiled:
+            self._replayed = replayed(model.encoder, self._replayed)
+            self._compiled_vae = compile_vae(self.vae, self._compiled_vae)
+            model.encoder = self._replayed or model.encoder
+        return model
 
     def vae_to_bfloat16(self) -> None:
         """The VAE in bfloat16, channels last: faster, and images differ by rounding (docs/inference.md)."""
@@ -38,3 +51,19 @@ class Modes:
         stream_blocks([getattr(self, part) for part in streamed], self.model.blocks(streamed), torch.device(device))
         for part in (self.fusion, self.transformer, self.vae):
             part.to(device)
+
+    def enable_vae_tiling(self) -> None:
+        """Images larger than the VAE's `sample_size` go through it in tiles that overlap: less memory, other edges."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Whole images go through the VAE again."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """One image at a time goes through the VAE: less memory, the same images."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Several images go through the VAE together again, as many as fit its chunk."""
+        self.vae.disable_slicing()

@@ -5,16 +5,18 @@
     image = pipe("make the sky night in<imagehere>", source=photo).images[0]
     image = pipe("replace the pencil in<imagehere>with<imagehere>", [photo, pen], source=photo).images[0]
 
-What happens is `MIGEPipeline.run`. Letters: B prompts, L context positions; latents are [B, 4, h, w], images 8 h high.
+What happens is `Steps.run`. Letters: B prompts, N images of each, L context positions; latents are [B N, 4, h, w],
+images 8 h high.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, SchedulerMixin
-from PIL import Image
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import Blip2QFormerModel, Blip2VisionModel, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -22,30 +24,24 @@ import mige.fusion
 import mige.sampler  # noqa: F401 - folders of version 0.1.0 name these two, and diffusers opens only imported ones
 from mige.checkpoints import folder as checkpoint
 from mige.diffusion import few_step, solver  # noqa: F401 - diffusers opens a scheduler's imported module
-from mige.diffusion.conditioning import Condition
-from mige.diffusion.guidance import Branch, Guidance, stack
-from mige.diffusion.settings import resolve
-from mige.inference import arguments, loading
-from mige.inference.denoising import guided_estimate
-from mige.inference.encoding import encode_inputs
-from mige.inference.inputs import Inputs, prepare
+from mige.diffusion.conditioning import Context
+from mige.inference import loading
+from mige.inference.call import Call, read_call
+from mige.inference.denoising import OnStepEnd
+from mige.inference.encoding import encode_text
 from mige.inference.modes import Modes
-from mige.inference.samples import Sample, SampleNoise, draw_sample_noise
-from mige.inference.sizes import SizeGrid
+from mige.inference.steps import Steps
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
-from mige.models.fast_dit import FastDenoiser
 from mige.models.fusion import MIGEFusion
 from mige.models.mige import MIGEModel
-from mige.models.vae import decode
-from mige.tasks import Task
-from mige.utils import images
+from mige.models.vae import downscale
 
 
-class MIGEPipeline(Modes, DiffusionPipeline):
+class MIGEPipeline(Steps, Modes, DiffusionPipeline):
     """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
 
-    The scheduler may be replaced by any diffusers scheduler that predicts epsilon. The class is longer than others as
-    diffusers wants loading, the call and its steps in one; what a step does stands in a file of its own.
+    The scheduler may be replaced by any diffusers scheduler that predicts epsilon. `image_processor` makes the outputs
+    "np" and "pt"; `vae_scale_factor`: px of a latent cell along one side (8).
     """
 
     model_cpu_offload_seq = "image_encoder->qformer->fusion->text_encoder->transformer->vae"
@@ -74,6 +70,8 @@ class MIGEPipeline(Modes, DiffusionPipeline):
             scheduler=scheduler,
         )
         self._fast = None
+        self.vae_scale_factor = downscale(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pretrained(
@@ -138,163 +136,126 @@ class MIGEPipeline(Modes, DiffusionPipeline):
         """
         return MIGEPipeline(**(self.components | loading.exchange_weights(self.components, state)))
 
-    @property
-    def sizes(self) -> SizeGrid:
-        """The sizes of images that the model makes."""
-        return SizeGrid.of(self.vae.config, self.transformer.config)
-
-    @property
-    def native_size(self) -> int:
-        """Side in pixels of the images the DiT was trained on, and of all references (512)."""
-        return self.sizes.native
-
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         references: Any = None,
         source: Any = None,
         *,
+        image: Any = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         source_guidance_scale: float | None = None,
-        seed: int | Sequence[int] = 0,
+        image_guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         on_step: solver.OnStep | None = None,
         reuse: int = 1,
-    ) -> ImagePipelineOutput:
+    ) -> ImagePipelineOutput | tuple:
         """Generate or edit. The task follows from the images: no source, subject-driven generation; a source that is
         the only image, editing; else subject-driven editing, with the source among the references.
 
         Args:
             prompt: one, or a list; `<imagehere>` stands for the references, in order.
             references: the images of the prompt, or the only one; a list with that for each of several prompts.
-            source: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or tensors
-                (`as_image`); a source that equals a reference is that reference.
+            source, image: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or
+                tensors (`as_image`); a source that equals a reference is that reference.
             height, width: of the output in pixels, multiples of 16; the native size by default.
             num_inference_steps, guidance_scale, source_guidance_scale: by default the official ones of the task; a
                 few-step student has its own, and no guidance beside the one in its weights.
-            seed: of the noise; for several prompts one each, or one that all samples share.
-            output_type: "pil", "pt" (float [B, 3, H, W] in [0, 1]) or "latent".
+            image_guidance_scale: another name of `source_guidance_scale`.
+            negative_prompt: what the branches of guidance without the prompt read, words alone, behind the task's
+                prefix; by default the learnt null context, as in training, which never saw a negative prompt.
+            num_images_per_prompt: N; the images of a prompt come one after the other.
+            seed: of the noise, 0 by default; one that all prompts share, one a prompt or one an image. The further
+                images of a prompt take the seeds after its own.
+            generator: in place of a seed: one that the images draw from in turn, or a list of one an image.
+            latents: in place of the noise that denoising starts from, standard normal, [B N, 4, h, w].
+            prompt_embeds, prompt_attention_mask: of `encode_prompt`, in place of the prompt: [B, L, C] and [B, L].
+                References are then not read; they only say how many random numbers were drawn for them.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same of the negative prompt.
+            output_type: "pil", "np" (float [B N, H, W, 3] in [0, 1]), "pt" (float [B N, 3, H, W]) or "latent".
+            return_dict: False: a tuple that holds the images.
+            callback_on_step_end: called after every step with (pipe, step, time, tensors); what it returns of them,
+                changed, takes their place. It may change `pipe._guidance_scale`, and set `pipe._interrupt` to end.
+            callback_on_step_end_tensor_inputs: names of `pipe._callback_tensor_inputs`.
             on_step: called after every step with (step, latent, estimate of the final latent).
             reuse: compute the DiT's middle blocks every so many steps, an approximation; needs `compile`.
 
         Raises ValueError, before anything runs, for an argument that is not what it should be, and for markers that
         don't match the references.
         """
-        steps, text, source_scale = arguments.numbers_of(num_inference_steps, guidance_scale, source_guidance_scale)
-        reuse = arguments.number("reuse", reuse, whole=True, least=1)
-        arguments.check_run(self.scheduler, output_type, on_step, reuse, self.is_compiled)
-        samples = arguments.samples_of(prompt, references, source)
-        seeds = arguments.seeds_of(seed, len(samples))
-        resolve(self.scheduler.config, samples[0].task, steps, text, source_scale)  # refuses, if it must
-        size = self.output_size(*arguments.sides_of(height, width))
-        noise = [
-            self.draw_noise(sample.task, len(sample.references), torch.Generator().manual_seed(one), *size)
-            for sample, one in zip(samples, seeds, strict=True)
-        ]
-        result = self.run(samples, noise, steps=steps, text_guidance=text, source_guidance=source_scale,
-                          on_step=on_step, reuse=reuse, output_type=output_type)  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "return_dict", "__class__")}
+        call = self.check_inputs(**given)
+        made = self.run(call.samples, self._noise(call), **call.settings)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=result)
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
+
+    def check_inputs(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Call:
+        """The arguments of a call as `run` takes them; errors as a call's, and TypeError for one that it has not."""
+        if unknown := sorted(given.keys() - DEFAULTS.keys()):
+            raise TypeError(f"a call has no argument {unknown[0]!r}, expected some of {', '.join(DEFAULTS)}")
+        text = self.fusion.config.max_tokens, self.fusion.config.text_width
+        return read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
 
     @torch.no_grad()
-    def run(
+    def encode_prompt(
         self,
-        samples: Sequence[Sample],
-        noise: Sequence[SampleNoise],
+        prompt: str | Sequence[str],
+        references: Any = None,
+        source: Any = None,
         *,
-        steps: int | None = None,
-        text_guidance: float | None = None,
-        source_guidance: float | None = None,
-        on_step: solver.OnStep | None = None,
-        reuse: int = 1,
-        output_type: str = "latent",
-    ) -> Tensor | list[Image.Image]:
-        """B samples of one task, with the noise of each -> latents or images; the settings default as in the call.
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The context of prompts with their images, as a call with the same arguments makes it.
 
-        Returns float32 [B, 4, h, w] for the output type "latent", float32 [B, 3, H, W] in [0, 1] for "pt", else B RGB
-        images. Raises ValueError for samples of several tasks and for markers that don't match the references.
+        Returns prompt_embeds [B N, L, C], prompt_attention_mask [B N, L], negative_prompt_embeds and
+        negative_prompt_attention_mask, those of the null context where there is no negative prompt. Errors as a call's.
         """
-        inputs = self.prepare(samples, noise)  # token ids; pixels [R, 3, 224, 224] and [R, 3, H, W]
-        condition = self.encode(inputs)  # context [B, L, 4096], source [B, 4, h, w]; the same for all steps
-        guidance = Guidance(inputs.task, text_guidance, source_guidance)
-        latents = self.denoise(condition, noise, guidance, steps=steps, on_step=on_step, reuse=reuse)  # [B, 4, h, w]
-        if output_type == "latent":
-            return latents
-        pixels = self.decode(latents)  # [B, 3, H, W]
-        return images.to_pil(pixels) if output_type == "pil" else (pixels / 2 + 0.5).clamp(0, 1)
+        given = {name: value for name, value in locals().items() if name not in ("self", "negative_prompt")}
+        call = self.check_inputs(**given)
+        inputs = self.prepare(call.samples, self._noise(call))
+        condition = self.encode(inputs)
+        context_BLC, mask_BL = condition.context_BLC, condition.mask_BL
+        if negative_prompt is None:
+            null_LC = self.model.null_context[: context_BLC.shape[1]].to(context_BLC)
+            negative = Context(null_LC.expand_as(context_BLC).clone(), mask_BL)
+        else:
+            texts = self.check_inputs(**given, negative_prompt=negative_prompt).settings["negative"]
+            negative = encode_text(self.model, self.tokenizer, inputs.task, texts, self._execution_device)
+        self.maybe_free_model_hooks()
+        return context_BLC, mask_BL, negative.context_BLC, negative.mask_BL
 
-    def prepare(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Inputs:
-        """Tokenise prompts and fit images, on the CPU; arguments and errors as `inputs.prepare`."""
-        return prepare(samples, noise, self.tokenizer, self.image_encoder.config.image_size, self.sizes.cell)
+    def _noise(self, call: Call) -> list:
+        """The random numbers of a call's samples, drawn in their order."""
+        drawn = [
+            self.draw_noise(sample.task, len(sample.references), generator, *call.size)
+            for sample, generator in zip(call.samples, call.generators, strict=True)
+        ]
+        return call.with_latents(drawn)
 
-    @torch.no_grad()
-    def encode(self, inputs: Inputs) -> Condition:
-        """Images and prompts through VAE, vision tower, Q-Former, fusion and T5, on the pipeline's device."""
-        return encode_inputs(self.model, self.vae, inputs, self._execution_device)
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        condition: Condition,
-        noise: Sequence[SampleNoise],
-        guidance: Guidance,
-        *,
-        steps: int | None = None,
-        on_step: solver.OnStep | None = None,
-        reuse: int = 1,
-    ) -> Tensor:
-        """Conditions and noise of B samples -> final latents, float32 [B, 4, h, w].
-
-        Args:
-            guidance: decides which branches the DiT is evaluated for, and how they are summed.
-            steps: of the scheduler; None: as `settings.resolve` says.
-            on_step, reuse: as in the call.
-
-        Raises ValueError for steps below 1, `reuse` without `compile`, guidance beside one that is in the weights.
-        """
-        how = resolve(self.scheduler.config, guidance.task, steps, guidance.text, guidance.source)
-        start = torch.stack([n.latent for n in noise]).to(self._execution_device)
-        estimate = self._estimate(condition, how.branches, how.steps, reuse)
-        with self.progress_bar(total=how.steps) as progress:
-
-            def advance(step: int, x: Tensor, x0: Tensor) -> None:
-                progress.update()
-                if on_step is not None:
-                    on_step(step, x, x0)
-
-            return solver.sample(self.scheduler, estimate, start, how.steps, [n.step_seed for n in noise], advance)
-
-    def _estimate(self, condition: Condition, branches: list[Branch], steps: int, reuse: int) -> solver.Denoise:
-        """The guided noise estimate under a condition."""
-        if reuse < 1 or (reuse > 1 and not self.is_compiled):
-            raise ValueError(f"reuse must be 1, or more with compile=True, got {reuse}")
-        model = self.model
-        stacked = stack(condition, branches, model.null_context.to(condition.context_BLC)).drop_full_mask()
-        if not self.is_compiled:
-            return guided_estimate(model, stacked, branches)
-        if self._fast is None or not self._fast.serves(self.transformer):
-            self._fast = FastDenoiser(self.transformer, model.timestep_dtype)
-        return self._fast.start(stacked, branches, solver.model_times(self.scheduler, steps), reuse)
-
-    @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Final latents, float [B, 4, h, w] -> pixels, float32 [B, 3, H, W], about [-1, 1]."""
-        return decode(self.vae, latents_BCHW).float()
-
-    def output_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width, px, with the native size for None; raises ValueError for a size off the grid."""
-        return self.sizes.resolve(height, width)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of the latent of an output of this size, px; raises ValueError for a size off the grid."""
-        return self.sizes.latent_shape(height, width)
-
-    def draw_noise(
-        self, task: Task, references: int, generator: torch.Generator, height: int, width: int
-    ) -> SampleNoise:
-        """The random numbers of a sample of this size, px, from its own CPU generator: alike on every device."""
-        shape, reference_shape = self.latent_shape(height, width), self.sizes.reference_shape(task, height, width)
-        return draw_sample_noise(shape, [reference_shape] * references, generator)
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(MIGEPipeline.__call__).parameters.items()
+    if parameter.default is not parameter.empty
+}
+"""The arguments of a call that nobody gave."""

@@ -23,7 +23,7 @@ class Finished:
     """What a run folder has finished: lines by id; and what stood there that counts as nothing, a sentence each."""
 
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 def read_finished(folder: Path, paths: Iterable[Path]) -> Finished:
@@ -33,28 +33,28 @@ def read_finished(folder: Path, paths: Iterable[Path]) -> Finished:
     """
     found, places = Finished(), {}
     for path in paths:
-        rows, faults = read_json_lines(path)
+        rows, errors = read_json_lines(path)
         for number, row in rows:
             where = f"{path}, line {number}"
             try:
                 row = _checked(folder, row)
             except ValueError as error:
-                faults.append(f"{where}: {error}")
+                errors.append(f"{where}: {error}")
                 continue
             if found.lines.get(row["id"], row) != row:
-                faults.append(f"{places[row['id']]}: {row['id']!r} is finished in {where} again, which counts")
+                errors.append(f"{places[row['id']]}: {row['id']!r} is finished in {where} again, which counts")
             found.lines[row["id"]], places[row["id"]] = row, where
-        found.faults += faults
+        found.errors += errors
     return found
 
 
 def _checked(folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    if fault := line_fault(row):
-        raise ValueError(f"no line of a finished record: {fault}")
+    if error := line_error(row):
+        raise ValueError(f"no line of a finished record: {error}")
     return verified(folder / row["image"], row)
 
 
-def line_fault(row: Mapping[str, Any]) -> str | None:
+def line_error(row: Mapping[str, Any]) -> str | None:
     """What makes an object no line of a finished record."""
     name = row.get("id")
     if not isinstance(name, str) or not ID_PATTERN.fullmatch(name):

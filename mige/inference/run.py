@@ -57,7 +57,7 @@ Ahead = tuple[list[Record], list[SampleNoise], Future[list[Sample]]]
 def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords | None = None) -> Report:
     """Everything that can be wrong, found before weights load: images and prompts of the report's records.
 
-    Images are tried at the size of the run: one too long to be fitted to it is a fault. Targets are not needed for
+    Images are tried at the size of the run: one too long to be fitted to it is an error. Targets are not needed for
     inference and not opened. What is read is kept in `opened`, for `run`. Returns a report whose records are all fit
     to run. Raises CheckpointError if the model folder is not whole, ValueError for a size that it cannot make and for a
     guidance that it does not take.

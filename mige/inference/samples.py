@@ -36,15 +36,20 @@ class SampleNoise:
 def draw_sample_noise(
     shape: tuple[int, int, int], reference_shapes: Sequence[tuple[int, int, int]], generator: torch.Generator
 ) -> SampleNoise:
-    """A sample's random numbers from its own CPU generator, in a fixed order.
+    """A sample's random numbers from its generator, in a fixed order, on the CPU.
 
     shape: [4, h, w] of its latent; reference_shapes: those of its references' latents.
+    generator: the sample's own, on the CPU where images shall be alike on every device.
     """
+
+    def randn(shape: tuple[int, int, int]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device).cpu()
+
     return SampleNoise(
-        torch.randn(shape, generator=generator),
-        tuple(torch.randn(one, generator=generator) for one in reference_shapes),
-        torch.randn(shape, generator=generator),
-        int(torch.randint(2**63 - 1, (), generator=generator)),
+        randn(shape),
+        tuple(randn(one) for one in reference_shapes),
+        randn(shape),
+        int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)),
     )
 
 

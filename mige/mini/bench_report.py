@@ -17,6 +17,7 @@ from mige.data.synthetic.cases import PER_KIND
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.mini import bench
 from mige.mini.bench import BenchCase
+from mige.mini.bench_measures import MEASURES, SHARES
 from mige.reports.cases import MARKER, Case
 from mige.reports.page import Article, Drawing, Section, Table, write_page
 from mige.reports.sheet import MUTED, PAPER, draw_lines, paste, wrap
@@ -27,11 +28,11 @@ from mige.utils.files import write_text
 EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
 HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
 LEGEND = (
-    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the picture "
+    "Intervals are Wilson's for shares and Student's t for L1 errors, which has none for one case. Copy: the image "
     "to edit, given back unchanged. VAE: the right answer through the model's own VAE, the bound of what it can make. "
     "Of VAE: the mean as a share of that bound."
 )
-EACH = 3  # cases shown as best, median and worst of a kind
+NUM_SHOWN = 3  # cases shown as best, median and worst of a kind
 _OVERVIEW = ("success", "identity", "background", "l1_outside")
 _RANKED_SHARES, _RANKED_ERRORS = ("success", "identity", "background"), ("l1_inside", "l1_outside")
 
@@ -57,7 +58,7 @@ def table(rows: Sequence[Mapping]) -> list[dict]:
         missing = PER_KIND // (1 if entry["split"] == "all" else 2) - cases
         entry["of"] = sum(e["of"] for e in same) if entry["kind"] == EVERY else entry["n"] + missing
         entry |= {"copy": copies.get(same_cases), "vae": bound}
-        entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in bench.SHARES else None
+        entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in SHARES else None
     return entries
 
 
@@ -76,7 +77,7 @@ def text_table(rows: Sequence[Mapping]) -> str:
 
 def _cells(entry: Mapping) -> tuple[str, ...]:
     """An entry under HEADINGS."""
-    digits = 3 if entry["measure"] in bench.SHARES else 4
+    digits = 3 if entry["measure"] in SHARES else 4
     mean, low, high, copy, vae, of_vae = (
         "-" if entry[name] is None else f"{entry[name]:.{digits}f}"
         for name in ("mean", "low", "high", "copy", "vae", "of_vae")
@@ -101,9 +102,9 @@ def _shortfall(rows: Sequence[Mapping]) -> str:
 
 
 def scores_line(scores: Mapping[str, float]) -> str:
-    """The scores of one picture, such as "success 1, L1 outside 0.0042"."""
-    words = (f"{_words(name)} {scores[name]:{'g' if name in bench.SHARES else '.4f'}}"
-             for name in bench.MEASURES if name in scores)  # fmt: skip
+    """The scores of one image, such as "success 1, L1 outside 0.0042"."""
+    words = (f"{_words(name)} {scores[name]:{'g' if name in SHARES else '.4f'}}"
+             for name in MEASURES if name in scores)  # fmt: skip
     return ", ".join(words)
 
 
@@ -126,7 +127,7 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
     """Write out/scores.json and out/report.html of a run in `out`, and return the page's path.
 
     Args:
-        chosen: the cases of the run. rows: what `bench.run` returned for them; their pictures lie in out/images.
+        chosen: the cases of the run. rows: what `bench.run` returned for them; their images lie in out/images.
 
     The page links to files in `out` only. Raises ValueError without rows, or if a row is of none of the cases.
     """
@@ -157,7 +158,7 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
 
 def _extremes(rows: Sequence[Mapping]) -> list[tuple[str, Sequence[Mapping]]]:
     """(best, median, worst) of ranked rows, as many of each, no row twice."""
-    each = max(1, min(EACH, len(rows) // 3))
+    each = max(1, min(NUM_SHOWN, len(rows) // 3))
     middle = (len(rows) - each) // 2
     groups = {"best": range(each), "worst": range(max(each, len(rows) - each), len(rows))}
     median = [i for i in range(middle, middle + each) if not any(i in group for group in groups.values())]
@@ -177,7 +178,7 @@ def _overview(entries: Sequence[Mapping]) -> Section:
     return Section("Unseen subjects", tables=[Table(headings, lines)], detail=LEGEND)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Card:
         """The case's inputs with their labels, and its answer."""
         case = self.one.case
         truth, *inputs = images.to_pil(draw(Scenes.stack([case.target, *case.references])))
-        labels = (f"picture {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
+        labels = (f"image {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
         return list(zip(labels, inputs, strict=True)), truth
 
 
@@ -236,9 +237,9 @@ def sheet(cards: Sequence[Card], path: Path, *, note: str = "", tile: int = 160)
         x, y = margin + n % 2 * (width + margin), top + n // 2 * (height + margin)
         inputs, truth = card.drawn()
         places = [*enumerate(inputs), (2, ("output", card.output)), (3, ("truth", truth))]
-        for column, (label, picture) in places:
+        for column, (label, image) in places:
             pen.text((x + column * (tile + gap), y), label, fill=MUTED, font=small)
-            paste(canvas, picture, (x + column * (tile + gap), y + 20), tile)
+            paste(canvas, image, (x + column * (tile + gap), y + 20), tile)
         below = y + 20 + tile + 6
         numbers = iter(range(1, len(inputs) + 1))
         prompt = MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)

@@ -13,7 +13,8 @@ from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.diffusion.settings import WORLD, resolve
 from mige.inference.pipeline import MIGEPipeline
-from mige.mini import bench, bench_report
+from mige.mini import bench_report
+from mige.mini.bench_measures import measure
 from mige.mini.bench_report import Card
 from mige.reports.cases import TASK_NAMES
 from mige.reports.page import write_page
@@ -38,18 +39,18 @@ def chosen(seed: int) -> list[BenchCase]:
 
 
 def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
-    """Generate one picture, save it and measure it. A few-step student has its own steps, any other `args.steps`."""
+    """Generate one image, save it and measure it. A few-step student has its own steps, any other `args.steps`."""
     is_student = "num_inference_steps" in pipeline.scheduler.config
     how = resolve(pipeline.scheduler.config, one.case.task, None if is_student else args.steps, usual=WORLD)
     drawn = draw(Scenes.stack([one.case.target, *one.case.references]))
-    pictures, number = images.to_pil(drawn)[1:], one.case.source
-    for n, picture in enumerate(pictures, start=1):
-        images.save_image(picture, args.output / "inputs" / f"{one.id}-{n}.png")
+    references, number = images.to_pil(drawn)[1:], one.case.source
+    for n, reference in enumerate(references, start=1):
+        images.save_image(reference, args.output / "inputs" / f"{one.id}-{n}.png")
     started = time.perf_counter()
     made = pipeline(
         one.case.prompt,
-        pictures,
-        None if number is None else pictures[number],
+        references,
+        None if number is None else references[number],
         num_inference_steps=how.steps,
         guidance_scale=how.guidance,
         source_guidance_scale=how.source_guidance,
@@ -59,7 +60,7 @@ def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
     path = args.output / "images" / f"{one.id}{'-student' if is_student else ''}.png"
     images.save_image(made, path)
     source = None if number is None else drawn[1 + number]
-    [scores] = bench.measure(one.case, images.to_pixels(made)[None], drawn[0], source)
+    [scores] = measure(one.case, images.to_pixels(made)[None], drawn[0], source)
     steps = f"student, {how.steps} step{'s' * (how.steps > 1)}" if is_student else f"{how.steps} steps"
     return Card(one, path, scores, f"{steps}, {seconds:.1f} s")
 
@@ -76,4 +77,4 @@ def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
     sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
     page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)
     sheet = bench_report.sheet(cards, args.output / "contact_sheet.png", note=note)
-    print(f"{len(cards)} pictures: open {page} or {sheet}")
+    print(f"{len(cards)} images: open {page} or {sheet}")

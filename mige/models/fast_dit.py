@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from mige.diffusion import guidance
 from mige.diffusion.conditioning import Condition
@@ -44,7 +44,7 @@ from mige.models.fast_blocks import (
     modulate,
     padded_head_dim,
 )
-from mige.models.fast_state import Inputs, Recording, Step
+from mige.models.fast_state import Inputs, Recording, Step, addresses
 
 LENGTHS = (32, 64, 96, 128, 192, 256)
 """Context lengths that a step is captured for; a shorter context is padded."""
@@ -72,6 +72,7 @@ class FastDenoiser:
     def _take_weights(self) -> None:
         transformer, latent = self.transformer, self.transformer.config.in_channels // 2
         self.device, self.dtype = transformer.device, transformer.dtype
+        self.addresses = addresses(_parts(transformer))
         self.blocks = [Block.of(block) for block in transformer.transformer_blocks]
         patches = transformer.pos_embed.proj
         self.patches = Linear(patches.weight.flatten(1), patches.bias)  # columns: channel, row, column of a patch
@@ -83,8 +84,7 @@ class FastDenoiser:
 
     def serves(self, transformer: PixArtTransformer2DModel) -> bool:
         """Whether this was built from that transformer, in the place and precision it has now."""
-        same = transformer is self.transformer
-        return same and (transformer.device, transformer.dtype) == (self.device, self.dtype)
+        return transformer is self.transformer and self.addresses == addresses(_parts(transformer))
 
     @torch.no_grad()
     def start(self, condition: Condition, chosen: Sequence[Branch], times_S: Tensor, reuse: int = 1) -> "Sampling":
@@ -280,6 +280,12 @@ class Sampling:
         recording = self.step.recordings[skip_middle]
         recording.graph.replay()
         return recording.eps.clone()  # the next replay overwrites it, and some schedulers keep what they are given
+
+
+def _parts(transformer: PixArtTransformer2DModel) -> list[nn.Module]:
+    """The modules whose weights are read."""
+    ends = (transformer.pos_embed, transformer.caption_projection, transformer.adaln_single, transformer.proj_out)
+    return [*transformer.transformer_blocks, *ends]
 
 
 def _width(length: int) -> int:

@@ -4,10 +4,11 @@ Letters: B samples of all branches, N patches, M = B x N tokens, L context posit
 head; K blocks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -38,3 +39,12 @@ class Step:
 
     inputs: Inputs
     recordings: dict[bool, Recording] = field(default_factory=dict)
+
+
+def addresses(modules: Iterable[nn.Module]) -> tuple[tuple[int, torch.dtype, torch.device], ...]:
+    """Where the first parameter of each module is: elsewhere after `.to`, loading, adapters or quantising.
+
+    A recording reads weights where they were when it was made.
+    """
+    firsts = (next(module.parameters()) for module in modules)
+    return tuple((first.data_ptr(), first.dtype, first.device) for first in firsts)

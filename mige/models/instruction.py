@@ -72,6 +72,12 @@ def full_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
     return clean(settings.prefix + prompt) if settings.clean_prefix else settings.prefix + clean(prompt)
 
 
+def negative_text(task: Task, prompt: str) -> str:
+    """Prefix and negative prompt: text alone, to which no placeholder is added."""
+    settings = TASKS[task]
+    return clean(settings.prefix + prompt) if settings.clean_prefix else settings.prefix + clean(prompt)
+
+
 def training_text(task: Task, prompt: str, edit_type: str | None = None) -> str:
     """The same in training: another prefix for subject-driven samples, and never cleaned."""
     if task is Task.EDIT:

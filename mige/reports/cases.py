@@ -9,7 +9,7 @@ from PIL import Image
 
 from mige.utils.images import open_image
 
-Picture = Image.Image | Path
+ImageSource = Image.Image | Path
 
 MARKER = re.compile("<imagehere>", re.IGNORECASE)
 TASK_NAMES = {
@@ -23,29 +23,29 @@ TASK_NAMES = {
 class Case:
     """One row of a report: what went in, what was asked for, what came out.
 
-    `inputs` are (label, picture) pairs. A picture labelled "source" stands outside the text; the others are the
+    `inputs` are (label, image) pairs. An image labelled "source" stands outside the text; the others are the
     references, and the k-th `<imagehere>` of the instruction means the k-th of them.
     """
 
     title: str
     task: str
     instruction: str
-    inputs: tuple[tuple[str, Picture], ...]
-    output: Picture
+    inputs: tuple[tuple[str, ImageSource], ...]
+    output: ImageSource
     detail: str
 
 
 def require_cases(cases: Sequence[Case]) -> None:
     if not cases:
-        raise ValueError("got no cases, expected at least one: a report shows the records of a run that made pictures")
+        raise ValueError("got no cases, expected at least one: a report shows the records of a run that made images")
 
 
-def load(picture: Picture) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(Path(picture))
+def load(image: ImageSource) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
 
 
 def fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image:
-    """Scale a picture into a square without distortion; one that is smaller grows only if asked to."""
+    """Scale an image into a square without distortion; one that is smaller grows only if asked to."""
     scale = side / max(image.size)
     if scale == 1 or (scale > 1 and not enlarge):
         return image

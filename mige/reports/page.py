@@ -17,7 +17,7 @@ from mige.reports.cases import MARKER, TASK_NAMES, Case, require_cases
 from mige.reports.thumbnails import Outputs, Shown, Thumbnails
 from mige.utils.files import write_text
 
-MOST_CASES = 200  # of one page: more make a browser slow
+MAX_CASES = 200  # of one page: more make a browser slow
 _BINS = 24
 _TEMPLATES = Environment(
     loader=PackageLoader("mige.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -113,7 +113,7 @@ def html_page(
     rank = {task: place for place, task in reversed(list(enumerate(case.task for case in cases)))}
     ordered = sorted(cases, key=lambda case: rank[case.task])  # tasks in order of first appearance
     draw, index = Drawing(folder), folder / "index.html"
-    parts = [ordered[first : first + MOST_CASES] for first in range(0, len(ordered), MOST_CASES)]
+    parts = [ordered[first : first + MAX_CASES] for first in range(0, len(ordered), MAX_CASES)]
     pages = []
     for n, part in enumerate(parts if len(parts) > 1 else [], start=1):
         file, names = f"page_{n}.html", f"{part[0].title} to {part[-1].title}"
@@ -148,10 +148,10 @@ class Drawing:
 
     def article(self, case: Case, beside: Sequence[tuple[str, object]] = ()) -> Article:
         """Args: beside: labels and images that stand beside the output, such as the truth."""
-        inputs = [self._figure(case, label, self.inputs.show(picture)) for label, picture in case.inputs]
+        inputs = [self._figure(case, label, self.inputs.show(image)) for label, image in case.inputs]
         references = [figure for figure in inputs if figure.caption != "source"]
         outputs = [self._figure(case, "output", self.outputs.show(case.output))]
-        outputs += [self._figure(case, label, self.inputs.show(picture)) for label, picture in beside]
+        outputs += [self._figure(case, label, self.inputs.show(image)) for label, image in beside]
         return Article(case.title, instruction(case.instruction, references), inputs, outputs, case.detail)
 
     @staticmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mige.reports.cases import MARKER, TASK_NAMES, Case, Picture, fit, load, require_cases
+from mige.reports.cases import MARKER, TASK_NAMES, Case, ImageSource, fit, load, require_cases
 from mige.utils.images import save_image
 
 ROWS_PER_SHEET = 50
@@ -75,15 +75,15 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
     return sheet
 
 
-def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, Picture]], y: int, columns: _Columns) -> None:
+def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, ImageSource]], y: int, columns: _Columns) -> None:
     # Two inputs fill the area at full size; more of them share it in a finer grid of 2k columns and k rows.
     split = max(1, math.ceil(math.sqrt(len(inputs) / 2)))
     pitch = (columns.tile + TILE_GAP) // split
     draw = ImageDraw.Draw(sheet)
-    for index, (label, picture) in enumerate(inputs):
+    for index, (label, image) in enumerate(inputs):
         row, column = divmod(index, 2 * split)
         corner = (MARGIN + column * pitch, y + row * pitch)
-        paste(sheet, picture, corner, pitch - TILE_GAP)
+        paste(sheet, image, corner, pitch - TILE_GAP)
         for line in wrap(label, columns.small, pitch - TILE_GAP - 16, lines=1):
             width = columns.small.getlength(line) + 12
             draw.rounded_rectangle((*corner, corner[0] + width, corner[1] + 20), radius=5, fill=INK)
@@ -117,10 +117,10 @@ def draw_lines(
         draw.text((corner[0], corner[1] + index * pitch), line, fill=ink, font=font)
 
 
-def paste(sheet: Image.Image, picture: Picture, corner: tuple[int, int], side: int) -> None:
-    image = fit(load(picture), side, enlarge=True)
+def paste(sheet: Image.Image, image: ImageSource, corner: tuple[int, int], side: int) -> None:
+    tile = fit(load(image), side, enlarge=True)
     ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), fill=TILE_PAPER)
-    sheet.paste(image, (corner[0] + (side - image.width) // 2, corner[1] + (side - image.height) // 2))
+    sheet.paste(tile, (corner[0] + (side - tile.width) // 2, corner[1] + (side - tile.height) // 2))
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:

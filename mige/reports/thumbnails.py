@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from mige.reports.cases import Picture, fit, load
+from mige.reports.cases import ImageSource, fit, load
 from mige.utils.images import FORMATS, save_image
 
 SIDE = 512
@@ -35,19 +35,19 @@ class Thumbnails:
         self.known = {found[1]: Shown(f"{folder.name}/{found[0]}", int(found[2]), int(found[3]))
                       for found in there if found}  # fmt: skip
 
-    def show(self, picture: Picture) -> Shown:
+    def show(self, image: ImageSource) -> Shown:
         """The copy of an image: of a file that has not changed since, the one that is there; it is not opened then.
 
         Raises BadImageError, with the path, for a file that cannot be shown.
         """
-        if isinstance(picture, Image.Image):
-            return self._kept(f"{picture.size} {picture.mode}".encode() + picture.tobytes(), lambda: load(picture))
+        if isinstance(image, Image.Image):
+            return self._kept(f"{image.size} {image.mode}".encode() + image.tobytes(), lambda: load(image))
         try:
-            status = Path(picture).stat()
+            status = Path(image).stat()
         except OSError:
-            return self._kept(b"", lambda: load(picture))  # raises with the reason
-        known = f"{os.path.realpath(picture)} {status.st_size} {status.st_mtime_ns}"
-        return self._kept(known.encode(errors="surrogateescape"), lambda: load(picture))
+            return self._kept(b"", lambda: load(image))  # raises with the reason
+        known = f"{os.path.realpath(image)} {status.st_size} {status.st_mtime_ns}"
+        return self._kept(known.encode(errors="surrogateescape"), lambda: load(image))
 
     def _kept(self, identity: bytes, opened: Callable[[], Image.Image]) -> Shown:
         key = hashlib.sha256(f"{self.side} ".encode() + identity).hexdigest()[:16]
@@ -66,13 +66,13 @@ class Outputs:
     def __init__(self, folder: Path):
         self.root, self.copies = folder.resolve(), Thumbnails(folder / "outputs", ".png", side=None)
 
-    def show(self, picture: Picture) -> Shown:
+    def show(self, image: ImageSource) -> Shown:
         """Raises BadImageError, with the path, for a file that cannot be shown."""
-        if isinstance(picture, Image.Image):
-            return self.copies.show(picture)
-        inside = Path(picture).resolve()
+        if isinstance(image, Image.Image):
+            return self.copies.show(image)
+        inside = Path(image).resolve()
         if not inside.is_relative_to(self.root):
-            return self.copies.show(picture)
+            return self.copies.show(image)
         return Shown(quote(inside.relative_to(self.root).as_posix()), *_size(inside))
 
 

@@ -49,7 +49,7 @@ class PackedRecords(Sequence[Record]):
 def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
     """The miniature world, or all records, read and checked.
 
-    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
+    Raises BadRecordsError with every error unless `data.skip_bad`, which logs them.
     """
     data = config.data
     common = dict(
@@ -88,10 +88,10 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
 def check_set(report: Report, data: DataConfig) -> list[Record]:
     """A file's records that are fit to train on.
 
-    Raises BadRecordsError with every fault unless `data.skip_bad`, which logs them.
+    Raises BadRecordsError with every error unless `data.skip_bad`, which logs them.
     """
     issues = list(report.issues) + check_repeats(report.records)
-    if data.check_pictures:
+    if data.check_images:
         issues += check_images(report.records, size=(data.size, data.size), training=True)
     for record in report.records:
         issues += check_training_text(record)

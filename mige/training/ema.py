@@ -13,7 +13,7 @@ class AveragedWeights(EMAModel):
     """diffusers' moving average, also of FSDP2's sharded parameters.
 
     It lies where the parameters lie, in float32: in bfloat16 its small changes would be lost. Saved are whole tensors,
-    so any number of processes goes on from them.
+    so any number of processes resumes from them.
 
     Args:
         parameters: those that train, as the optimiser has them. decay: share kept at a step (0..1).

@@ -4,4 +4,4 @@ from mige.utils.errors import UserError
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training that cannot start or go on; the message says why, what is safe and what to do."""
+    """Training that cannot start or resume; the message says why, what is safe and what to do."""

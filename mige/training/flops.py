@@ -20,7 +20,7 @@ def measured_peak_flops(device: torch.device) -> float | None:
     return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1000)
 
 
-def forward_flops(model: nn.Module, latent_tokens: int, context: int, pictures: int) -> dict[str, float]:
+def forward_flops(model: nn.Module, latent_tokens: int, context: int, images: int) -> dict[str, float]:
     """FLOPs of one sample's forward pass by part, two for a multiply and add.
 
     Matrix products of the blocks and projections; timestep modulation and the fusion's own attention, under a
@@ -28,13 +28,13 @@ def forward_flops(model: nn.Module, latent_tokens: int, context: int, pictures: 
 
     Args:
         model: a `MIGEModel`; the meta device will do.
-        latent_tokens: patches of the latent (1024). context: positions of the text encoder. pictures: references.
+        latent_tokens: patches of the latent (1024). context: positions of the text encoder. images: references.
     """
     encoder, dit = model.encoder, model.transformer
     vision, n, c = encoder.image_encoder.config, latent_tokens, dit.inner_dim
     seen = (vision.image_size // vision.patch_size) ** 2 + 1
     queries, t5 = encoder.fusion.config.num_queries, encoder.text_encoder.config
-    pictures = pictures if queries else 0  # without positions they are not looked at
+    images = images if queries else 0  # without positions they are not looked at
 
     dit_block = dit.transformer_blocks[0]
     keys = _weights(dit_block.attn2.to_k) + _weights(dit_block.attn2.to_v)
@@ -49,10 +49,10 @@ def forward_flops(model: nn.Module, latent_tokens: int, context: int, pictures: 
     fused = n * by_patch + queries * (_weights(encoder.fusion) - by_patch)
     return {
         "transformer": len(dit.transformer_blocks) * block + 2 * ends,
-        "image_encoder": pictures * (2 * tower + vision.num_hidden_layers * _attention(seen, seen, vision.hidden_size)),
+        "image_encoder": images * (2 * tower + vision.num_hidden_layers * _attention(seen, seen, vision.hidden_size)),
         "text_encoder": text + t5.num_layers * _attention(context, context, t5.d_kv * t5.num_heads),
-        "qformer": pictures * 2 * qformer,
-        "fusion": pictures * 2 * fused,
+        "qformer": images * 2 * qformer,
+        "fusion": images * 2 * fused,
     }
 
 

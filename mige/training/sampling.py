@@ -18,7 +18,7 @@ from mige.inference.pipeline import MIGEPipeline
 
 
 def load_sample_records(settings: TrainConfig, pipeline: MIGEPipeline) -> Sequence[Record]:
-    """The records to sample, all of them fit for it. Raises BadRecordsError with every fault."""
+    """The records to sample, all of them fit for it. Raises BadRecordsError with every error."""
     if not settings.sample_every:
         return []
     report = read_records([Path(file) for file in settings.sample_records])

@@ -40,8 +40,8 @@ def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        remedy = "transpose it: channels stand last" if array.ndim == 3 else "take one image of it"
-        raise BadImageError(name, "expected [H, W] or [H, W, C] with C of 1, 3 or 4", remedy)
+        hint = "transpose it: channels stand last" if array.ndim == 3 else "take one image of it"
+        raise BadImageError(name, "expected [H, W] or [H, W, C] with C of 1, 3 or 4", hint)
     return _from_values(name, array, max_pixels)
 
 
@@ -51,8 +51,8 @@ def _from_values(name: str, values: np.ndarray, max_pixels: int) -> Image.Image:
     if np.issubdtype(values.dtype, np.floating):
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 1):  # NaN fails both
-            remedy = "scale it; [-1, 1] becomes [0, 1] by x / 2 + 0.5"
-            raise BadImageError(name, f"values from {low:g} to {high:g}, expected 0 to 1", remedy)
+            hint = "scale it; [-1, 1] becomes [0, 1] by x / 2 + 0.5"
+            raise BadImageError(name, f"values from {low:g} to {high:g}, expected 0 to 1", hint)
         values = (values * 255).round()
     elif values.dtype == np.uint16:
         values = (values.astype(np.uint32) + 128) // 257  # the inverse of v * 257

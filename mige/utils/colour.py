@@ -68,8 +68,8 @@ def _eight_bits(name: Path | str, image: Image.Image) -> Image.Image:
     for box in _strips(image.size):
         values = np.asarray(image.crop(box)).astype(np.int64)
         if values.min() < 0 or values.max() > white:
-            problem = f"pixels from {values.min()} to {values.max()}, expected 0 to {white}"
-            raise BadImageError(name, problem, EIGHT_OR_SIXTEEN)
+            message = f"pixels from {values.min()} to {values.max()}, expected 0 to {white}"
+            raise BadImageError(name, message, EIGHT_OR_SIXTEEN)
         if isinstance(clear, int):
             values[values == clear] = 0
         if inverted:

@@ -28,16 +28,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file at once: a reader sees the old one or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with tmp.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        tmp.replace(path)
         sync_folder(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,14 +57,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; name another folder or remove it")
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    beside.mkdir(parents=True)
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    tmp.mkdir(parents=True)
     try:
-        yield beside
-        beside.rename(path)
+        yield tmp
+        tmp.rename(path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # gone already if the rename came through
+        shutil.rmtree(tmp, ignore_errors=True)  # gone already if the rename came through
 
 
 @contextmanager
@@ -95,15 +95,15 @@ def read_json_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[
         *lines, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], []
-    rows, faults = [], []
+    rows, errors = [], []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append((number, parse_json_object(line)))
         except ValueError as error:
-            faults.append(f"{path}, line {number}: {error}")
+            errors.append(f"{path}, line {number}: {error}")
     if rest:
-        faults.append(f"{path}, line {len(lines) + 1}: cut, {len(rest)} bytes without the end of a line")
-    return rows, faults
+        errors.append(f"{path}, line {len(lines) + 1}: cut, {len(rest)} bytes without the end of a line")
+    return rows, errors
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def unknown_file(path: Path) -> BadImageError:
     """The error for a readable file that Pillow does not know as one of FORMATS: it says what the file is."""
     with path.open("rb") as file:
         head = file.read(1024)
-    kind, remedy = _kind(path, head)
-    return BadImageError(path, f"{kind}not an image of a known format", remedy)
+    kind, hint = _kind(path, head)
+    return BadImageError(path, f"{kind}not an image of a known format", hint)
 
 
 def _kind(path: Path, head: bytes) -> tuple[str, str]:
-    for offset, signature, kind, remedy in _SIGNATURES:
+    for offset, signature, kind, hint in _SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
-            return f"{kind}, ", remedy
+            return f"{kind}, ", hint
     if head[4:8] == b"ftyp":
         if head[8:12] in HEIF_BRANDS:
             return "a HEIC image, ", 'install pillow-heif (pip install "mige[heif]"), or convert it to JPEG'
@@ -82,7 +82,7 @@ def _kind(path: Path, head: bytes) -> tuple[str, str]:
 
 def _tiff_kind(path: Path) -> tuple[str, str]:
     """Names what is unusual about a TIFF; Pillow says no more than that it does not know it."""
-    remedy = "save it as PNG, or as TIFF with 8 or 16 bits a channel"
+    hint = "save it as PNG, or as TIFF with 8 or 16 bits a channel"
     try:
         with path.open("rb") as file:
             header = file.read(8)
@@ -93,7 +93,7 @@ def _tiff_kind(path: Path) -> tuple[str, str]:
             sample = {1: "unsigned", 2: "signed", 3: "float"}.get(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0], "")
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, IndexError, RuntimeError):
         return "a damaged TIFF, ", "replace it"
-    return f"a TIFF of {' + '.join(map(str, bits))} {sample} bits a pixel, which Pillow cannot read, ", remedy
+    return f"a TIFF of {' + '.join(map(str, bits))} {sample} bits a pixel, which Pillow cannot read, ", hint
 
 
 def _text_kind(head: bytes) -> tuple[str, str]:

@@ -25,8 +25,21 @@ from mige.utils.colour import to_rgb
 from mige.utils.decode_effort import check_effort
 from mige.utils.files import sync_folder
 from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
-from mige.utils.path_hints import hint
-from mige.utils.pixels import CLIP_MEAN, CLIP_STD, center_crop, check_shape, letterbox, to_pil, to_pixels, vision_pixels
+from mige.utils.path_hints import path_hint
+from mige.utils.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    center_crop,
+    check_shape,
+    letterbox,
+    pixels_of,
+    to_levels,
+    to_pil,
+    to_pixels,
+    vision_levels,
+    vision_pixels,
+    vision_pixels_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +57,14 @@ __all__ = [
     "image_size",
     "letterbox",
     "open_image",
+    "pixels_of",
     "save_image",
+    "to_levels",
     "to_pil",
     "to_pixels",
+    "vision_levels",
     "vision_pixels",
+    "vision_pixels_of",
 ]
 
 # What Pillow's decoders let through for damaged data, besides OSError; RuntimeError is AVIF's.
@@ -200,16 +217,16 @@ def _decoding(pixels: int) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file with something in it; a pipe, for one, would block for ever."""
+    """Refuse what is no file with something in it; a pipe, for one, would block forever."""
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        remedy = hint(path) or "correct the path or fetch the image"
-        raise BadImageError(path, "no such file", remedy) from error
+        hint = path_hint(path) or "correct the path or fetch the image"
+        raise BadImageError(path, "no such file", hint) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
-        remedy = hint(path) if isinstance(error, UnicodeError) else None
-        problem = f"cannot be opened ({error})"
-        raise BadImageError(path, problem, remedy or "correct the path or its permissions") from error
+        hint = path_hint(path) if isinstance(error, UnicodeError) else None
+        message = f"cannot be opened ({error})"
+        raise BadImageError(path, message, hint or "correct the path or its permissions") from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise BadImageError(path, f"is {kind}", "give the path of an image")
@@ -238,6 +255,6 @@ def save_image(image: Image.Image, path: Path, **params: Any) -> None:
         part.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"cannot save the picture: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot save the image: {error.strerror}", str(path)) from error
     finally:
         part.unlink(missing_ok=True)

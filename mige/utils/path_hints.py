@@ -10,7 +10,7 @@ from urllib.parse import unquote
 _ADDRESS = re.compile(r"(?:^|/)(https?|ftp|s3|gs|hf|data|file):", re.IGNORECASE)  # Path folds // into /
 
 
-def hint(path: Path) -> str | None:
+def path_hint(path: Path) -> str | None:
     """What to do about `path`, which does not exist; None where nothing better is known than to correct it."""
     text = str(path)
     if address := _ADDRESS.search(text):

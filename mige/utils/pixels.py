@@ -12,7 +12,7 @@ from PIL import Image
 from mige.utils.bad_image import BadImageError, check_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,8 +25,8 @@ def check_shape(size: tuple[int, int], height: int, width: int, *, letterboxed: 
     """
     if letterboxed:
         if min(size[1] * width / size[0], size[0] * height / size[1]) < 1:
-            problem = f"fitted into {width} x {height} its short side is less than 1 px"
-            raise BadImageError(_shape(size), problem, "crop it")
+            message = f"fitted into {width} x {height} its short side is less than 1 px"
+            raise BadImageError(_shape(size), message, "crop it")
         return
     check_size(f"{_shape(size)} scaled to cover {width} x {height}", covering(size, height, width)[::-1])
 
@@ -60,9 +60,26 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     return canvas
 
 
+def to_levels(image: Image.Image) -> "Tensor":
+    """RGB image -> uint8 [H, W, 3], its levels. Raises ValueError for any other mode."""
+    import torch
+
+    return torch.from_numpy(np.array(_require_rgb(image)))
+
+
 def to_pixels(image: Image.Image) -> "Tensor":
     """RGB image -> float32 [3, H, W] in [-1, 1]. Raises ValueError for any other mode."""
-    return _unit(image) * 2 - 1
+    return pixels_of(to_levels(image))
+
+
+def pixels_of(levels_HWC: "Tensor") -> "Tensor":
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1], on its device: the same bits on every one."""
+    return _unit(levels_HWC) * 2 - 1
+
+
+def vision_levels(image: Image.Image, size: int) -> "Tensor":
+    """RGB image -> uint8 [size, size, 3], squeezed to a square (bicubic). Raises ValueError for any other mode."""
+    return to_levels(_require_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def vision_pixels(image: Image.Image, size: int) -> "Tensor":
@@ -70,11 +87,13 @@ def vision_pixels(image: Image.Image, size: int) -> "Tensor":
 
     Raises ValueError for any other mode.
     """
-    import torch
+    return vision_pixels_of(vision_levels(image, size))
 
-    unit = _unit(_require_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
-    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
-    return (unit - mean) / std
+
+def vision_pixels_of(levels_HWC: "Tensor") -> "Tensor":
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W], normalised for the vision tower, by the same bits anywhere."""
+    mean, std = (levels_HWC.new_tensor(c, dtype=_float32())[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
+    return (_unit(levels_HWC) - mean) / std
 
 
 def to_pil(pixels: "Tensor") -> list[Image.Image]:
@@ -89,17 +108,25 @@ def to_pil(pixels: "Tensor") -> list[Image.Image]:
     finite = pixels.isfinite().flatten(1).all(1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"pictures {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
+        raise ValueError(f"images {bad} of {len(pixels)} hold NaN or infinite pixels; decode in a wider precision")
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    rows = levels.permute(0, 2, 3, 1).contiguous()  # before they leave a GPU, which is quicker at it
+    return [Image.fromarray(image) for image in rows.cpu().numpy()]
 
 
-def _unit(image: Image.Image) -> "Tensor":
-    """RGB image -> float32 [3, H, W] in [0, 1]."""
+def _unit(levels_HWC: "Tensor") -> "Tensor":
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1].
+
+    The divisor is a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+    """
+    levels_CHW = levels_HWC.movedim(-1, -3).contiguous().to(_float32())
+    return levels_CHW / levels_CHW.new_full((), 255.0)
+
+
+def _float32() -> "dtype":
     import torch
 
-    channels_last = torch.from_numpy(np.array(_require_rgb(image)))
-    return channels_last.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    return torch.float32
 
 
 def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: every fault is found before loading, and nothing half-written stays."""
+"""Checkpoint folders: every error is found before loading, and nothing half-written stays."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folder(tiny_model, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
 
 
-def faults(folder: Path) -> str:
+def errors(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         verify(folder)
     assert str(folder) in str(error.value)
@@ -60,8 +60,8 @@ def test_a_good_folder_passes_and_is_not_touched(tiny_model):
 @pytest.mark.parametrize("part", [*PARTS, "tokenizer", "scheduler"])
 def test_a_missing_part(folder, part):
     shutil.rmtree(folder / part)
-    message = faults(folder)
-    assert "1 fault(s)" in message and f"{part}: missing" in message
+    message = errors(folder)
+    assert "1 error(s)" in message and f"{part}: missing" in message
 
 
 def test_all_missing_parts_are_named(folder):
@@ -69,21 +69,21 @@ def test_all_missing_parts_are_named(folder):
     index = json.loads((folder / "model_index.json").read_text())
     del index["fusion"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    message = faults(folder)
-    assert "2 fault(s)" in message and "vae: missing" in message and "fusion: missing" in message
+    message = errors(folder)
+    assert "2 error(s)" in message and "vae: missing" in message and "fusion: missing" in message
 
 
 def test_a_folder_without_index(folder):
     (folder / "model_index.json").unlink()
-    assert "model_index.json" in faults(folder) and "convert_checkpoint.py" in faults(folder)
-    assert "model_index.json" in faults(folder / "nowhere")
+    assert "model_index.json" in errors(folder) and "convert_checkpoint.py" in errors(folder)
+    assert "model_index.json" in errors(folder / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "\xff"])
 @pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "qformer/config.json"])
 def test_damaged_json(folder, file, text):
     (folder / file).write_text(text, encoding="latin-1")
-    message = faults(folder)
+    message = errors(folder)
     assert Path(file).name in message and re.search("not JSON|expected an object", message)
 
 
@@ -92,14 +92,14 @@ def test_damaged_json(folder, file, text):
 def test_truncated_weights(folder, part, size):
     file = weights(folder, part)
     file.write_bytes(file.read_bytes()[:size])
-    message = faults(folder)
-    assert f"{part}: damaged: {file.name}" in message and "1 fault(s)" in message
+    message = errors(folder)
+    assert f"{part}: damaged: {file.name}" in message and "1 error(s)" in message
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_no_weights(folder, part):
     weights(folder, part).unlink()
-    assert f"{part}: expected config.json and *.safetensors" in faults(folder)
+    assert f"{part}: expected config.json and *.safetensors" in errors(folder)
 
 
 def test_every_key_at_fault_is_named_in_one_message(folder):
@@ -115,8 +115,8 @@ def test_every_key_at_fault_is_named_in_one_message(folder):
         save_file(tensors, file, metadata={"format": "pt"})
         wanted += [f"{part}: missing {gone}", f"{part}: unexpected extra.weight"]
         wanted += [f"{part}: {bent} is {[shape[0] - 1, shape[1]]}, its config says {shape}"]
-    message = faults(folder)
-    assert f"{len(wanted)} fault(s)" in message
+    message = errors(folder)
+    assert f"{len(wanted)} error(s)" in message
     assert sorted(line.strip() for line in message.splitlines()[1:]) == sorted(wanted)
 
 
@@ -135,7 +135,7 @@ def test_every_key_at_fault_is_named_in_one_message(folder):
 def test_a_config_of_other_sizes(folder, part, key, value, at_fault):
     file = folder / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    message = faults(folder)
+    message = errors(folder)
     assert at_fault in message
     assert all(line.strip().startswith(f"{part}: ") for line in message.splitlines()[1:])
 
@@ -151,14 +151,14 @@ def test_shards(folder):
     keys = [key for key, file in json.loads(index.read_text())["weight_map"].items() if file == lost.name]
     kept = lost.read_bytes()
     lost.unlink()
-    message = faults(folder)
+    message = errors(folder)
     assert f"missing file {lost.name}" in message and all(f"missing {key}" in message for key in keys)
     lost.write_bytes(kept)
     verify(folder)
     index.write_text("{}")
-    assert "expected an object with the key 'weight_map'" in faults(folder)
+    assert "expected an object with the key 'weight_map'" in errors(folder)
     index.unlink()
-    assert f"text_encoder: {lost.name} is in no index" in faults(folder)
+    assert f"text_encoder: {lost.name} is in no index" in errors(folder)
 
 
 # ---- loading
@@ -280,7 +280,7 @@ def test_an_existing_output_is_refused_before_any_work(official_dir, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("option", "fault"),
+    ("option", "error"),
     [
         ("--model", "no such file"),
         ("--vae", "expected a folder with a config.json"),
@@ -288,10 +288,10 @@ def test_an_existing_output_is_refused_before_any_work(official_dir, tmp_path, m
         ("--config", "no such config file"),
     ],
 )
-def test_a_missing_input(official_dir, tmp_path, monkeypatch, option, fault):
+def test_a_missing_input(official_dir, tmp_path, monkeypatch, option, error):
     arguments = release_arguments(official_dir, tmp_path / "model")
     arguments[arguments.index(option) + 1] = "no/such"
-    assert convert(monkeypatch, *arguments) == f"error: no/such: {fault}"
+    assert convert(monkeypatch, *arguments) == f"error: no/such: {error}"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""tools/check_data.py as a user runs it: sound sets, faults in several files, the same report for any workers."""
+"""tools/check_data.py as a user runs it: sound sets, errors in several files, the same report for any workers."""
 
 import json
 import re
@@ -67,12 +67,12 @@ def test_a_sound_set(folder, monkeypatch, capsys):
     code, stdout, stderr = in_process(monkeypatch, capsys, first, second, "--root", folder, "--workers", 2)
     assert code == 0, stdout
     assert table(stdout) == {str(first): [2, 0, 1, 0], str(second): [0, 150, 0, 0], "total": [2, 150, 1, 0]}
-    assert stdout.endswith("0 faults in 0 places, 153 good records\n")
+    assert stdout.endswith("0 errors in 0 places, 153 good records\n")
     assert "153/153" in stderr, "a progress bar"
 
 
 @pytest.mark.processes
-def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypatch, capsys):
+def test_errors_in_several_files_in_order_whatever_the_workers(folder, monkeypatch, capsys):
     rows = [edit(f"e{n}") for n in range(200)]
     rows[3]["entity_path"] = rows[3]["source_path"] = ["broken.png"]
     rows[150]["image"] = "gone.png"
@@ -92,25 +92,25 @@ def test_faults_in_several_files_in_order_whatever_the_workers(folder, monkeypat
         (f"{first}, record 200 (id e199): 2 <imagehere> in the prompt, 1 reference", "write one"),
         (f"{gone}: cannot be read", "check the path"),
         (f"{second}, record 3: the row is a number (7)", "write it as"),
-        (f"{first}, record 152 (id e151): no target picture", 'give "image"'),
+        (f"{first}, record 152 (id e151): no target image", 'give "image"'),
         (f"{first}, record 4 (id e3): {folder / 'broken.png'}: cannot be decoded", "replace it"),
         (f"{first}, record 151 (id e150): {folder / 'gone.png'}: no such file", "correct the path"),
         (f"{second}, record 2 (id 00002): {folder / 'broken.png'}: cannot be decoded", "replace it"),
-        (f"note: {folder / 't.png'}: 198 records have this one image as their target", "check it"),
-        ("7 faults in 7 places, 197 good records", ""),
+        (f"warning: {folder / 't.png'}: 198 records have this one image as their target", "check it"),
+        ("7 errors in 7 places, 197 good records", ""),
     ]
     assert len(lines) == len(wanted)
-    for line, (start, remedy) in zip(lines, wanted, strict=True):
-        assert line.startswith(start) and remedy in line, line
+    for line, (start, hint) in zip(lines, wanted, strict=True):
+        assert line.startswith(start) and hint in line, line
 
 
-def test_no_pictures(folder, monkeypatch, capsys):
+def test_no_images(folder, monkeypatch, capsys):
     records = write(folder / "r.json", [SUBJECT, SUBJECT | {"image": "broken.png"}])
-    code, stdout, _ = in_process(monkeypatch, capsys, records, "--no-pictures")
-    assert code == 0 and "0 faults in 0 places, 2 good records" in stdout
+    code, stdout, _ = in_process(monkeypatch, capsys, records, "--no-images")
+    assert code == 0 and "0 errors in 0 places, 2 good records" in stdout
 
 
 def test_benchmark_rows_are_no_training_data(folder, monkeypatch, capsys):
     rows = write(folder / "emu.json", [{"instruction": "add a hat", "image": "s.png", "task": "add"}])
-    code, stdout, _ = in_process(monkeypatch, capsys, rows, "--no-pictures")
-    assert code == 1 and "no target picture" in stdout and "Emu Edit" in stdout
+    code, stdout, _ = in_process(monkeypatch, capsys, rows, "--no-images")
+    assert code == 1 and "no target image" in stdout and "Emu Edit" in stdout

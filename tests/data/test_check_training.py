@@ -37,7 +37,7 @@ def checked(capsys, file):
 
 
 @pytest.mark.processes
-def test_texts_that_cancel_in_a_batch_are_faults(tmp_path, capsys):
+def test_texts_that_cancel_in_a_batch_are_errors(tmp_path, capsys):
     late = "add<imagehere>to the scene" + " word" * 88 + " in<imagehere>"
     rows = [
         row("twice", "make the photo brighter, then put a frame around the picture"),
@@ -46,7 +46,7 @@ def test_texts_that_cancel_in_a_batch_are_faults(tmp_path, capsys):
     ]
     file = write(tmp_path / "x.jsonl", rows)
     code, out = checked(capsys, file)
-    assert code == 1 and "2 faults in 2 places, 1 good records" in out
+    assert code == 1 and "2 errors in 2 places, 1 good records" in out
     assert f"{file}, record 1 (id twice): the text it is trained on has 2 <imagehere> for 1 reference" in out
     assert f"{file}, record 2 (id late): the text it is trained on has 1 <imagehere> for 2 references" in out
 
@@ -56,11 +56,11 @@ def test_shapes(tmp_path, capsys):
     rows = [row("apart"), row("same", target="wide.png"), row("strip", source="strip.png", target="strip.png")]
     file = write(tmp_path / "x.jsonl", rows)
     code, out = checked(capsys, file)
-    assert code == 1 and "1 faults in 1 places, 2 good records" in out
+    assert code == 1 and "1 errors in 1 places, 2 good records" in out
     with Image.open(CASES / "strip.png") as strip:
         size = "{} x {}".format(*strip.size)
     assert f"(id strip): {CASES / 'strip.png'}: image of {size} scaled to cover 512 x 512" in out
-    assert "note: " in out and "(id apart): source is " in out and "ratios differ by more than 2%" in out
+    assert "warning: " in out and "(id apart): source is " in out and "ratios differ by more than 2%" in out
     assert "(id same): source and target are the same image" in out
 
 
@@ -69,8 +69,8 @@ def test_ratios_beyond_two_percent(tmp_path, width, noted):
     for name, size in (("s.png", (100, 100)), ("t.png", (width, 100))):
         Image.fromarray(np.full((size[1], size[0], 3), size[0] + (name == "s.png"), np.uint8)).save(tmp_path / name)
     file = write(tmp_path / "x.jsonl", [row("a", source="s.png", target="t.png")])
-    notes = check_images(read_records([file]).records, training=True)
-    assert bool(notes) == noted and not any(note.fatal for note in notes)
+    warnings = check_images(read_records([file]).records, training=True)
+    assert bool(warnings) == noted and not any(warning.fatal for warning in warnings)
 
 
 @pytest.mark.processes
@@ -81,13 +81,13 @@ def test_equal_copies_and_shared_targets_are_noted(tmp_path, capsys):
     assert check_data.main([str(file), "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert out.count("source and target are the same image") == 5
-    assert f"note: {tmp_path / 'b.bmp'}: 5 records have this one image as their target" in out
+    assert f"warning: {tmp_path / 'b.bmp'}: 5 records have this one image as their target" in out
 
 
 @pytest.mark.processes
 def test_near_markers_come_out_of_check_data(tmp_path, capsys):
     code, out = checked(capsys, write(tmp_path / "x.jsonl", [row("a", "make [imagehere] snowy")]))
-    assert code == 0 and "note: " in out and "(id a): '[imagehere]' looks like the marker" in out
+    assert code == 0 and "warning: " in out and "(id a): '[imagehere]' looks like the marker" in out
 
 
 # ---- before a run ----------------------------------------------------------------------------------------------------

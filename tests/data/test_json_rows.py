@@ -33,30 +33,30 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_odd_json_is_a_fault_with_file_and_line_and_the_rest_is_read(tmp_path, odd, suffix):
+def test_odd_json_is_an_error_with_file_and_line_and_the_rest_is_read(tmp_path, odd, suffix):
     row, message = ODD[odd]
     text = f"{GOOD}\n{row}\n{GOOD}\n" if suffix == "jsonl" else f"[\n{GOOD},\n{row},\n{GOOD}]"
     file, report = read(tmp_path, f"x.{suffix}", text)
-    (fault,) = report.faults
+    (error,) = report.errors
     line = 2 if suffix == "jsonl" else 3
-    assert fault.where == f"{file}, line {line}" and message in fault.message and fault.hint
+    assert error.where == f"{file}, line {line}" and message in error.message and error.hint
     ids = [record.id for record in report.records]
     assert ids == (["00001"] if (odd, suffix) == ("nested", "json") else ["00001", "00003"])
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, DEEP, "NaN", "[NaN]"])
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_files_of_nothing_else_are_faults(tmp_path, text, suffix):
+def test_files_of_nothing_else_are_errors(tmp_path, text, suffix):
     file, report = read(tmp_path, f"x.{suffix}", text)
-    assert not report.records and report.faults and report.faults[0].where.startswith(str(file))
+    assert not report.records and report.errors and report.errors[0].where.startswith(str(file))
 
 
 @pytest.mark.parametrize("field", ["caption", "multi_prompt"])
-def test_half_a_surrogate_pair_is_a_fault(tmp_path, field):
+def test_half_a_surrogate_pair_is_an_error(tmp_path, field):
     row = json.dumps(ROW | {field: "a<imagehere> \ud800"})
     _, report = read(tmp_path, "x.jsonl", row)
-    (fault,) = report.faults
-    assert f"{field}" in fault.message and "record 1" in fault.where and "no character" in fault.message
+    (error,) = report.errors
+    assert f"{field}" in error.message and "record 1" in error.where and "no character" in error.message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
@@ -65,8 +65,8 @@ def test_other_encodings_are_named(tmp_path, encoding):
     if encoding in ("utf-16-le", "utf-16-be"):
         content = (b"\xff\xfe" if encoding.endswith("le") else b"\xfe\xff") + content
     file, report = read(tmp_path, "x.jsonl", content)
-    (fault,) = report.faults
-    assert fault.where == str(file) and ("UTF-16" if "16" in encoding else "byte 18, line 1") in fault.message
+    (error,) = report.errors
+    assert error.where == str(file) and ("UTF-16" if "16" in encoding else "byte 18, line 1") in error.message
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
@@ -82,23 +82,23 @@ def test_lines_and_lists_under_the_other_suffix(tmp_path):
         (json.dumps(ROW), "d.json", "the top level is an object.* name the file .jsonl"),
     ]:
         file, report = read(tmp_path, name, text)
-        (fault,) = report.faults
-        assert fault.where == str(file)
-        assert pytest.importorskip("re").search(message, str(fault)), str(fault)
+        (error,) = report.errors
+        assert error.where == str(file)
+        assert pytest.importorskip("re").search(message, str(error)), str(error)
 
 
 def test_a_record_file_that_is_not_there_gets_a_hint(tmp_path):
     read(tmp_path, "x.jsonl", GOOD)
     for name, message in [("X.jsonl", "did you mean"), ("y\\..\\x.jsonl", "write "), ("none/x.jsonl", "the folder")]:
-        (fault,) = read_records([tmp_path / name]).faults
-        assert "No such file" in fault.message and message in fault.hint
+        (error,) = read_records([tmp_path / name]).errors
+        assert "No such file" in error.message and message in error.hint
 
 
-def test_ids_that_file_names_confuse_are_faults(tmp_path):
+def test_ids_that_file_names_confuse_are_errors(tmp_path):
     rows = [ROW | {"id": name} for name in ("a", "B", "A", "b", "c")]
     file, report = read(tmp_path, "x.json", json.dumps(rows))
     assert [record.id for record in report.records] == ["a", "B", "c"]
-    first, second = report.faults
+    first, second = report.errors
     assert "'A' is already taken by" in first.message and "record 1 (id a)" in first.message
     assert "record 3 (id A)" in first.where and "upper from lower case" in first.message
     assert "record 4 (id b)" in second.where
@@ -109,10 +109,10 @@ def test_ids_that_file_names_confuse_are_faults(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["CON", "nul", "Com1", "lpt9.png", "aux.tar.gz", "a.", "a.."])
-def test_ids_that_windows_cannot_store_are_faults(tmp_path, name):
+def test_ids_that_windows_cannot_store_are_errors(tmp_path, name):
     _, report = read(tmp_path, "x.json", json.dumps([ROW | {"id": name}]))
-    (fault,) = report.faults
-    assert f"{name!r}, unfit for a file name" in fault.message and "CON, NUL" in fault.hint
+    (error,) = report.errors
+    assert f"{name!r}, unfit for a file name" in error.message and "CON, NUL" in error.hint
 
 
 @pytest.mark.parametrize("name", ["console", "com", "com10", "null", "a.b", "CON_1"])
@@ -148,7 +148,7 @@ def test_no_file_raises(tmp_path_factory, content):
         file = tmp_path_factory.getbasetemp() / f"any.{suffix}"
         file.write_bytes(content)
         report = read_records([file])
-        assert report.records or report.faults
+        assert report.records or report.errors
 
 
 @settings(max_examples=100, deadline=None)

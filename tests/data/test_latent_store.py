@@ -54,13 +54,13 @@ def draw(path, seed, height=40, width=56):
 
 @pytest.fixture
 def data(tmp_path):
-    """Eleven pictures of several shapes below tmp_path/data/images."""
+    """Eleven images of several shapes below tmp_path/data/images."""
     folder = tmp_path / "data" / "images"
     return [draw(folder / f"{n % 2}" / f"{n:02d}.png", n, height=30 + 3 * n) for n in range(11)]
 
 
 def write_records(data, file, extra=()):
-    """Every picture is a target once; references repeat."""
+    """Every image is a target once; references repeat."""
     paths = [*map(str, data), *map(str, extra)]
     rows = [{"multi_prompt": "a<imagehere>", "entity_path": [paths[0]], "image": path} for path in paths]
     rows[1] |= {"source_path": [paths[0]]}
@@ -69,7 +69,7 @@ def write_records(data, file, extra=()):
 
 
 def made(data, folder, vae, paths=None, dtype="float32", **kwargs):
-    """A store of the pictures, opened anew."""
+    """A store of the images, opened anew."""
     root = data[0].parents[2]
     store = create_store(folder, vae=vae, size=SIZE, root=root, dtype=dtype)
     assert extract(store, vae, dict.fromkeys(paths or data, "test"), **kwargs) == []
@@ -106,7 +106,7 @@ def test_store_equals_encoding_bit_for_bit(vae, data, tmp_path):
     assert store.bytes_on_disk == 11 * (ROW + ENTRY) + (tmp_path / "store" / "meta.json").stat().st_size
 
 
-def test_oblong_pictures(vae, data, tmp_path):
+def test_oblong_images(vae, data, tmp_path):
     store = create_store(tmp_path / "store", vae=vae, size=(48, 32), root=tmp_path)
     extract(store, vae, dict.fromkeys(data, "test"))
     store = open_store(tmp_path / "store", vae=vae, size=(48, 32))
@@ -131,24 +131,24 @@ def test_same_bits_whatever_was_done_before_and_the_batch_size(vae, data, tmp_pa
     assert_same(made(data, tmp_path / "pieces", vae), data, (whole.mean, whole.std))
 
 
-def test_every_picture_is_extracted_once(vae, data, tmp_path):
+def test_every_image_is_extracted_once(vae, data, tmp_path):
     records = read_records([write_records(data, tmp_path / "data" / "records.json")]).raise_if_errors()
-    pictures = distinct_crops(records)
-    assert {crop.path for crop in pictures} == set(data)
-    assert [crop for crop in pictures if crop.like] == [Crop(data[0], like=data[1])]
+    images = distinct_crops(records)
+    assert {crop.path for crop in images} == set(data)
+    assert [crop for crop in images if crop.like] == [Crop(data[0], like=data[1])]
     roundabout = {data[0].parent / ".." / path.parent.name / path.name for path in data}
-    store = made(data, tmp_path / "store", vae, paths=pictures)
-    made(data, tmp_path / "store", vae, paths=pictures)
+    store = made(data, tmp_path / "store", vae, paths=images)
+    made(data, tmp_path / "store", vae, paths=images)
     assert store.missing(roundabout) == []
     assert sum(file.stat().st_size for file in store.folder.glob("*.rows")) == 12 * ROW
     assert len(list(store.folder.glob("*.rows"))) == 2, "nothing to do leaves no file"
 
 
 def test_shares_of_processes_are_disjoint_and_complete(vae, data, tmp_path):
-    folder, pictures = tmp_path / "store", dict.fromkeys(data, "test")
+    folder, images = tmp_path / "store", dict.fromkeys(data, "test")
     for process in range(3):
         store = create_store(folder, vae=vae, size=SIZE, root=tmp_path)
-        assert extract(store, vae, pictures, process=process, processes=3) == []
+        assert extract(store, vae, images, process=process, processes=3) == []
     assert sorted(file.stat().st_size // ENTRY for file in folder.glob("*.index")) == [3, 4, 4]
     assert_same(open_store(folder, vae=vae, size=SIZE), data, encoded(vae, data))
 
@@ -200,7 +200,7 @@ def test_pickled_store_reads(vae, data, tmp_path):
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 
-def test_missing_pictures_are_listed(vae, data, tmp_path):
+def test_missing_images_are_listed(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae, data[:9])
     assert store.missing(data) == data[9:]
     with pytest.raises(StoreError, match=r"lacks 2 of 3 images, the first .*09\.png \('images/1/09\.png' from"):
@@ -225,7 +225,7 @@ def test_moved_data(vae, data, tmp_path, monkeypatch):
     assert_same(store, [path.relative_to(tmp_path) for path in moved], expected)
 
 
-def test_pictures_outside_the_root(vae, data, tmp_path):
+def test_images_outside_the_root(vae, data, tmp_path):
     outside = draw(tmp_path / "elsewhere" / "00.png", 99)
     store = create_store(tmp_path / "store", vae=vae, size=SIZE, root=data[0].parent)
     assert data[0].name == outside.name
@@ -234,7 +234,7 @@ def test_pictures_outside_the_root(vae, data, tmp_path):
     assert_same(store, [data[0], outside], encoded(vae, [data[0], outside]))
 
 
-def test_changed_pictures_are_extracted_again(vae, data, tmp_path):
+def test_changed_images_are_extracted_again(vae, data, tmp_path):
     store = made(data, tmp_path / "store", vae)
     draw(data[2], 1234, height=36)
     status = data[5].stat()
@@ -317,7 +317,7 @@ def test_no_store(vae, tmp_path):
             open_store(folder, vae=vae, size=SIZE)
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def cut(file, size):
@@ -372,15 +372,15 @@ def test_row_cut_off_while_the_store_is_open(vae, data, tmp_path):
 
 
 @pytest.mark.processes
-def test_bad_pictures_are_findings_and_the_rest_is_done(vae, data, tmp_path):
+def test_bad_images_are_findings_and_the_rest_is_done(vae, data, tmp_path):
     bad = [tmp_path / name for name in ("none.png", "empty.png", "text.png", "long.png", "pipe.png")]
     bad[1].touch()
-    bad[2].write_text("no picture")
+    bad[2].write_text("no image")
     draw(bad[3], 0, height=1, width=60000)
     os.mkfifo(bad[4])
     store = create_store(tmp_path / "store", vae=vae, size=4096, root=tmp_path)
-    pictures = {path: f"train.json, record {n}" for n, path in enumerate([*bad], 1)}
-    issues = extract(store, vae, pictures, workers=2)
+    images = {path: f"train.json, record {n}" for n, path in enumerate([*bad], 1)}
+    issues = extract(store, vae, images, workers=2)
     assert len(issues) == 5
     assert str(issues[0]).startswith(f"train.json, record 1: {bad[0]}: cannot be read (No such file or directory); ")
     for issue, problem in zip(issues[1:], ("0 bytes", "known format", "pixels, expected", "regular"), strict=True):
@@ -500,9 +500,9 @@ def launch(count, *args):
     return run_python(*torchrun, ROOT / "tools" / "extract_features.py", *args)
 
 
-def test_tool_lists_bad_pictures_and_exits_with_3(vae, data, tmp_path, tiny_model):
+def test_tool_lists_bad_images_and_exits_with_3(vae, data, tmp_path, tiny_model):
     bad = tmp_path / "data" / "bad.png"
-    bad.write_text("no picture")
+    bad.write_text("no image")
     records = write_records(data, tmp_path / "data" / "records.json", [bad])
     done = run_here("tools/extract_features.py", *arguments(records, tiny_model, tmp_path / "store", "--device", "cpu"))
     assert done.returncode == 3, done.stderr

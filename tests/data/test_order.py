@@ -99,13 +99,15 @@ def test_sets_are_mixed_within_an_epoch():
 def test_any_split_shows_the_same_samples():
     """Steps of twelve samples, by processes, micro-batches and workers as may be, begun anew at step 3."""
     steps = []
-    for batch, processes, accumulate in ((12, 1, 1), (3, 4, 1), (2, 2, 3), (1, 3, 4), (6, 1, 2)):
+    for batch, processes, accumulation in ((12, 1, 1), (3, 4, 1), (2, 2, 3), (1, 3, 4), (6, 1, 2)):
         ranks = [
-            ResumableBatchSampler(batch=batch, processes=processes, rank=rank, accumulate=accumulate, start=3)
+            ResumableBatchSampler(
+                batch=batch, processes=processes, rank=rank, gradient_accumulation_steps=accumulation, start=3
+            )
             for rank in range(processes)
         ]
-        taken = [list(itertools.islice(rank, 2 * accumulate)) for rank in ranks]
-        micros = [range(0, accumulate), range(accumulate, 2 * accumulate)]  # of the two steps
+        taken = [list(itertools.islice(rank, 2 * accumulation)) for rank in ranks]
+        micros = [range(0, accumulation), range(accumulation, 2 * accumulation)]  # of the two steps
         steps.append([sorted(i for one in taken for micro in step for i in one[micro]) for step in micros])
     assert all(step == [list(range(36, 48)), list(range(48, 60))] for step in steps)
 

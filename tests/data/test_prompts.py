@@ -54,16 +54,16 @@ NEAR = [
 @pytest.mark.parametrize("near", NEAR)
 def test_what_looks_like_the_marker_is_named(tmp_path, tokenizer, near):
     report = rows(tmp_path, {"a": f"make {near} snowy"})
-    assert not report.faults
+    assert not report.errors
     for issues in (check_lengths(report.records, tokenizer, 3, 10_000), check_training_text(report.records[0])):
-        notes = [note for note in issues if "looks like the marker" in note.message]
-        assert len(notes) == 1 and not notes[0].fatal and notes[0].where == report.records[0].where
-        assert repr(near) in notes[0].message and PLACEHOLDER in notes[0].hint
+        warnings = [warning for warning in issues if "looks like the marker" in warning.message]
+        assert len(warnings) == 1 and not warnings[0].fatal and warnings[0].where == report.records[0].where
+        assert repr(near) in warnings[0].message and PLACEHOLDER in warnings[0].hint
 
 
-def test_a_fault_in_the_number_of_markers_names_the_near_one(tmp_path):
-    (fault,) = rows(tmp_path, {"a": "put <image here> in<imagehere>"}, references=2).faults
-    assert "1 <imagehere> in the prompt, 2 references ('<image here>' is read as words)" in fault.message
+def test_an_error_in_the_number_of_markers_names_the_near_one(tmp_path):
+    (error,) = rows(tmp_path, {"a": "put <image here> in<imagehere>"}, references=2).errors
+    assert "1 <imagehere> in the prompt, 2 references ('<image here>' is read as words)" in error.message
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_words_stay_words_outside_of_emu_edit(tmp_path):
     ("prompt", "unknown"), [("把天空变成夜晚<imagehere>", 1), ("add a 🐱 to<imagehere>", 1), ("a cat in<imagehere>", 0)]
 )
 def test_unknown_tokens_are_counted(tokenizer, prompt, unknown):
-    notes = [str(f) for f in check_lengths([record(prompt)], tokenizer, 3, 10_000) if "unknown" in f.message]
-    assert len(notes) == bool(unknown)
-    assert all(f"{unknown} token" in note and note.startswith("note: x.json, record 1 (id 7)") for note in notes)
+    warnings = [str(f) for f in check_lengths([record(prompt)], tokenizer, 3, 10_000) if "unknown" in f.message]
+    assert len(warnings) == bool(unknown)
+    assert all(f"{unknown} token" in one and one.startswith("warning: x.json, record 1 (id 7)") for one in warnings)
 
 
 @pytest.mark.parametrize("token", ["</s>", "<pad>", "<unk>", "<extra_id_0>"])
@@ -121,39 +121,39 @@ def test_special_tokens_are_text(tokenizer, token):
         assert len(ids) > len(tokenizer("a dog<unk> in", add_special_tokens=False).input_ids)
     else:
         assert control not in ids
-    (note,) = check_lengths([record(f"a dog{token} in<imagehere>")], tokenizer, 3, 10_000)
-    assert not note.fatal and f"{token} in the prompt" in note.message
+    (warning,) = check_lengths([record(f"a dog{token} in<imagehere>")], tokenizer, 3, 10_000)
+    assert not warning.fatal and f"{token} in the prompt" in warning.message
 
 
 # ---- the text of training --------------------------------------------------------------------------------------------
 
 
-def test_texts_that_training_cannot_pair_are_faults(tmp_path):
+def test_texts_that_training_cannot_pair_are_errors(tmp_path):
     late = "add<imagehere>to the scene" + " word" * 88 + " in<imagehere>"
     report = rows(tmp_path, {"late": late}, references=2)
-    (fault,) = check_training_text(report.records[0])
-    assert fault.fatal and "(id late)" in fault.where
-    assert "1 <imagehere> for 2 references, as the text is cut after 88 words" in fault.message
+    (error,) = check_training_text(report.records[0])
+    assert error.fatal and "(id late)" in error.where
+    assert "1 <imagehere> for 2 references, as the text is cut after 88 words" in error.message
     report = rows(tmp_path, {"twice": "make the photo brighter, then put a frame around the picture"})
-    (fault,) = check_training_text(report.records[0])
-    assert fault.fatal and "x.jsonl, record 1 (id twice)" in fault.where
-    assert "2 <imagehere> for 1 reference, as the prompt mentions its image 2 times" in fault.message
+    (error,) = check_training_text(report.records[0])
+    assert error.fatal and "x.jsonl, record 1 (id twice)" in error.where
+    assert "2 <imagehere> for 1 reference, as the prompt mentions its image 2 times" in error.message
 
 
-def test_an_edit_whose_appended_marker_is_cut_is_a_fault():
-    (fault,) = check_training_text(record(" ".join(["word"] * 88)))
-    assert fault.fatal and "0 <imagehere> for 1 reference" in fault.message
+def test_an_edit_whose_appended_marker_is_cut_is_an_error():
+    (error,) = check_training_text(record(" ".join(["word"] * 88)))
+    assert error.fatal and "0 <imagehere> for 1 reference" in error.message
     assert check_training_text(record(" ".join(["word"] * 87))) == []
 
 
 @settings(max_examples=50)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200), st.integers(1, 3), st.sampled_from(list(Task)))
-def test_any_text_is_either_paired_or_a_fault(prompt, references, task):
+def test_any_text_is_either_paired_or_an_error(prompt, references, task):
     from mige.models.instruction import training_text
 
     one = record(prompt, references, task)
-    faults = [issue for issue in check_training_text(one) if issue.fatal]
-    assert bool(faults) == (placeholders(training_text(task, prompt)) != references)
+    errors = [issue for issue in check_training_text(one) if issue.fatal]
+    assert bool(errors) == (placeholders(training_text(task, prompt)) != references)
 
 
 @pytest.mark.processes

@@ -37,7 +37,7 @@ def made(row, task=None):
     return make_record(row, where="x.json, record 1", root=Path("root"), default_id="00001", task=task)
 
 
-def fault(row, task=None):
+def error(row, task=None):
     """The text of the only issue of a row that must not become a record."""
     record, issues = made(row, task)
     assert record is None
@@ -148,37 +148,37 @@ def test_placeholders_in_any_case():
         (["not", "a", "row"], "the row is a list (['not', 'a', 'row']), expected an object"),
     ],
 )
-def test_faults(row, message):
-    text = fault(row)
+def test_errors(row, message):
+    text = error(row)
     assert message in text and text.startswith("x.json, record 1")
 
 
 def test_named_tasks():
     assert made({**SUBJECT, "task": "subject"}, Task.SUBJECT)[0].extra == {}
     assert made(EMU, Task.EDIT)[0].edit_type == "add"
-    assert 'named "subject_edit"' in fault(EMU, Task.SUBJECT_EDIT)
-    assert 'named "subject"' in fault(ADD, Task.SUBJECT)
+    assert 'named "subject_edit"' in error(EMU, Task.SUBJECT_EDIT)
+    assert 'named "subject"' in error(ADD, Task.SUBJECT)
 
 
-def test_all_faults_of_a_row_are_collected():
+def test_all_errors_of_a_row_are_collected():
     record, issues = made({"multi_prompt": "", "entity_path": "a.jpg", "source_path": 1, "task": "x", "id": "?"})
     assert record is None and len(issues) == 5
 
 
 def test_more_than_four_references_is_a_note():
     row = {"entity_path": [f"{i}.jpg" for i in range(5)], "multi_prompt": "<imagehere>" * 5}
-    record, [note] = made(row)
-    assert len(record.references) == 5 and not note.fatal
-    assert str(note) == "note: x.json, record 1 (id 00001): 5 references; the model was trained with at most 4"
+    record, [warning] = made(row)
+    assert len(record.references) == 5 and not warning.fatal
+    assert str(warning) == "warning: x.json, record 1 (id 00001): 5 references; the model was trained with at most 4"
 
 
-def test_reading_goes_on_after_faults(tmp_path):
+def test_reading_goes_on_after_errors(tmp_path):
     file = write(tmp_path / "train.json", [SUBJECT, {**SUBJECT, "id": 7, "multi_prompt": "none"}, 3, SUBJECT])
     report = read_records([file])
     assert [record.id for record in report.records] == ["00001", "00004"]
     assert report.records[0].references == (tmp_path / "a.jpg",)
-    assert [issue.where for issue in report.faults] == [f"{file}, record 2 (id 7)", f"{file}, record 3"]
-    assert report.text().splitlines()[0] == "2 faults, 0 notes" and len(report.text().splitlines()) == 3
+    assert [issue.where for issue in report.errors] == [f"{file}, record 2 (id 7)", f"{file}, record 3"]
+    assert report.text().splitlines()[0] == "2 errors, 0 warnings" and len(report.text().splitlines()) == 3
     with pytest.raises(BadRecordsError) as raised:
         report.raise_if_errors()
     assert str(raised.value) == report.text()
@@ -187,13 +187,13 @@ def test_reading_goes_on_after_faults(tmp_path):
 def test_root_and_task_arguments(tmp_path):
     file = write(tmp_path / "x.json", [SUBJECT])
     assert read_records([file], root=Path("r")).raise_if_errors()[0].references == (Path("r/a.jpg"),)
-    assert len(read_records([file], task=Task.EDIT).faults) == 1
+    assert len(read_records([file], task=Task.EDIT).errors) == 1
 
 
-def test_report_puts_faults_first():
+def test_report_puts_errors_first():
     report = Report([], [Issue("b", "odd", "look", fatal=False), Issue("a", "bad", "mend")])
-    assert report.text() == "1 fault, 1 note\na: bad; mend\nnote: b: odd; look"
-    assert report.notes == report.issues[:1]
+    assert report.text() == "1 error, 1 warning\na: bad; mend\nwarning: b: odd; look"
+    assert report.warnings == report.issues[:1]
 
 
 def test_jsonl(tmp_path):
@@ -208,7 +208,7 @@ def test_jsonl(tmp_path):
     report = read_records([file])
     assert [record.id for record in report.records] == ["00001", "00003"]
     assert report.records[1].extra == {"object": "\u2028"}
-    assert str(report.faults[0]).startswith(f"{file}, line 3, column 18: malformed JSON: Expecting value")
+    assert str(report.errors[0]).startswith(f"{file}, line 3, column 18: malformed JSON: Expecting value")
 
 
 @pytest.mark.parametrize(
@@ -231,14 +231,14 @@ def test_bad_files(tmp_path, name, content, message):
     good = write(tmp_path / "good.json", [SUBJECT])
     report = read_records([file, good])
     assert len(report.records) == 1
-    assert len(report.issues) == 1 and str(report.faults[0]).startswith(f"{file}{message}")
+    assert len(report.issues) == 1 and str(report.errors[0]).startswith(f"{file}{message}")
 
 
 def test_folder_and_no_files(tmp_path):
     folder = tmp_path / "x.json"
     folder.mkdir()
     assert "cannot be read: Is a directory" in read_records([folder]).text()
-    assert read_records([]).faults
+    assert read_records([]).errors
 
 
 def test_byte_order_mark(tmp_path):
@@ -251,14 +251,14 @@ def test_duplicate_ids_in_a_file(tmp_path):
     file = write(tmp_path / "x.json", [{**SUBJECT, "id": 5}, {**SUBJECT, "id": "5"}])
     report = read_records([file])
     assert len(report.records) == 1
-    assert str(report.faults[0]).startswith(f"{file}, record 2 (id 5): the id '5' is already taken by {file}, record 1")
+    assert str(report.errors[0]).startswith(f"{file}, record 2 (id 5): the id '5' is already taken by {file}, record 1")
 
 
 def test_colliding_files_get_their_stem(tmp_path):
     add, rep = write(tmp_path / "add.json", [ADD, {**ADD, "idx": 9}]), write(tmp_path / "replace.json", [ADD])
     report = read_records([add, rep])
     assert [record.id for record in report.records] == ["add_3", "add_9", "replace_3"]
-    assert not report.faults and "1 id used by more than one file, the first is '3'" in report.text()
+    assert not report.errors and "1 id used by more than one file, the first is '3'" in report.text()
     assert report.records[0].where == f"{add}, record 1 (id 3)" and report.records[0].extra["idx"] == 3
     assert [record.id for record in read_records([rep]).records] == ["3"]
     # A stem that cannot stand in an id, and a file given twice, cannot be helped.

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from mige.data.prepare import sources
 from mige.data.prepare.run import prepare
 from mige.data.prepare.sources import Settings, SkippedSample, SourceError, edit_prompt, subject_prompt
 from mige.tasks import Task
+from mige.utils.files import FolderInUseError, folder_lock
 from mige.utils.images import open_image
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -107,7 +109,7 @@ def summary(folder):
 
 
 def sound(folder):
-    """The folder's records, read as training reads them: no fault, every picture opens, every record has a target."""
+    """The folder's records, read as training reads them: no error, every image opens, every record has a target."""
     records = read_records([folder / "records.jsonl"]).raise_if_errors()
     assert not [issue for issue in check_images(records) if issue.fatal]
     assert all(record.target for record in records)
@@ -166,9 +168,9 @@ def test_subject_prompt(description, item, prompt):
     ],
 )
 def test_prompts_that_cannot_be_made(make, arguments, reason):
-    with pytest.raises(SkippedSample) as left_out:
+    with pytest.raises(SkippedSample) as skipped:
         make(*arguments)
-    assert left_out.value.reason == reason
+    assert skipped.value.reason == reason
 
 
 # ---- the four sources ------------------------------------------------------------------------------------------------
@@ -215,27 +217,27 @@ def test_instructpix2pix(tmp_path, monkeypatch, capsys):
     assert last.id.endswith("0000005") and last.target.suffix == ".png" and open_image(last.target).size == (9, 5)
     assert [(line["row"], line["reason"]) for line in lines(out / "skipped.jsonl")] == [
         (1, "empty instruction"),
-        (2, "damaged picture"),
-        (3, "damaged picture"),
-        (4, "missing picture"),
+        (2, "damaged image"),
+        (3, "damaged image"),
+        (4, "missing image"),
     ]
     found = summary(out)
     assert (found["finished"], found["rows"], found["written"]) == (True, 6, 2)
-    assert found["left_out"] == {"damaged picture": 2, "empty instruction": 1, "missing picture": 1}
-    assert "6 rows read, 2 records written, 4 samples left out (finished)" in capsys.readouterr().out
+    assert found["skipped"] == {"damaged image": 2, "empty instruction": 1, "missing image": 1}
+    assert "6 rows read, 2 records written, 4 samples skipped (finished)" in capsys.readouterr().out
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.raw"))
 
 
 def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
-    pictures = [encoded(colour, (20, 20)) for colour in ("red", "green", "blue")]
+    images = [encoded(colour, (20, 20)) for colour in ("red", "green", "blue")]
     rows = [
         {
             "img_id": "326242",
             "turn_index": turn,
-            "source_img": cell(pictures[turn - 1]),
+            "source_img": cell(images[turn - 1]),
             "mask_img": cell(b"a mask is not read"),
             "instruction": f"turn {turn}",
-            "target_img": cell(pictures[turn]),
+            "target_img": cell(images[turn]),
         }
         for turn in (1, 2)
     ]
@@ -247,9 +249,9 @@ def test_magicbrush_turns_and_splits(tmp_path, monkeypatch):
         records = sound(out)
         assert [record.extra["turn_index"] for record in records] == turns
         assert {record.extra["img_id"] for record in records} == {"326242"}
-        assert [record.target.read_bytes() for record in records] == [pictures[turn] for turn in turns]
+        assert [record.target.read_bytes() for record in records] == [images[turn] for turn in turns]
     both = read_records([tmp_path / "train" / "records.jsonl", tmp_path / "dev" / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 3 and not both.notes, "ids of different splits do not collide"
+    assert len(both.raise_if_errors()) == 3 and not both.warnings, "ids of different splits do not collide"
 
 
 def composite(size, boxes, kind="PNG"):
@@ -310,9 +312,9 @@ def test_subjects200k(tmp_path, monkeypatch):
         ("0000001-1", "The<imagehere>in snow", Task.SUBJECT),
     ]
     assert records[0].target == records[1].references[0] and records[1].target == records[0].references[0]
-    assert summary(out)["left_out"] == {
+    assert summary(out)["skipped"] == {
         "composite of unexpected size": 1,
-        "damaged picture": 1,
+        "damaged image": 1,
         "description does not mention its item": 3,
         "description marked as not valid": 1,
         "empty subject name": 2,
@@ -323,7 +325,7 @@ def test_subjects200k(tmp_path, monkeypatch):
     script(monkeypatch, "subjects200k", "--input", file, "--output", lenient, "--min-quality", 4, "--name", "again")
     assert summary(lenient)["written"] == 5
     both = read_records([out / "records.jsonl", lenient / "records.jsonl"])
-    assert len(both.raise_if_errors()) == 8 and not both.notes, "two sets of one source, told apart by --name"
+    assert len(both.raise_if_errors()) == 8 and not both.warnings, "two sets of one source, told apart by --name"
 
 
 def seed_folder(root):
@@ -352,9 +354,9 @@ def seed_folder(root):
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
         (annotations / "split_0001.jsonl").write_text(text + "\n\n")
         for name in ("source_images/a.jpg", "target_images/a.jpg", "d/0.png", "d/1.png", "d/2.png"):
-            picture = root / part / "images" / name
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(encoded("red", (12, 10)))
+            image = root / part / "images" / name
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(encoded("red", (12, 10)))
         (root / part / "images" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     return root
 
@@ -367,16 +369,16 @@ def test_seed_data_edit(tmp_path, monkeypatch):
     steps = [(r.prompt, r.source.resolve().name, r.target.resolve().name) for r in records]
     chain = [("red in<imagehere>", "0.png", "1.png"), ("blue in<imagehere>", "1.png", "2.png")]
     assert steps == [("Erase the car in<imagehere>", "a.jpg", "a.jpg"), *chain, *chain]
-    assert records[1].source.resolve() == (images / "0.png").resolve(), "pictures stay where they are"
+    assert records[1].source.resolve() == (images / "0.png").resolve(), "images stay where they are"
     assert not (out / "images").exists()
     assert [record.extra["turn_index"] for record in records] == [1, 1, 2, 1, 2]
     skipped = lines(out / "skipped.jsonl")
     assert sorted(line["reason"] for line in skipped) == [
-        "damaged picture",
+        "damaged image",
         "empty instruction",
         "empty instruction",
         "malformed JSON",
-        "missing picture",
+        "missing image",
         "neither instruction nor instruction_1",
     ]
     assert "real_editing/split_0001.jsonl, line 2" in next(
@@ -396,7 +398,7 @@ def test_missing_column_is_named_with_what_is_there(tmp_path, monkeypatch):
     assert "it has input_image, edit_prompt" in message
 
 
-def test_faults_of_the_call(tmp_path):
+def test_errors_of_the_call(tmp_path):
     def refused(source, *inputs, split="train", folder="out"):
         with pytest.raises(SourceError) as error:
             prepare(Settings(source, tuple(map(str, inputs)), split), tmp_path / folder, progress=False)
@@ -427,8 +429,8 @@ def test_other_settings_lost_records_and_a_second_writer_are_refused(tmp_path):
     prepare(settings, out, progress=False)
     with pytest.raises(SourceError, match="min_quality: 5 there, 3 now"):
         prepare(Settings("instructpix2pix", (str(file),), min_quality=3), out)
-    with preparing._sole_writer(out), pytest.raises(SourceError, match="another run is writing"):
-        prepare(settings, out)
+    with folder_lock(out), ThreadPoolExecutor(1) as other, pytest.raises(FolderInUseError, match="another run writes"):
+        other.submit(prepare, settings, out).result()
     os.truncate(out / "records.jsonl", 5)
     with pytest.raises(SourceError, match=r"records.jsonl has 5 bytes, summary.json speaks of \d+"):
         prepare(settings, out)
@@ -470,6 +472,17 @@ def test_another_version_of_datasets_resumes_by_counting(tmp_path, three_files):
     assert [line["row"] for line in lines(out / "records.jsonl")] == [n for n in range(110) if n % 7 != 3]
 
 
+def test_a_folder_of_version_0_1_0_resumes(tmp_path, three_files):
+    """Its summary.json counts what was skipped under another key, and calls images pictures."""
+    once, out = tmp_path / "once", tmp_path / "out"
+    prepare(three_files, once, progress=False)
+    prepare(three_files, out, limit=45, progress=False)
+    state = summary(out)
+    state["left_out"] = state.pop("skipped") | {"missing picture": 2}
+    (out / "summary.json").write_text(json.dumps(state))
+    assert prepare(three_files, out, progress=False).skipped == summary(once)["skipped"] | {"missing image": 2}
+
+
 def _die_at(count, settings, folder):
     """Run until the `count`-th flush to disk, which is death."""
     fsync = os.fsync
@@ -489,10 +502,10 @@ def _die_at(count, settings, folder):
 def test_killed_at_any_commit_nothing_is_lost_or_repeated(tmp_path, three_files):
     once, out = tmp_path / "once", tmp_path / "out"
     prepare(three_files, once, progress=False)
-    pictures = 2 * sum(n % 7 != 3 for n in range(32))
+    images = 2 * sum(n % 7 != 3 for n in range(32))
     deaths = 0
-    # In the first batch: a picture, records, skipped, summary; then the same places batch by batch.
-    for count in (1, 5, pictures + 2, pictures + 2, pictures + 3, 70, 150, 40, 10_000):
+    # In the first batch: an image, records, skipped, summary; then the same places batch by batch.
+    for count in (1, 5, images + 2, images + 2, images + 3, 70, 150, 40, 10_000):
         child = multiprocessing.get_context("fork").Process(target=_die_at, args=(count, three_files, out))
         child.start()
         child.join()
@@ -519,7 +532,7 @@ def test_kill_9_of_the_script(tmp_path, monkeypatch, capsys):
     with (out / "records.jsonl").open("a") as file_:
         file_.write('{"id": "half a li')
     script(monkeypatch, *arguments)
-    assert "400 rows read, 400 records written, 0 samples left out (finished)" in capsys.readouterr().out
+    assert "400 rows read, 400 records written, 0 samples skipped (finished)" in capsys.readouterr().out
     assert [line["row"] for line in lines(out / "records.jsonl")] == list(range(400))
 
 
@@ -539,7 +552,7 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(tmp_path, three_files, mon
     assert contents(out) == contents(once)
 
 
-def test_a_full_disk_under_a_picture(tmp_path):
+def test_a_full_disk_under_an_image(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     file_ = io.BytesIO()
     Image.fromarray(noise).save(file_, "PNG")

@@ -27,7 +27,7 @@ def case(kind: str, seed: int, subjects=SEEN) -> tasks.Case:
     return tasks.make(kind, np.random.default_rng([seed, list(tasks.KINDS).index(kind)]), subjects)
 
 
-def picture(*scenes: Scene, side: int = SIDE) -> torch.Tensor:
+def render(*scenes: Scene, side: int = SIDE) -> torch.Tensor:
     return draw(Scenes.stack(scenes), side=side)
 
 
@@ -40,12 +40,12 @@ def numbers(of: tasks.Case) -> set[int]:
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_does_not_depend_on_its_neighbours():
+def test_an_image_does_not_depend_on_its_neighbours():
     scenes = [case(kind, 0).target for kind in tasks.KINDS]
-    together = picture(*scenes)
+    together = render(*scenes)
     assert together.shape == (len(scenes), 3, SIDE, SIDE) and together.abs().max() <= 1
     for scene, drawn in zip(scenes, together, strict=True):
-        torch.testing.assert_close(picture(scene)[0], drawn, rtol=0, atol=1e-5)
+        torch.testing.assert_close(render(scene)[0], drawn, rtol=0, atol=1e-5)
 
 
 def test_every_kind_of_background_is_its_own_and_has_variants():
@@ -59,9 +59,9 @@ def test_every_kind_of_background_is_its_own_and_has_variants():
 
 
 def test_a_subject_stands_where_it_is_placed():
-    empty = picture(Scene(22, VARIANT))
+    empty = render(Scene(22, VARIANT))
     for x, y in ((30, 40), (100, 90)):
-        changed = (picture(Scene(22, VARIANT, (Placed(SEEN[0], x, y, 40),))) - empty).abs().amax(1)[0] > 0.02
+        changed = (render(Scene(22, VARIANT, (Placed(SEEN[0], x, y, 40),))) - empty).abs().amax(1)[0] > 0.02
         rows, columns = changed.nonzero().T
         assert abs(rows.float().mean() - y) < 6 and abs(columns.float().mean() - x) < 6
         assert y - 20.5 <= rows.min() and rows.max() <= y + 20.5
@@ -69,14 +69,14 @@ def test_a_subject_stands_where_it_is_placed():
 
 
 def test_mirrored_and_recoloured_subjects():
-    lopsided = next(n for n in SEEN if sprites.is_lopsided()[n])
+    asymmetric = next(n for n in SEEN if sprites.is_asymmetric()[n])
     plain, mirrored, swapped = (
-        picture(Scene(22, VARIANT, (Placed(lopsided, 64, 64, 70, **how),)))
+        render(Scene(22, VARIANT, (Placed(asymmetric, 64, 64, 70, **how),)))
         for how in ({}, {"flip": True}, {"colour": SWAPS[3]})
     )
     assert (plain - mirrored).abs().mean() > 0.02
     torch.testing.assert_close(plain.flip(3), mirrored, rtol=0, atol=0.05)
-    ground = picture(Scene(22, VARIANT))
+    ground = render(Scene(22, VARIANT))
     inside = (plain - ground).abs().amax(1, keepdim=True) > 0.1
     expected = torch.einsum("oc,nchw->nohw", torch.from_numpy(SWAPS[3]), (plain + 1) / 2) * 2 - 1
     solid = inside.expand(-1, 3, -1, -1)
@@ -86,7 +86,7 @@ def test_mirrored_and_recoloured_subjects():
 def test_later_subjects_stand_in_front():
     a, b = (Placed(number, 64, 64, 60) for number in SEEN[:2])
     ground = Scene(22, VARIANT)
-    front = picture(ground.with_(a, b), ground.with_(b, a), ground.with_(b))
+    front = render(ground.with_(a, b), ground.with_(b, a), ground.with_(b))
     solid = sprites.sheets(torch.device("cpu"))[1][SEEN[1], 3].mean() > 0.1
     assert solid and (front[0] - front[1]).abs().max() > 0.1
     assert (front[0] - front[2]).abs().mean() < (front[1] - front[2]).abs().mean()
@@ -100,7 +100,7 @@ def test_a_case_is_a_sound_question(kind):
     for seed in range(30):
         one, again = case(kind, seed), case(kind, seed)
         assert one.kind == kind and one.prompt == again.prompt
-        assert torch.equal(picture(one.target, *one.references), picture(again.target, *again.references))
+        assert torch.equal(render(one.target, *one.references), render(again.target, *again.references))
         assert one.prompt.count(PLACEHOLDER) == len(one.references)
         task = {0: Task.SUBJECT} if one.source is None else {1: Task.EDIT, 2: Task.SUBJECT_EDIT}
         assert one.task is (Task.SUBJECT if one.source is None else task[len(one.references)])
@@ -115,7 +115,7 @@ def test_an_edit_changes_its_subjects_only(kind):
     for seed in range(10):
         one = case(kind, seed)
         source = one.references[one.source]
-        before, after = picture(source, one.target)
+        before, after = render(source, one.target)
         assert not torch.equal(before, after)
         if kind == "background":
             assert source.background != one.target.background
@@ -141,8 +141,8 @@ def test_what_a_reference_shows_is_in_the_answer(kind):
 
 
 @pytest.mark.parametrize("kind", ["one_reference", "two_references", "add_by_reference", "replace_by_reference"])
-def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind):
-    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+def test_training_augments_subjects_that_stand_alike_in_reference_and_answer(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, augment=True) for seed in range(200)]
     plain = [tasks.make(kind, np.random.default_rng(seed), SEEN) for seed in range(200)]
     asked = [s for one in made for s in one.asked]
     for one in made:
@@ -152,17 +152,17 @@ def test_training_invents_subjects_that_stand_alike_in_reference_and_answer(kind
             assert np.array_equal(a.colour, b.colour) and a.sprite != a.other
     joined = sum(s.other >= 0 for s in asked) / len(asked)
     turned = sum(abs(s.angle) > 12 for s in asked) / len(asked)
-    assert joined == pytest.approx(author.INVENTED * 2 / 3, abs=0.1)
-    assert turned == pytest.approx(author.INVENTED * 3 / 4, abs=0.1)
+    assert joined == pytest.approx(author.AUGMENTED * 2 / 3, abs=0.1)
+    assert turned == pytest.approx(author.AUGMENTED * 3 / 4, abs=0.1)
     for one in plain:  # the benchmark's way
         assert all(s.other < 0 and abs(s.angle) <= 12 for s in one.asked)
 
 
 @pytest.mark.parametrize("kind", ["move", "scale", "flip", "recolour", "replace", "remove", "add_relative"])
-def test_training_invents_what_is_edited_and_calls_it_by_its_place(kind):
-    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, invent=True) for seed in range(200)]
+def test_training_augments_what_is_edited_and_calls_it_by_its_place(kind):
+    made = [tasks.make(kind, np.random.default_rng(seed), SEEN, augment=True) for seed in range(200)]
     standing = [s for one in made for s in one.references[0].subjects]
-    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(author.INVENTED_THERE * 2 / 3, abs=0.1)
+    assert sum(s.other >= 0 for s in standing) / len(standing) == pytest.approx(author.AUGMENTED_THERE * 2 / 3, abs=0.1)
     for one in made:
         first = one.references[0].subjects[0]
         if first.other >= 0 or abs(first.angle) > 45:
@@ -176,7 +176,7 @@ def test_unseen_subjects_stay_unseen():
     assert set(SEEN) | set(UNSEEN) == set(range(len(sprites.names())))
     held_out, shown = {sprites.names()[n] for n in UNSEEN}, set()
     for seed in range(1500):
-        one = tasks.sample(np.random.default_rng(seed), SEEN, invent=seed % 2 == 0)
+        one = tasks.sample(np.random.default_rng(seed), SEEN, augment=seed % 2 == 0)
         shown |= numbers(one)
     assert shown <= set(SEEN) and len(shown) > 0.9 * len(SEEN)
     for kind in tasks.KINDS:
@@ -188,7 +188,7 @@ def test_unseen_subjects_stay_unseen():
 
 def test_two_drawings_are_joined_along_the_line():
     def alone(number: int, size: float, **how) -> torch.Tensor:
-        return picture(Scene(22, VARIANT, (Placed(number, 64, 64, size, **how),)))[0]
+        return render(Scene(22, VARIANT, (Placed(number, 64, 64, size, **how),)))[0]
 
     first, second = SEEN[:2]
     for size in (48, 100):  # of the small sheet and of the large one
@@ -201,9 +201,9 @@ def test_two_drawings_are_joined_along_the_line():
         assert torch.equal(alone(first, size, other=second, cut=(30.0, -2.0)), b)
         mirrored = alone(first, size, other=second, flip=True)
         assert torch.allclose(mirrored.flip(2)[:, :, 66:], b[:, :, 66:], atol=1e-4)  # the line turns with the subject
-    beside = Placed(SEEN[2], 20, 64, 30)  # a subject without a second drawing in the same slot of another picture
-    both = picture(Scene(22, VARIANT, (Placed(first, 64, 64, 48, other=second),)), Scene(22, VARIANT, (beside,)))
-    assert torch.equal(both[1], picture(Scene(22, VARIANT, (beside,)))[0])
+    beside = Placed(SEEN[2], 20, 64, 30)  # a subject without a second drawing in the same slot of another image
+    both = render(Scene(22, VARIANT, (Placed(first, 64, 64, 48, other=second),)), Scene(22, VARIANT, (beside,)))
+    assert torch.equal(both[1], render(Scene(22, VARIANT, (beside,)))[0])
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def make_world(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("unseen", [False, True])
-def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path, unseen):
+def test_cases_on_disk_are_records_with_the_drawn_images(tmp_path, unseen):
     done = make_world(str(tmp_path / "world"), "--cases", "70", "--seed", "5", *["--unseen"] * unseen)
     assert done.returncode == 0, done.stderr
     records = read_records([tmp_path / "world" / "records.jsonl"]).raise_if_errors()
@@ -224,12 +224,12 @@ def test_cases_on_disk_are_records_with_the_drawn_pictures(tmp_path, unseen):
     mixture = {kind: weight for kind, weight in tasks.MIXTURE.items() if kind != "text_to_image"}
     for number, record in enumerate(records):
         rng, subjects = np.random.default_rng([5, number]), UNSEEN if unseen else SEEN
-        one = tasks.sample(rng, subjects, mixture, invent=not unseen)  # as training does
+        one = tasks.sample(rng, subjects, mixture, augment=not unseen)  # as training does
         assert record.task is one.task and record.prompt == one.prompt and record.id.startswith(one.kind)
         source = None if record.source is None else record.references.index(record.source)
         assert source == one.source
         paths = [record.target, *record.references]
-        drawn = picture(one.target, *one.references)
+        drawn = render(one.target, *one.references)
         for path, expected in zip(paths, drawn, strict=True):
             assert (images.to_pixels(images.open_image(path)) - expected).abs().max() < 1.01 / 127.5
 
@@ -267,13 +267,13 @@ def test_the_stream_is_a_function_of_seed_and_counter(stream):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     assert one.ids == two.ids and one.instructions == two.instructions
     assert one.noise_BCHW.shape == (2 * 8, 4, 8, 8) and one.time_B.shape == (16,)
-    pictures = 8 + sum(instruction.num_images for instruction in one.instructions)
-    assert one.pixels_PCHW.shape == (pictures, 3, 64, 64)
-    assert one.vision_RCHW.shape == (pictures - 8, 3, 28, 28)
-    assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(pictures))
+    total = 8 + sum(instruction.num_images for instruction in one.instructions)
+    assert one.pixels_PCHW.shape == (total, 3, 64, 64)
+    assert one.vision_RCHW.shape == (total - 8, 3, 28, 28)
+    assert sorted([*one.target_B.tolist(), *one.reference_R.tolist()]) == list(range(total))
 
 
-def test_the_stream_invents_subjects(stream):
+def test_the_stream_augments_subjects(stream):
     scenes = [scene for index in range(60) for scene in stream[index][1]]
     assert any(s.other >= 0 for scene in scenes for s in scene.subjects)
 

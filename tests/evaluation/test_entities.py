@@ -1,4 +1,4 @@
-"""Entities cut out of pictures: the rule by hand, the two networks at small size, a run that is stopped."""
+"""Entities cut out of images: the rule by hand, the two networks at small size, a run that is stopped."""
 
 import json
 import threading
@@ -11,7 +11,8 @@ from conftest import image_size, run_here
 from PIL import Image
 
 from mige.evaluation import entities, scoring
-from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
+from mige.evaluation.benchmarks.files import BenchmarkError, Options
+from mige.evaluation.benchmarks.prepared import prepare, read
 from mige.evaluation.entities import Entity, EntityFinder, best_box, caption, extract
 from mige.utils.files import folder_lock
 
@@ -29,11 +30,11 @@ def test_the_box_of_the_highest_score():
 
 def test_crop_by_hand():
     """The object on black, the box's last row and column with it."""
-    picture = Image.fromarray(np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3))
+    image = Image.fromarray(np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3))
     mask = np.zeros((5, 6), dtype=bool)
     mask[1, 2] = mask[3, 4] = True
-    crop = np.asarray(Entity((1.7, 1.2, 4.9, 3.5), 0.9, mask).crop(picture))
-    expected = np.where(mask[..., None], np.asarray(picture), 0)[1:4, 1:5]
+    crop = np.asarray(Entity((1.7, 1.2, 4.9, 3.5), 0.9, mask).crop(image))
+    expected = np.where(mask[..., None], np.asarray(image), 0)[1:4, 1:5]
     assert np.array_equal(crop, expected)
 
 
@@ -45,37 +46,35 @@ def weights(tmp_path_factory):
 
 def test_small_networks(weights, monkeypatch):
     finder = EntityFinder(*map(str, weights))
-    pictures = [files.picture(1, (48, 40)), files.picture(2, (48, 40))]
+    images = [files.image(1, (48, 40)), files.image(2, (48, 40))]
     monkeypatch.setattr(entities, "BOX_THRESHOLD", 0.0)  # random weights give scores of any height
-    found = finder.find(pictures, ["dog", "a cat"])
-    for entity, picture in zip(found, pictures, strict=True):
+    found = finder.find(images, ["dog", "a cat"])
+    for entity, image in zip(found, images, strict=True):
         assert entity.mask.shape == (40, 48) and entity.mask.dtype == bool
         assert 0 < entity.score <= 1 and len(entity.box) == 4
-        assert entity.crop(picture).mode == "RGB" and entity.drawn(picture).size == picture.size
-    alone = finder.find(pictures[1:], ["a cat"])[0]
+        assert entity.crop(image).mode == "RGB" and entity.drawn(image).size == image.size
+    alone = finder.find(images[1:], ["a cat"])[0]
     assert alone.box == pytest.approx(found[1].box, abs=1e-2) and alone.score == pytest.approx(found[1].score, abs=1e-4)
     monkeypatch.setattr(entities, "BOX_THRESHOLD", 1.0)
-    assert finder.find(pictures, ["dog", "a cat"]) == [None, None]
+    assert finder.find(images, ["dog", "a cat"]) == [None, None]
 
 
 class Finder:
-    """Finds the left half of a picture, but nothing in those whose object is in `unseen`."""
+    """Finds the left half of an image, but nothing in those whose object is in `unseen`."""
 
     def __init__(self, *unseen: str, fail_at: int | None = None):
         self.unseen, self.calls, self.fail_at = unseen, 0, fail_at
 
-    def find(self, pictures, names):
+    def find(self, images, names):
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        return [
-            None if name in self.unseen else self._half(picture) for picture, name in zip(pictures, names, strict=True)
-        ]
+        return [None if name in self.unseen else self._half(image) for image, name in zip(images, names, strict=True)]
 
-    def _half(self, picture):
-        mask = np.zeros((picture.height, picture.width), dtype=bool)
-        mask[:, : picture.width // 2] = True
-        return Entity((0, 0, picture.width // 2 - 1, picture.height - 1), 0.5, mask)
+    def _half(self, image):
+        mask = np.zeros((image.height, image.width), dtype=bool)
+        mask[:, : image.width // 2] = True
+        return Entity((0, 0, image.width // 2 - 1, image.height - 1), 0.5, mask)
 
 
 @pytest.fixture
@@ -89,32 +88,32 @@ def results(tmp_path):
 
 
 def test_a_run_that_is_stopped_goes_on(results, tmp_path):
-    prepared, pictures = results
+    prepared, images = results
     with pytest.raises(KeyboardInterrupt):
-        extract(prepared.rows, pictures, Finder("Ghost", fail_at=3), tmp_path / "e", batch=2)
+        extract(prepared.rows, images, Finder("Ghost", fail_at=3), tmp_path / "e", batch=2)
     with (tmp_path / "e" / "entities.jsonl").open("a") as file:
         file.write('{"id": "repl')  # cut by a kill
     finder = Finder("Ghost")
-    assert extract(prepared.rows, pictures, finder, tmp_path / "e", batch=2) == (5, 6)
+    assert extract(prepared.rows, images, finder, tmp_path / "e", batch=2) == (5, 6)
     assert finder.calls == 1
     lines = [json.loads(line) for line in (tmp_path / "e" / "entities.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in prepared.rows]
     assert lines[4]["crop"] is None and lines[4]["score"] is None
     assert image_size(tmp_path / "e" / lines[0]["crop"]) == (32, 64)
     html = (tmp_path / "e" / "index.html").read_text()
-    assert "Nothing was found in 1 of 6 pictures (16.7%)" in html and "Not found" in html
+    assert "Nothing was found in 1 of 6 images (16.7%)" in html and "Not found" in html
 
 
 def test_entity_scores_leave_failures_out(results, tmp_path):
     from mige.evaluation import backbones, page, summary
 
-    prepared, pictures = results
-    extract(prepared.rows, pictures, Finder("Ghost"), tmp_path / "e")
+    prepared, images = results
+    extract(prepared.rows, images, Finder("Ghost"), tmp_path / "e")
     clip = backbones.Clip("ViT-B/32", str(files.clip(tmp_path / "clip")))
     dino = backbones.Dino("ViT-S/16", str(files.dino(tmp_path / "dino.safetensors")))
     dino.model.blocks = dino.model.blocks[:1]  # random all of them: eleven more would only take time
     crops = scoring.crops(prepared, tmp_path / "e")
-    scores = scoring.score(prepared, pictures, clip, dino, tmp_path / "cache", entities=crops)
+    scores = scoring.score(prepared, images, clip, dino, tmp_path / "cache", entities=crops)
     first, missed = scores.rows[0], scores.rows[4]
     pair = [Image.open(crops[first["id"]]), Image.open(prepared.rows[0]["score"]["entity"])]
     a, b = dino.encode(torch.stack(list(map(dino.transform, pair)))).double()
@@ -129,9 +128,9 @@ def test_entity_scores_leave_failures_out(results, tmp_path):
 
 
 def test_an_unfinished_extraction_is_refused(results, tmp_path):
-    prepared, pictures = results
+    prepared, images = results
     with pytest.raises(KeyboardInterrupt):
-        extract(prepared.rows, pictures, Finder(fail_at=2), tmp_path / "e", batch=4)
+        extract(prepared.rows, images, Finder(fail_at=2), tmp_path / "e", batch=4)
     with pytest.raises(BenchmarkError, match=r"2 ids missing \(replace-1, replace-2\)"):
         scoring.crops(prepared, tmp_path / "e")
     with pytest.raises(BenchmarkError, match=r"run tools/extract_entities\.py first"):

@@ -18,8 +18,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
-from mige.evaluation import backbones, benchmarks, metrics, page, scoring, statistics, summary
-from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
+from mige.evaluation import backbones, metrics, page, scoring, statistics, summary
+from mige.evaluation.benchmarks.files import BenchmarkError, Options
+from mige.evaluation.benchmarks.prepared import Prepared, prepare, read
+from mige.evaluation.benchmarks.table import BENCHMARKS
 from mige.evaluation.published import PUBLISHED
 
 torch.set_num_threads(1)
@@ -34,7 +36,7 @@ def test_cosine():
 
 
 def test_direction_is_of_normalised_features():
-    """By hand: pictures move from (1, 0) to (0, 1) whatever their lengths, captions from (0, 1) to (1, 0)."""
+    """By hand: images move from (1, 0) to (0, 1) whatever their lengths, captions from (0, 1) to (1, 0)."""
     edited, source = torch.tensor([0.0, 7.0]), torch.tensor([3.0, 0.0])
     caption, source_caption = torch.tensor([5.0, 0.0]), torch.tensor([0.0, 2.0])
     assert metrics.direction(edited, source, caption, source_caption) == pytest.approx(-1, abs=1e-15)
@@ -61,7 +63,7 @@ def test_pixel_errors():
 
 
 def test_another_size():
-    big, small = files.picture(0, (64, 48)), files.picture(1, (32, 32))
+    big, small = files.image(0, (64, 48)), files.image(1, (32, 32))
     made, true = metrics.to_target(small, big)
     assert made.size == true.size == (64, 48) and true is big
     made, true = metrics.to_output(small, big)
@@ -83,8 +85,8 @@ def test_bootstrap():
             statistics.bootstrap(bad)
 
 
-def features(network, *pictures: Image.Image) -> torch.Tensor:
-    return network.encode(torch.stack([network.transform(picture) for picture in pictures]))
+def features(network, *images: Image.Image) -> torch.Tensor:
+    return network.encode(torch.stack([network.transform(image) for image in images]))
 
 
 # ---- backbones -------------------------------------------------------------------------------------------------------
@@ -106,29 +108,29 @@ def networks(weights):
 
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (97, 333)])
 def test_clips_transform_is_its_processors(size):
-    picture = files.picture(3, size)
-    reference = CLIPImageProcessorPil()(picture, return_tensors="pt")["pixel_values"][0]
-    difference = (backbones.clip_transform(224)(picture) - reference).abs()
+    image = files.image(3, size)
+    reference = CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"][0]
+    difference = (backbones.clip_transform(224)(image) - reference).abs()
     assert difference.shape == (3, 224, 224)
     assert difference.max() < 0.02  # one level of 256 over the deviation
 
 
 def test_dinos_transform_by_hand():
-    picture = files.picture(4, (512, 300))
-    resized = picture.resize((int(256 * 512 / 300), 256), Image.Resampling.BICUBIC)
+    image = files.image(4, (512, 300))
+    resized = image.resize((int(256 * 512 / 300), 256), Image.Resampling.BICUBIC)
     left = round((resized.width - 224) / 2)
     pixels = np.asarray(resized.crop((left, 16, left + 224, 240))) / 255
     expected = (pixels - np.array(backbones.IMAGENET_MEAN)) / np.array(backbones.IMAGENET_STD)
-    assert np.abs(backbones.dino_transform()(picture).permute(1, 2, 0).numpy() - expected).max() < 1e-5
+    assert np.abs(backbones.dino_transform()(image).permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def test_clips_features_are_the_models(networks, weights):
     model = CLIPModel.from_pretrained(weights["clip"]).eval()
-    picture, text = files.picture(5), "a red dog."
+    image, text = files.image(5), "a red dog."
     tokens = networks[0].tokenizer([text], return_tensors="pt")
     with torch.no_grad():
-        out = model(**tokens, pixel_values=networks[0].transform(picture)[None])
-    ours = features(networks[0], picture)[0], networks[0].texts([text])[0]
+        out = model(**tokens, pixel_values=networks[0].transform(image)[None])
+    ours = features(networks[0], image)[0], networks[0].texts([text])[0]
     for own, theirs in zip(ours, (out.image_embeds[0], out.text_embeds[0]), strict=True):
         assert torch.allclose(own / own.norm(), theirs, atol=1e-6)
 
@@ -139,10 +141,10 @@ def test_long_captions_are_cut(networks):
 
 
 def test_dinos_feature_is_the_class_token(networks):
-    pixels = networks[1].transform(files.picture(6))[None]
+    pixels = networks[1].transform(files.image(6))[None]
     with torch.no_grad():
         tokens = networks[1].model.forward_features(pixels)
-    assert torch.allclose(features(networks[1], files.picture(6))[0], tokens[0, 0], atol=1e-6)
+    assert torch.allclose(features(networks[1], files.image(6))[0], tokens[0, 0], atol=1e-6)
     assert tokens.shape == (1, 197, 384)
 
 
@@ -170,7 +172,7 @@ def test_dreambench_rows(tmp_path):
     assert not report.issues and {record.task for record in report.records} == {"subject"}
 
 
-def test_dreambench_with_four_pictures_a_prompt_against_all(tmp_path):
+def test_dreambench_with_four_images_a_prompt_against_all(tmp_path):
     data = files.dreambench(tmp_path / "data")
     prepare("dreambench", Options(str(data), samples=4, against="all"), tmp_path / "out")
     rows = read(tmp_path / "out").rows
@@ -193,7 +195,7 @@ def test_emu_edit_rows(tmp_path):
     prepare("emu_edit", Options(str(files.emu_edit(tmp_path / "data"))), tmp_path / "out")
     rows = read(tmp_path / "out").rows
     assert [row["score"]["clean"] for row in rows] == [True] * 5 + [False]
-    assert np.array_equal(np.asarray(Image.open(rows[2]["image"])), np.asarray(files.picture(2, (64, 64))))
+    assert np.array_equal(np.asarray(Image.open(rows[2]["image"])), np.asarray(files.image(2, (64, 64))))
     report = read_records([tmp_path / "out" / "records.jsonl"])
     assert not report.issues
     assert (report.records[1].edit_type, report.records[1].task, report.records[1].source) == (
@@ -298,11 +300,11 @@ def test_migebench_elsewhere(tmp_path):
     data = files.migebench(tmp_path / "data")
     for folder in list(data.glob("*_*")):
         if folder.is_dir():
-            shutil.move(folder, tmp_path / "pictures" / folder.name)
+            shutil.move(folder, tmp_path / "images" / folder.name)
     with pytest.raises(BenchmarkError, match=r"add_bench.json, record 1: no file .* correct --root"):
         prepare("migebench", Options(str(data)), tmp_path / "out")
-    prepare("migebench", Options(str(data), root=str(tmp_path / "pictures")), tmp_path / "out")
-    assert read(tmp_path / "out").rows[0]["image"] == str(tmp_path / "pictures" / "add_target" / "0.png")
+    prepare("migebench", Options(str(data), root=str(tmp_path / "images")), tmp_path / "out")
+    assert read(tmp_path / "out").rows[0]["image"] == str(tmp_path / "images" / "add_target" / "0.png")
 
 
 def test_duplicate_ids(tmp_path):
@@ -322,15 +324,15 @@ def test_a_folder_that_is_none(tmp_path):
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def results(prepared: benchmarks.Prepared, folder: Path) -> Path:
-    """A picture for every record."""
+def results(prepared: Prepared, folder: Path) -> Path:
+    """An image for every record."""
     for n, row in enumerate(prepared.rows):
         files.save(folder / "images" / f"{row['id']}.png", 1000 + n, (64, 64))
     return folder
 
 
 @pytest.fixture(scope="module")
-def migebench(tmp_path_factory) -> tuple[benchmarks.Prepared, Path]:
+def migebench(tmp_path_factory) -> tuple[Prepared, Path]:
     folder = tmp_path_factory.mktemp("migebench")
     prepare("migebench", Options(str(files.migebench(folder / "data"))), folder / "results" / "benchmark")
     prepared = read(folder / "results" / "benchmark")
@@ -358,7 +360,7 @@ def test_scores_are_the_formulas_on_the_files(migebench, networks, tmp_path):
     assert line["model"]["L1"] == pytest.approx(np.abs(resized - np.asarray(target)).mean() / 255, abs=1e-12)
     assert line["target"]["DINO"] == pytest.approx(1) and line["target"]["L1"] == 0
     assert "entity DINO" not in line["model"]
-    assert scores.notes["of another size than the picture compared with"] == 6
+    assert scores.notes["of another size than the image compared with"] == 6
 
 
 def test_scores_do_not_depend_on_the_batch_and_are_kept(migebench, networks, tmp_path, monkeypatch):
@@ -378,7 +380,7 @@ def test_scores_do_not_depend_on_the_batch_and_are_kept(migebench, networks, tmp
     assert scoring.score(prepared, found, *networks, tmp_path / "a").rows == one.rows
 
 
-def test_a_changed_picture_is_scored_anew(migebench, networks, tmp_path):
+def test_a_changed_image_is_scored_anew(migebench, networks, tmp_path):
     prepared, folder = migebench
     copied = tmp_path / "results"
     shutil.copytree(folder / "images", copied / "images")
@@ -412,7 +414,7 @@ def test_grey_and_transparent_results_are_counted(migebench, networks, tmp_path)
     assert scores.notes["not RGB"] == 2
 
 
-def test_nan_features_name_the_picture(migebench, networks, tmp_path, monkeypatch):
+def test_nan_features_name_the_image(migebench, networks, tmp_path, monkeypatch):
     prepared, folder = migebench
     monkeypatch.setattr(networks[1], "encode", lambda pixels: torch.full((len(pixels), 384), math.nan))
     with pytest.raises(BenchmarkError, match=r"\.png: DINO ViT-S/16 gives NaN features"):
@@ -455,14 +457,14 @@ def test_emu_edit_all_and_clean(tmp_path, networks):
     assert mean["model", "all"]["of"] == 3589 and mean["model", "add"]["n"] == 3
 
 
-def test_dreambench_against_all_is_the_mean_over_pictures(tmp_path, networks):
+def test_dreambench_against_all_is_the_mean_over_images(tmp_path, networks):
     data = files.dreambench(tmp_path / "data")
     lines = {}
     for against in ("input", "all"):
         folder = tmp_path / against / "benchmark"
         prepare("dreambench", Options(str(data), against=against), folder)
         prepared = read(folder)
-        few = benchmarks.Prepared(prepared.name, prepared.options, prepared.rows[:2], folder)
+        few = Prepared(prepared.name, prepared.options, prepared.rows[:2], folder)
         found = scoring.outputs(few, results(few, tmp_path / against))
         lines[against] = scoring.score(few, found, *networks, tmp_path / "cache").rows[0]
     dino = networks[1]
@@ -537,7 +539,7 @@ def test_published_rows_stand_only_beside_their_own_protocol():
 
 def test_published_rows_use_known_names():
     for one in PUBLISHED:
-        assert one.scores.keys() <= {metric.name for metric in benchmarks.BENCHMARKS[one.benchmark].metrics}
+        assert one.scores.keys() <= {metric.name for metric in BENCHMARKS[one.benchmark].metrics}
 
 
 def test_histogram_counts_every_sample():
@@ -597,7 +599,7 @@ def test_the_tools_end_to_end(tmp_path, evaluate):
 
 @pytest.mark.processes
 def test_the_script_edits_turn_by_turn(tmp_path, tiny_model):
-    """magicbrush.sh, iterative: the second turn starts from the picture that the first made."""
+    """magicbrush.sh, iterative: the second turn starts from the image that the first made."""
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"
     script = ROOT / "infer_scripts" / "magicbrush.sh"
     done = run_program("sh", script, data, tiny_model, out, "iterative", env=shell_environment())

@@ -23,7 +23,7 @@ from mige.models.vae import encode
 from mige.tasks import TASKS, Task
 from mige.utils import images
 
-PICTURES = Path(__file__).parents[2] / "example_data" / "images"
+PHOTOS = Path(__file__).parents[2] / "example_data" / "images"
 STEPS = 3
 
 
@@ -41,7 +41,7 @@ def pipe(lively):
 @pytest.fixture(scope="module")
 def photos():
     names = ("cat", "coffee", "astronaut", "cup_on_black", "flower_on_black", "rocket", "pagoda")
-    return [images.open_image(PICTURES / f"{name}.jpg") for name in names]
+    return [images.open_image(PHOTOS / f"{name}.jpg") for name in names]
 
 
 def distance(got, want):
@@ -221,8 +221,8 @@ def test_what_each_task_reads_as_reference_and_source(pipe, photos):
     cat, cup = photos[0], photos[3]
     factor = pipe.vae.config.scaling_factor
 
-    def posterior(picture, noise, fit=images.center_crop):
-        moments = encode(pipe.vae, images.to_pixels(fit(picture, 128, 128))[None])
+    def posterior(image, noise, fit=images.center_crop):
+        moments = encode(pipe.vae, images.to_pixels(fit(image, 128, 128))[None])
         return moments.mean + moments.std * noise
 
     edit = make_sample("make it red", [], cat)
@@ -309,13 +309,15 @@ def test_output_types_are_one_image(pipe, photos):
     def made(output_type):
         return pipe("a<imagehere>", photos[:1], num_inference_steps=2, output_type=output_type).images
 
-    latent, tensor, pictures = made("latent"), made("pt"), made("pil")
+    latent, tensor, pil = made("latent"), made("pt"), made("pil")
     assert latent.shape == (1, 4, 16, 16)
     decoded = pipe.decode(latent)
     assert tensor.shape == (1, 3, 128, 128) and torch.equal(tensor, (decoded / 2 + 0.5).clamp(0, 1))
-    assert isinstance(pictures[0], Image.Image) and pictures[0].tobytes() == images.to_pil(decoded)[0].tobytes()
-    with pytest.raises(ValueError, match="output_type must be 'pil', 'pt' or 'latent', got 'np'"):
-        made("np")
+    assert isinstance(pil[0], Image.Image) and pil[0].tobytes() == images.to_pil(decoded)[0].tobytes()
+    array = made("np")
+    assert array.shape == (1, 128, 128, 3) and (array == tensor.permute(0, 2, 3, 1).numpy()).all()
+    with pytest.raises(ValueError, match="output_type must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"):
+        made("jpg")
 
 
 def test_seeds(pipe, photos):

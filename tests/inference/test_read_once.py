@@ -20,7 +20,7 @@ from mige.models import instruction
 from mige.tasks import Task
 from mige.utils import images
 
-PICTURES = ROOT / "example_data" / "images"
+PHOTOS = ROOT / "example_data" / "images"
 ROWS = [
     {"multi_prompt": "a<imagehere>in the jungle", "entity_path": ["cat.jpg"]},
     {"multi_prompt": "a<imagehere>next to a<imagehere>", "entity_path": ["cat.jpg", "cup_on_black.jpg"]},
@@ -51,10 +51,10 @@ def test_images_prompts_and_folder_are_read_once(lively, records, tmp_path, monk
         counted(monkeypatch, module, "open_image", seen)
     counted(monkeypatch, instruction, "tokenize", read)
     counted(monkeypatch, checkpoint, "verify", verified)
-    arguments = ["--records", str(records), "--root", str(PICTURES), "--steps", "1", "--device", "cpu"]
+    arguments = ["--records", str(records), "--root", str(PHOTOS), "--steps", "1", "--device", "cpu"]
     assert infer.main(["--model", str(lively), *arguments, "--output", str(tmp_path / "run")]) == 0
-    assert seen == {PICTURES / f"{name}.jpg": 1 for name in ("cat", "cup_on_black", "coffee")}
-    texts = [instruction.full_text(r.task, r.prompt) for r in read_records([records], root=PICTURES).records]
+    assert seen == {PHOTOS / f"{name}.jpg": 1 for name in ("cat", "cup_on_black", "coffee")}
+    texts = [instruction.full_text(r.task, r.prompt) for r in read_records([records], root=PHOTOS).records]
     assert all(read[text] == 1 for text in texts) and len(set(texts)) == len(ROWS)
     assert verified == {Path(lively): 1}
 
@@ -62,18 +62,18 @@ def test_images_prompts_and_folder_are_read_once(lively, records, tmp_path, monk
 def test_a_run_without_a_check_opens_an_image_once_too(lively, records, tmp_path, monkeypatch):
     seen = Counter()
     counted(monkeypatch, opened, "open_image", seen)
-    rows = read_records([records], root=PICTURES).records
+    rows = read_records([records], root=PHOTOS).records
     inference.run(rows, MIGEPipeline.from_pretrained(lively), inference.Settings("tiny", "float32", steps=1), tmp_path)
     assert set(seen.values()) == {1} and len(seen) == 3
 
 
 def test_images_are_kept_up_to_a_limit(records):
-    rows = read_records([records], root=PICTURES).records
-    cat = images.open_image(PICTURES / "cat.jpg")
+    rows = read_records([records], root=PHOTOS).records
+    cat = images.open_image(PHOTOS / "cat.jpg")
     small = OpenedRecords(max_bytes=4 * cat.width * cat.height)
-    first, again = (small.image(PICTURES / "cat.jpg") for _ in range(2))
+    first, again = (small.image(PHOTOS / "cat.jpg") for _ in range(2))
     assert first is again and small.free == 0
-    cup, other = (small.image(PICTURES / "cup_on_black.jpg") for _ in range(2))
+    cup, other = (small.image(PHOTOS / "cup_on_black.jpg") for _ in range(2))
     assert cup is not other and cup.tobytes() == other.tobytes()
     edit = small.sample(rows[3])
     assert edit.source is edit.references[1]  # the same object though it was not kept
@@ -91,7 +91,7 @@ def test_the_four_steps_run_once_and_in_order(lively, monkeypatch):
             return steps[-1][1]
 
         monkeypatch.setattr(pipe, name, step)
-    how = dict(source=PICTURES / "coffee.jpg", num_inference_steps=1, output_type="pt", seed=3)
+    how = dict(source=PHOTOS / "coffee.jpg", num_inference_steps=1, output_type="pt", seed=3)
     made = [pipe("make it night", guidance_scale=scale, **how).images for scale in (1, 6)]
     assert [name for name, _, _ in steps] == ["prepare", "encode", "denoise", "decode"] * 2
     (inputs, first), (_, second) = [[result for _, result, _ in steps[n : n + 2]] for n in (0, 4)]

@@ -37,9 +37,10 @@ def pipe(model):
 @pytest.fixture(scope="module")
 def records(model):
     report = inference.check(read_records(FILES), model, SETTINGS)
-    assert len(report.records) == 7 and not report.faults, report.text()
-    (note,) = report.notes
-    assert "(id flower_in_a_vase)" in note.where and "1 token of the prompt" in note.message  # tiny knows no comma
+    assert len(report.records) == 7 and not report.errors, report.text()
+    (warning,) = report.warnings
+    assert "(id flower_in_a_vase)" in warning.where  # the tiny model knows no comma
+    assert "1 token of the prompt" in warning.message
     return report.records
 
 
@@ -51,7 +52,7 @@ def finished(pipe, records, tmp_path_factory):
     return folder
 
 
-def pictures(folder):
+def images(folder):
     return {path.stem: np.array(Image.open(path)).astype(int) for path in (folder / "images").iterdir()}
 
 
@@ -89,10 +90,10 @@ class Spy:
 def test_the_run_folder(finished, records):
     names = {path.name for path in finished.iterdir()}
     assert names == {".lock", "config.json", "results.jsonl", "images", "contact_sheet.png", "index.html", "inputs"}
-    made = pictures(finished)
+    made = images(finished)
     assert made.keys() == {record.id for record in records}
-    assert all(picture.shape == (128, 128, 3) and picture.std() > 5 for picture in made.values())
-    assert len({picture.tobytes() for picture in made.values()}) == 7
+    assert all(image.shape == (128, 128, 3) and image.std() > 5 for image in made.values())
+    assert len({image.tobytes() for image in made.values()}) == 7
     config = json.loads((finished / "config.json").read_text())
     assert config["settings"]["steps"] == 2 and config["settings"]["model"] == "tiny"
     assert config["versions"].keys() == {"mige", "torch", "diffusers", "transformers", "python"}
@@ -120,23 +121,23 @@ def test_the_defaults_are_the_official_batches(pipe, records, tmp_path, monkeypa
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_not_on_the_batch_size(pipe, records, finished, tmp_path, batch_size):
     inference.run(records, pipe, SETTINGS, tmp_path, batch_size=batch_size)
-    assert_same(pictures(tmp_path), pictures(finished))
+    assert_same(images(tmp_path), images(finished))
 
 
 def test_not_on_order_nor_on_the_other_records(pipe, records, finished, tmp_path):
-    want = pictures(finished)
+    want = images(finished)
     inference.run(records[::-1], pipe, SETTINGS, tmp_path / "reversed", batch_size=2)
-    assert_same(pictures(tmp_path / "reversed"), want)
+    assert_same(images(tmp_path / "reversed"), want)
     inference.run(records[1::2], pipe, SETTINGS, tmp_path / "some", batch_size=2)
-    assert_same(pictures(tmp_path / "some"), {record.id: want[record.id] for record in records[1::2]})
+    assert_same(images(tmp_path / "some"), {record.id: want[record.id] for record in records[1::2]})
 
 
 def test_on_the_seed_and_the_id(pipe, records, finished, tmp_path):
-    want = pictures(finished)[records[0].id]
+    want = images(finished)[records[0].id]
     inference.run(records[:1], pipe, replace(SETTINGS, seed=1), tmp_path / "seed")
     inference.run([replace(records[0], id="other")], pipe, SETTINGS, tmp_path / "id")
     for folder in ("seed", "id"):
-        (got,) = pictures(tmp_path / folder).values()
+        (got,) = images(tmp_path / folder).values()
         assert np.abs(got - want).mean() > 1
 
 
@@ -149,7 +150,7 @@ def test_generators_of_records():
     assert record_generator(0, "cat").initial_seed() == 8534018142825387843
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_does_nothing_but_the_missing(pipe, records, finished, tmp_path, monkeypatch):
@@ -165,7 +166,7 @@ def test_a_second_run_does_nothing_but_the_missing(pipe, records, finished, tmp_
     assert [len(samples) for samples, _ in spy.calls] == [1] and len(lines(tmp_path)) == 7
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
     assert {name for name in after if after[name] != before[name]} == {lost.name}
-    assert_same(pictures(tmp_path), pictures(finished))
+    assert_same(images(tmp_path), images(finished))
 
 
 @pytest.mark.parametrize("cut", [1, 30, "inside a character"])
@@ -197,7 +198,7 @@ def test_an_interrupted_run_keeps_what_was_finished(pipe, records, finished, tmp
     assert len(lines(tmp_path)) == 2 and not (tmp_path / "index.html").exists()
     inference.run(records, pipe, SETTINGS, tmp_path, batch_size=1)
     assert len(lines(tmp_path)) == 7
-    assert_same(pictures(tmp_path), pictures(finished))
+    assert_same(images(tmp_path), images(finished))
 
 
 def test_a_folder_takes_more_records_later(pipe, records, tmp_path):
@@ -223,7 +224,7 @@ def test_other_settings_in_the_same_folder(pipe, records, finished, change):
 
 @pytest.mark.parametrize("name", ["model", "lora"])
 def test_one_folder_however_it_is_written(tmp_path, name):
-    """`--model x/` goes on with a run of `--model x`; another folder does not."""
+    """`--model x/` resumes a run of `--model x`; another folder does not."""
     write_config(tmp_path, replace(SETTINGS, **{name: "models/x"}))
     for spelling in ("models/x", "models/x/", "./models/x", "models//x/."):
         inference.check_folder(tmp_path, replace(SETTINGS, **{name: spelling}), [])
@@ -253,7 +254,7 @@ def test_a_bad_size_does_not_claim_the_folder(pipe, records, tmp_path):
         inference.run(records, pipe, SETTINGS, folder, batch_size=-1)
     assert not folder.exists()
     inference.run(records[:1], pipe, replace(SETTINGS, height=64), folder)
-    assert pictures(folder)[records[0].id].shape == (64, 128, 3)
+    assert images(folder)[records[0].id].shape == (64, 128, 3)
 
 
 def test_settings_that_cannot_be():
@@ -297,9 +298,9 @@ def test_check_finds_everything_without_stopping(model, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     report = inference.check(read_records([tmp_path / "x.json"]), model, SETTINGS)
     assert [record.id for record in report.records] == ["00004", "00005"]
-    assert sorted(fault.where.split("record ")[1][0] for fault in report.faults) == ["1", "2", "3"]
-    (note,) = [note for note in report.notes if "record 5" in note.where]
-    assert "are cut (limit 128)" in note.message
+    assert sorted(error.where.split("record ")[1][0] for error in report.errors) == ["1", "2", "3"]
+    (warning,) = [warning for warning in report.warnings if "record 5" in warning.where]
+    assert "are cut (limit 128)" in warning.message
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         inference.check(report, tmp_path, SETTINGS)
 
@@ -351,7 +352,7 @@ def test_the_official_noise_is_drawn_a_chunk_at_a_time(pipe, records, tmp_path, 
         assert torch.equal(got, torch.cat(wanted)[-len(lost) :])
         again = [n.references[0] for _, noise in spy.calls for n in noise]
         assert all(torch.equal(a, b) for a, b in zip(again, references[-len(lost) :], strict=True))
-    assert_same(pictures(part), pictures(whole))
+    assert_same(images(part), images(whole))
 
 
 def test_the_official_noise_depends_on_the_chunk_as_it_did_there(pipe, records, tmp_path, monkeypatch):

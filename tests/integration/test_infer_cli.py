@@ -62,7 +62,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def assert_same_pictures(got, want):
+def assert_same_images(got, want):
     assert made(got) == made(want)
     for name in made(got):
         a, b = (np.array(Image.open(folder / "images" / name)).astype(int) for folder in (got, want))
@@ -106,7 +106,7 @@ def test_the_same_command_again_keeps_every_image(model, whole, tmp_path):
     before = {name: (folder / "images" / name).stat().st_mtime_ns for name in made(folder)}
     assert infer(*arguments, "--note", "a line for the reader").returncode == 0
     assert {name: (folder / "images" / name).stat().st_mtime_ns for name in before} == before
-    assert_same_pictures(folder, whole)
+    assert_same_images(folder, whole)
     assert "a line for the reader" in (folder / "index.html").read_text()
 
 
@@ -122,14 +122,14 @@ def test_killed_and_started_again(model, whole, tmp_path):
     assert child.wait() == -signal.SIGKILL
     assert 1 <= len(log.read_bytes().split(b"\n")) - 1 < 7 and not (tmp_path / "index.html").exists()
     finished = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in made(tmp_path) if name[0] != "."}
-    (tmp_path / "images" / ".0123456789abcdef.part").write_bytes(b"half a picture")  # killed while saving
+    (tmp_path / "images" / ".0123456789abcdef.part").write_bytes(b"half an image")  # killed while saving
 
     done = infer(*arguments)
     assert done.returncode == 0, done.stderr
     assert {line["id"] for line in lines(tmp_path)} == IDS and len(lines(tmp_path)) == 7
     first = f"{lines(tmp_path)[0]['id']}.png"
     assert (tmp_path / "images" / first).stat().st_mtime_ns == finished[first]
-    assert_same_pictures(tmp_path, whole)  # and no half images
+    assert_same_images(tmp_path, whole)  # and no half images
 
 
 @pytest.mark.processes
@@ -139,7 +139,7 @@ def test_no_space_left_for_an_image(model, whole, tmp_path):
     smallest = min(path.stat().st_size for path in (whole / "images").iterdir())
     done = run_python(SCRIPT, *arguments, file_size=smallest // 2)
     assert done.returncode == 1
-    assert "error: " in done.stderr and "cannot save the picture" in done.stderr
+    assert "error: " in done.stderr and "cannot save the image" in done.stderr
     assert f"{tmp_path}/images/pagoda_in_snow.png" in done.stderr and "Traceback" not in done.stderr
     assert made(tmp_path) == [] and lines(tmp_path) == []
     assert infer(*arguments).returncode == 0
@@ -228,7 +228,7 @@ def test_the_fast_and_the_small_modes(model, whole, tmp_path, arguments, most):
 
 @pytest.fixture
 def bad_files(tmp_path):
-    """Two files with five faults and two good records."""
+    """Two files with five errors and two good records."""
     (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:3000])
     rows = [
         {"id": "good", "multi_prompt": "a<imagehere>", "entity_path": [str(CAT)]},
@@ -246,15 +246,15 @@ def bad_files(tmp_path):
     return [write(tmp_path / "a.json", rows), tmp_path / "b.jsonl"]
 
 
-FAULTS = ["gone.jpg: no such file", "2 <imagehere> in the prompt, 1 reference", "cut.jpg: cannot be decoded",
+ERRORS = ["gone.jpg: no such file", "2 <imagehere> in the prompt, 1 reference", "cut.jpg: cannot be decoded",
           "b.jsonl, line 2, column 16: malformed JSON", "only 1 of 2 <imagehere>"]  # fmt: skip
 
 
-def test_one_report_of_every_fault_and_nothing_runs(model, bad_files, tmp_path, no_weights):
+def test_one_report_of_every_error_and_nothing_runs(model, bad_files, tmp_path, no_weights):
     done = infer("--model", model, "--records", *bad_files, "--output", tmp_path / "run", "--steps", 2)
     assert done.returncode == 1
-    assert done.stderr.startswith("5 faults, ")
-    assert all(fault in done.stderr for fault in FAULTS)
+    assert done.stderr.startswith("5 errors, ")
+    assert all(error in done.stderr for error in ERRORS)
     assert not (tmp_path / "run").exists()
 
 
@@ -263,12 +263,12 @@ def test_keep_going(model, bad_files, tmp_path):
     arguments = ("--model", model, "--output", run, "--steps", 2, "--keep-going", "--records")
     done = infer(*arguments, *bad_files)
     assert done.returncode == 3
-    assert all(fault in done.stderr for fault in FAULTS) and f"listed in {run}/failures.jsonl" in done.stderr
+    assert all(error in done.stderr for error in ERRORS) and f"listed in {run}/failures.jsonl" in done.stderr
     assert made(run) == ["fine.png", "good.png"]
     failures = [json.loads(line) for line in (run / "failures.jsonl").read_text().splitlines()]
-    assert len(failures) == 5 and all(failure.keys() == {"where", "problem", "remedy"} for failure in failures)
-    told = "\n".join("{where}: {problem}".format(**failure) for failure in failures)
-    assert all(fault in told for fault in FAULTS)
+    assert len(failures) == 5 and all(failure.keys() == {"where", "message", "hint"} for failure in failures)
+    told = "\n".join("{where}: {message}".format(**failure) for failure in failures)
+    assert all(error in told for error in ERRORS)
 
     bad_files[1].write_text(bad_files[1].read_text().splitlines()[3])  # mended
     write(bad_files[0], json.loads(bad_files[0].read_text())[:1])
@@ -279,7 +279,7 @@ def test_keep_going(model, bad_files, tmp_path):
 def test_keep_going_with_nothing_good(model, bad_files, tmp_path, no_weights):
     write(bad_files[0], json.loads(bad_files[0].read_text())[1:])
     done = infer("--model", model, "--records", bad_files[0], "--output", tmp_path / "run", "--keep-going")
-    assert done.returncode == 1 and done.stderr.startswith("2 faults") and not (tmp_path / "run").exists()
+    assert done.returncode == 1 and done.stderr.startswith("2 errors") and not (tmp_path / "run").exists()
 
 
 def test_a_single_case_that_is_wrong(model, tmp_path, no_weights):
@@ -290,7 +290,7 @@ def test_a_single_case_that_is_wrong(model, tmp_path, no_weights):
 def test_the_task_that_was_insisted_on(model, tmp_path, no_weights):
     done = infer("--model", model, "--records", FILES[1], "--task", "subject", "--output", tmp_path / "run")
     assert done.returncode == 1
-    assert done.stderr.startswith("3 faults") and 'which makes it "edit"' in done.stderr
+    assert done.stderr.startswith("3 errors") and 'which makes it "edit"' in done.stderr
 
 
 # ---- other mistakes --------------------------------------------------------------------------------------------------

@@ -66,12 +66,12 @@ def records(tmp_path_factory) -> Path:
 
 
 def arguments(model: Path, records: Path, out: Path, steps: int) -> list[object]:
-    # One at a time: then no picture depends, even in its last bit, on who else is computed beside it.
+    # One at a time: then no image depends, even in its last bit, on who else is computed beside it.
     return ["infer_scripts/infer.py", "--model", model, "--records", records, "--output", out, "--steps", steps,
             "--batch-size", 1, "--device", "cpu"]  # fmt: skip
 
 
-def pictures(out: Path) -> dict[str, np.ndarray]:
+def images(out: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.asarray(Image.open(path)) for path in sorted((out / "images").glob("*.png"))}
 
 
@@ -79,14 +79,14 @@ def pictures(out: Path) -> dict[str, np.ndarray]:
 def alone(model, records, tmp_path_factory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("alone") / "out"
     run_python(*arguments(model, records, out, 3), cwd=ROOT).check_returncode()
-    return pictures(out)
+    return images(out)
 
 
 def check_whole(out: Path, alone: dict[str, np.ndarray]) -> None:
-    """Every record once, with the picture that one process makes; no part is left over."""
+    """Every record once, with the image that one process makes; no part is left over."""
     ids = Counter(json.loads(line)["id"] for line in (out / "results.jsonl").read_text().splitlines())
     assert ids == {f"r{n}": 1 for n in range(RECORDS)}
-    made = pictures(out)
+    made = images(out)
     assert made.keys() == alone.keys() and all(np.array_equal(made[one], alone[one]) for one in made)
     assert not list(out.glob("results-*.jsonl")) and (out / "index.html").is_file()
 
@@ -97,7 +97,7 @@ def test_three_processes_share_a_run(model, records, alone, tmp_path):
     check_whole(tmp_path / "out", alone)
 
 
-def test_a_process_dies_and_two_new_ones_go_on(model, records, alone, tmp_path):
+def test_a_process_dies_and_two_new_ones_resume(model, records, alone, tmp_path):
     out = tmp_path / "out"
     process = launch(2, *arguments(model, records, out, 3), forked=False)  # the launcher's own ways of ending them
     lines = lambda: [line for part in out.glob("results-*.jsonl") for line in part.read_text().splitlines()]  # noqa: E731
@@ -237,7 +237,7 @@ def test_sharded_processes_equal_one_and_resume_as_four(tiny_model, tmp_path):
                       for run in ("one", "two", "four"))  # fmt: skip
     start = exported(tiny_model)
     assert distance(one, two, start) < 1e-3 and distance(one, four, start) < 1e-3
-    first, *others = (pictures(tmp_path / run / "samples" / "step-00000004") for run in ("one", "two", "four"))
+    first, *others = (images(tmp_path / run / "samples" / "step-00000004") for run in ("one", "two", "four"))
     assert len(first) == 3
     for sample in others:
         assert sample.keys() == first.keys()

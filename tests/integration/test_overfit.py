@@ -1,7 +1,7 @@
-"""A tiny model learns six records by heart: records -> trainer -> checkpoint -> inference run -> pictures.
+"""A tiny model learns six records by heart: records -> trainer -> checkpoint -> inference run -> images.
 
 The two records of a task differ in one input only, the subject in its reference, the edit in its text, the
-subject-driven edit in its source. So a picture that is like its own target and unlike the others' has read that input.
+subject-driven edit in its source. So an image that is like its own target and unlike the others' has read that input.
 """
 
 import json
@@ -61,7 +61,7 @@ RED, GREEN, BLUE, SKY, SAND = "#d22828", "#28aa46", "#2846c8", "#78b4e6", "#c8aa
 DISC, SQUARE = ("ellipse", (3, 3, 12, 12), RED), ("rectangle", (3, 3, 12, 12), BLUE)
 GRASS, DUNE, SNOW = (("rectangle", (0, 10, 16, 16), colour) for colour in (GREEN, SAND, "#f0f0f0"))
 SUN = ("ellipse", (2, 6, 8, 12), RED)
-PICTURES = {
+IMAGES = {
     "disc": ("#000000", DISC),
     "square": ("#000000", SQUARE),
     "disc_on_beach": (SAND, DISC),
@@ -95,11 +95,11 @@ def one_thread():
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> list[Record]:
     folder = tmp_path_factory.mktemp("data")
-    for name, (background, *shapes) in PICTURES.items():
-        picture = Image.new("RGB", (SIZE, SIZE), background)
+    for name, (background, *shapes) in IMAGES.items():
+        image = Image.new("RGB", (SIZE, SIZE), background)
         for shape, box, colour in shapes:
-            getattr(ImageDraw.Draw(picture), shape)(box, fill=colour)
-        picture.save(folder / f"{name}.png")
+            getattr(ImageDraw.Draw(image), shape)(box, fill=colour)
+        image.save(folder / f"{name}.png")
     rows = [
         {"multi_prompt": prompt, "id": target, "image": f"{target}.png"}
         | {"entity_path": [f"{name}.png" for name in references], "source_path": [f"{name}.png" for name in source]}
@@ -111,9 +111,9 @@ def records(tmp_path_factory) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def start(records, tiny_model, tmp_path_factory) -> Path:
-    """Fresh DiT and T5, a VAE that knows the pictures, and the golden rule's vision tower, Q-Former and fusion.
+    """Fresh DiT and T5, a VAE that knows the images, and the golden rule's vision tower, Q-Former and fusion.
 
-    Of fresh ones, the tokens of two pictures differ by 1 % only, which would take many steps to grow.
+    Of fresh ones, the tokens of two images differ by 1 % only, which would take many steps to grow.
     """
     torch.manual_seed(0)
     sizes = config.load(TINY, MODEL).model
@@ -159,19 +159,19 @@ def open_all(paths: list[Path]) -> Tensor:
 
 
 def sample(model: Path, records: list[Record], seed: int, folder: Path) -> Tensor:
-    """Pictures [6, 3, H, W] in [-1, 1] of an inference run, with the official solver and no guidance."""
+    """Images [6, 3, H, W] in [-1, 1] of an inference run, with the official solver and no guidance."""
     how = inference.Settings(str(model), "float32", seed=seed, steps=20, guidance=1.0, source_guidance=1.0)
     inference.run(records, MIGEPipeline.from_pretrained(model), how, folder)
     return open_all([folder / "images" / f"{record.id}.png" for record in records])
 
 
-def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
-    """Decibels of every picture against every target: [6, 6]."""
-    return -10 * ((pictures[:, None] - targets[None]) / 2).square().mean((2, 3, 4)).log10()
+def psnr(made: Tensor, targets: Tensor) -> Tensor:
+    """Decibels of every image against every target: [6, 6]."""
+    return -10 * ((made[:, None] - targets[None]) / 2).square().mean((2, 3, 4)).log10()
 
 
 def report(name: str, decibels: Tensor, records: list[Record]) -> str:
-    """A line a picture: its PSNR against its own target and against the nearest other."""
+    """A line an image: its PSNR against its own target and against the nearest other."""
     others = decibels.clone().fill_diagonal_(-torch.inf).amax(1)
     lines = [
         f"  {record.task:12} {record.id:17} {own:5.1f} dB, another's target at most {other:5.1f} dB"
@@ -182,7 +182,7 @@ def report(name: str, decibels: Tensor, records: list[Record]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_sampled_pictures_match_their_targets(start, trained, records, tmp_path, seed):
+def test_the_sampled_images_match_their_targets(start, trained, records, tmp_path, seed):
     targets = open_all([record.target for record in records])
     vae = AutoencoderKL.from_pretrained(start / "vae")
     with torch.no_grad():

@@ -30,37 +30,37 @@ def with_posterior(vae: AutoencoderKL, mean: float, std: float) -> AutoencoderKL
     return vae
 
 
-def test_the_pull_weighs_as_if_error_and_kl_were_summed_over_a_picture():
-    pictures = torch.rand(3, 3, 16, 16) * 2 - 1
+def test_the_pull_weighs_as_if_error_and_kl_were_summed_over_an_image():
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
     vae = with_posterior(tiny_vae(), 0.5, 0.1)
     torch.manual_seed(1)
-    loss = vae_training.reconstruction_loss(vae, pictures).double()
+    loss = vae_training.reconstruction_loss(vae, images).double()
     torch.manual_seed(1)
-    decoded = vae.decode(vae.encode(pictures).latent_dist.sample()).sample.double()
+    decoded = vae.decode(vae.encode(images).latent_dist.sample()).sample.double()
     latents = 4 * 8 * 8
-    kl = latents * 0.5 * (0.5**2 + 0.1**2 - 1 - 2 * math.log(0.1))  # of one picture
-    error = (decoded - pictures).abs() + 2 * (decoded - pictures).square()
+    kl = latents * 0.5 * (0.5**2 + 0.1**2 - 1 - 2 * math.log(0.1))  # of one image
+    error = (decoded - images).abs() + 2 * (decoded - images).square()
     summed = error.sum(dim=(1, 2, 3)).mean() + 1e-6 * kl
-    torch.testing.assert_close(loss, summed / pictures[0].numel(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, summed / images[0].numel(), rtol=1e-6, atol=0)
 
 
 def test_the_share_of_noise():
     assert math.isclose(vae_training.noise_share(with_posterior(tiny_vae(), 0.5, 0.1), torch.zeros(2, 3, 16, 16)), 1)
-    vae, pictures = tiny_vae(), torch.rand(2, 3, 16, 16)
-    moments = vae.encode(pictures).latent_dist
+    vae, images = tiny_vae(), torch.rand(2, 3, 16, 16)
+    moments = vae.encode(images).latent_dist
     expected = (moments.var.mean() / (moments.var.mean() + moments.mean.var())).sqrt().item()
-    assert 0.1 < expected < 0.99 and math.isclose(vae_training.noise_share(vae, pictures), expected, rel_tol=1e-6)
+    assert 0.1 < expected < 0.99 and math.isclose(vae_training.noise_share(vae, images), expected, rel_tol=1e-6)
 
 
 @pytest.fixture
-def small_pictures(monkeypatch):
+def small_images(monkeypatch):
     """A quarter of the world's: what is asserted does not depend on it."""
     monkeypatch.setattr(vae_training, "draw", partial(vae_training.draw, side=64))
 
 
-def test_going_on_with_the_vae_of_a_model_keeps_the_rest(tiny_model, small_pictures, tmp_path):
+def test_finetuning_the_vae_of_a_model_keeps_the_rest(tiny_model, small_images, tmp_path):
     few = ("--steps", 2, "--batch", 4, "--workers", 0, "--device", "cpu")
-    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *few)
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--finetune", tiny_model, *few)
     before, after = (MIGEPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "on"))
     kept, there = before.model.state_dict(), after.model.state_dict()
     assert kept.keys() == there.keys() and all(torch.equal(kept[key], there[key]) for key in kept)
@@ -77,11 +77,11 @@ def test_a_vae_is_not_ignored_beside_a_model_that_brings_its_own(tiny_model, tmp
     assert not (tmp_path / "on").exists()
 
 
-def test_another_vae_takes_its_place_untrained(tiny_model, small_pictures, tmp_path):
+def test_another_vae_takes_its_place_untrained(tiny_model, small_images, tmp_path):
     other = with_posterior(MIGEPipeline.from_pretrained(tiny_model).vae, 0.5, 0.1)
     other.save_pretrained(tmp_path / "vae")
     none = ("--vae", tmp_path / "vae", "--steps", 0, "--batch", 4, "--workers", 0, "--device", "cpu")
-    run_script("train_scripts/start_mini.py", tmp_path / "on", "--go-on", tiny_model, *none)
+    run_script("train_scripts/start_mini.py", tmp_path / "on", "--finetune", tiny_model, *none)
     after = MIGEPipeline.from_pretrained(tmp_path / "on").vae
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in after.state_dict().items())
     assert math.isclose(after.config.scaling_factor, 10, rel_tol=0.01)  # its latents are noise of deviation 0.1

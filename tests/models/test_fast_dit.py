@@ -20,7 +20,7 @@ from mige.models.fast_dit import MAX_CAPTURED, FastDenoiser
 from mige.tasks import Task
 from mige.utils import images
 
-PICTURES = Path(__file__).parents[2] / "example_data" / "images"
+PHOTOS = Path(__file__).parents[2] / "example_data" / "images"
 TIMES = torch.tensor([999.0, 513.3, 7.25])
 
 
@@ -43,7 +43,7 @@ def folder(lively):
 
 @pytest.fixture(scope="module")
 def photos():
-    return [images.open_image(PICTURES / f"{name}.jpg") for name in ("cat", "coffee", "cup_on_black")]
+    return [images.open_image(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee", "cup_on_black")]
 
 
 def load(folder, **kwargs) -> MIGEPipeline:
@@ -220,12 +220,12 @@ def test_empty_slots_need_not_be_encoded(folder, photos):
     got = pipe.encode(inputs)
     used, encoder = [0, 4, 5], pipe.model.encoder
     with torch.no_grad():
-        filled = inputs.vision_RCHW, encode_references(pipe.vae, inputs, torch.device("cpu"))
+        filled = images.vision_pixels_of(inputs.vision_RHWC), encode_references(pipe.vae, inputs, torch.device("cpu"))
         vision, references = (values.new_zeros(8, *values.shape[1:]) for values in filled)
         vision[used], references[used] = filled
-        pictures = encoder.encode_images(vision, pipe.model.patchify(references))
-        assert pictures[1].norm() > 0  # an empty slot does give an embedding
-        embeds, mask = encoder.interleave(inputs.instructions, pictures[used])
+        embeddings = encoder.encode_images(vision, pipe.model.patchify(references))
+        assert embeddings[1].norm() > 0  # an empty slot does give an embedding
+        embeds, mask = encoder.interleave(inputs.instructions, embeddings[used])
         context = encoder.text_encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     assert torch.equal(mask, got.mask_BL) and distance(got.context_BLC, context) < 1e-5
 

@@ -86,7 +86,7 @@ def test_text_alone_is_what_the_text_encoder_makes_of_the_words(tokenizer):
     instructions, vision, patches = inputs(tokenizer)
 
     def looked(*_):
-        raise AssertionError("a part that sees pictures was run")
+        raise AssertionError("a part that sees images was run")
 
     for part in (pipe.image_encoder, pipe.qformer, pipe.fusion):
         part.register_forward_pre_hook(looked)

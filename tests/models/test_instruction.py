@@ -168,36 +168,36 @@ def test_nothing_is_said_of_a_prompt_that_fits(tokenizer):
 def test_tokens_over_the_limit_are_a_note_that_counts_them(tokenizer):
     row = record(Task.SUBJECT, "a<imagehere>in the snow")
     length = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer).length(3)
-    (note,) = issues(tokenizer, row, max_tokens=length - 2)
-    assert not note.fatal and note.where == row.where
-    assert f"takes {length} tokens, the last 2 are cut (limit {length - 2})" in note.message
+    (warning,) = issues(tokenizer, row, max_tokens=length - 2)
+    assert not warning.fatal and warning.where == row.where
+    assert f"takes {length} tokens, the last 2 are cut (limit {length - 2})" in warning.message
 
 
 def test_a_whole_image_over_the_limit_is_fatal(tokenizer):
     row = record(Task.SUBJECT, "a<imagehere>in the snow")
     instruction = tokenize(full_text(Task.SUBJECT, row.prompt), tokenizer)
     start = len(instruction.segments[0])
-    (fault,) = issues(tokenizer, row, max_tokens=start)
-    assert fault.fatal and "a whole image" in fault.message
-    (note,) = issues(tokenizer, row, max_tokens=start + 1)  # a part of it is read
-    assert not note.fatal
+    (error,) = issues(tokenizer, row, max_tokens=start)
+    assert error.fatal and "a whole image" in error.message
+    (warning,) = issues(tokenizer, row, max_tokens=start + 1)  # a part of it is read
+    assert not warning.fatal
 
 
 def test_a_placeholder_beyond_88_words_is_fatal(tokenizer):
     prompt = "a<imagehere>" + " word" * 90 + " and<imagehere>"
     for task in (Task.SUBJECT, Task.SUBJECT_EDIT):
-        (fault,) = issues(tokenizer, record(task, prompt, 2))
-        assert fault.fatal and "only 1 of 2 <imagehere> are within the first 88 words" in fault.message
+        (error,) = issues(tokenizer, record(task, prompt, 2))
+        assert error.fatal and "only 1 of 2 <imagehere> are within the first 88 words" in error.message
 
 
 def test_the_appended_placeholder_of_a_long_edit_is_lost_too(tokenizer):
     """The user wrote none; the one that the rewriting appends is word 89."""
     prompt = " ".join(["word"] * MAX_WORDS)
-    (fault,) = issues(tokenizer, record(Task.EDIT, prompt))
-    assert fault.fatal and "only 0 of 1 <imagehere>" in fault.message
+    (error,) = issues(tokenizer, record(Task.EDIT, prompt))
+    assert error.fatal and "only 0 of 1 <imagehere>" in error.message
     assert issues(tokenizer, record(Task.EDIT, " ".join(["word"] * (MAX_WORDS - 1)))) == []
 
 
 def test_a_second_mention_of_the_image_is_a_note(tokenizer):
-    (note,) = issues(tokenizer, record(Task.EDIT, "make the image like this photo"))
-    assert not note.fatal and "mentions the image 2 times; 1 mention(s) read an empty image" in note.message
+    (warning,) = issues(tokenizer, record(Task.EDIT, "make the image like this photo"))
+    assert not warning.fatal and "mentions the image 2 times; 1 mention(s) read an empty image" in warning.message

@@ -43,9 +43,9 @@ def test_shapes_of_the_round_trip(vae):
 
 
 def test_moments_are_the_library_s_posterior(vae):
-    picture = pixels(1)
-    posterior = vae.encode(picture).latent_dist
-    moments = encode(vae, picture)
+    image = pixels(1)
+    posterior = vae.encode(image).latent_dist
+    moments = encode(vae, image)
     assert torch.equal(moments.mean, posterior.mean) and torch.equal(moments.std, posterior.std)
     assert (moments.std > 0).all()
 
@@ -69,12 +69,12 @@ def test_the_scale_factor_is_applied_once_each_way(vae):
 
 @pytest.mark.parametrize("many, parts", [(8, [8]), (9, [8, 1]), (17, [8, 8, 1])])
 def test_many_images_go_in_parts_with_the_same_result(vae, many, parts, monkeypatch):
-    pictures = pixels(many, 8, 16)
+    images = pixels(many, 8, 16)
     monkeypatch.setattr("mige.models.vae._CHUNK", 8 * (8 * 16) * 8)  # eight images at the 8 channels of the first block
-    alone = [encode(vae, picture[None]) for picture in pictures]
+    alone = [encode(vae, image[None]) for image in images]
     decoded_alone = [decode(vae, scale(vae, moments.mean)) for moments in alone]
     encoded, decoded = counted(vae, "encode", monkeypatch), counted(vae, "decode", monkeypatch)
-    together = encode(vae, pictures)
+    together = encode(vae, images)
     torch.testing.assert_close(together.mean, torch.cat([m.mean for m in alone]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.std, torch.cat([m.std for m in alone]), rtol=1e-4, atol=1e-5)
     back = decode(vae, scale(vae, together.mean))

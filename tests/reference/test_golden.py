@@ -44,7 +44,7 @@ def model():
     return golden_model()
 
 
-def pictures(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
+def images(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The images that the named instructions have room for, as the flat stack our encoder takes."""
     index = {name: i for i, name in enumerate(SEGMENTS)}
     slots = [(index[name], slot) for name in names for slot in range(INSTRUCTIONS[name].num_images)]
@@ -53,7 +53,7 @@ def pictures(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def condition(*names: str, source: torch.Tensor):
-    vision, references = pictures(*names)
+    vision, references = images(*names)
     return model().encode([INSTRUCTIONS[n] for n in names], vision, references, source)
 
 
@@ -110,7 +110,7 @@ def check_text(embeds, mask, names: list[int], prefix: str) -> None:
 @torch.no_grad()
 def test_the_multimodal_instruction():
     names = list(SEGMENTS)
-    vision, references = pictures(*(n for n in names if INSTRUCTIONS[n].num_images))
+    vision, references = images(*(n for n in names if INSTRUCTIONS[n].num_images))
     tokens = model().encoder.encode_images(vision, model().patchify(references))
     embeds, mask = model().encoder.interleave([INSTRUCTIONS[n] for n in names], tokens)
     assert mask.shape[1] == 24  # s2 has 28 vectors: truncated, its end-of-sentence token lost
@@ -180,7 +180,7 @@ def test_losses_and_gradients():
     net, diffusion = model(), Diffusion()
     source = torch.cat([GOLDEN["in.source"], torch.zeros(1, 4, 8, 8)])
     x0, noise, t = GOLDEN["in.x0"], GOLDEN["in.noise"], GOLDEN["in.t_train"]
-    vision, references = pictures("s0", "s1", "s3")
+    vision, references = images("s0", "s1", "s3")
     x_t = diffusion.add_noise(x0, noise, t)
     close(x_t, "out.loss.x_t")
     output = net(x_t, t.float(), [INSTRUCTIONS[n] for n in ("s0", "s1", "s3")], vision, references, source)

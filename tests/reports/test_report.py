@@ -1,4 +1,4 @@
-"""The report: every case is drawn, pictures keep their shape, and the page stands on its own."""
+"""The report: every case is drawn, images keep their shape, and the page stands on its own."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,14 +18,14 @@ from mige.reports.sheet import contact_sheet
 RED, GREEN, BLUE = (220, 30, 30), (30, 180, 30), (30, 30, 220)
 
 
-def picture(colour=RED, size=(64, 64)):
+def image(colour=RED, size=(64, 64)):
     return Image.new("RGB", size, colour)
 
 
 def case(instruction="A photo of <imagehere>.", inputs=None, output=None, **changes):
-    inputs = (("picture 1", picture()),) if inputs is None else inputs
+    inputs = (("image 1", image()),) if inputs is None else inputs
     fields = {"title": "record 1", "task": "subject", "detail": "seed 0, 50 steps"} | changes
-    return Case(instruction=instruction, inputs=inputs, output=output or picture(BLUE), **fields)
+    return Case(instruction=instruction, inputs=inputs, output=output or image(BLUE), **fields)
 
 
 def box_of(sheet, colour):
@@ -55,10 +55,10 @@ class Page(HTMLParser):
         return [found[name] for _, found in self.tags for name in ("href", "src") if name in found]
 
 
-def test_sheet_shows_pictures_undistorted_and_in_columns(tmp_path):
+def test_sheet_shows_images_undistorted_and_in_columns(tmp_path):
     cases = [
-        case(inputs=(("source", picture(RED, (200, 100))),), output=picture(BLUE, (30, 60))),
-        case(inputs=(("source", picture(GREEN, (200, 100))),), output=picture(BLUE, (30, 60))),
+        case(inputs=(("source", image(RED, (200, 100))),), output=image(BLUE, (30, 60))),
+        case(inputs=(("source", image(GREEN, (200, 100))),), output=image(BLUE, (30, 60))),
     ]
     (path,) = contact_sheet(cases, tmp_path / "new" / "sheet.png", tile=160)
     sheet = Image.open(path)
@@ -68,22 +68,22 @@ def test_sheet_shows_pictures_undistorted_and_in_columns(tmp_path):
     assert blue[2] == 80 and blue[0] > red[0] + red[2]
 
 
-def test_a_very_thin_picture_can_be_drawn(tmp_path):
-    (path,) = contact_sheet([case(output=picture(BLUE, (3000, 1)))], tmp_path / "sheet.png", tile=160)
+def test_a_very_thin_image_can_be_drawn(tmp_path):
+    (path,) = contact_sheet([case(output=image(BLUE, (3000, 1)))], tmp_path / "sheet.png", tile=160)
     assert box_of(Image.open(path), BLUE)[2:] == (160, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 9])
 def test_sheet_draws_every_input(tmp_path, count):
     colours = [(250, 20 * n, 7) for n in range(count)]
-    inputs = tuple((f"picture {n}", picture(colour)) for n, colour in enumerate(colours))
+    inputs = tuple((f"image {n}", image(colour)) for n, colour in enumerate(colours))
     (path,) = contact_sheet([case(inputs=inputs)], tmp_path / "sheet.png")
     boxes = [box_of(Image.open(path), colour) for colour in colours]  # an absent colour makes box_of fail
     assert len({(x, y) for x, y, _, _ in boxes}) == count
 
 
 def test_long_runs_go_on_to_further_sheets(tmp_path):
-    cases = [case(output=picture((n, 100, 200))) for n in range(101)]
+    cases = [case(output=image((n, 100, 200))) for n in range(101)]
     paths = contact_sheet(cases, tmp_path / "sheet.png", tile=64)
     assert [path.name for path in paths] == ["sheet.png", "sheet_2.png", "sheet_3.png"]
     found = set()
@@ -148,11 +148,11 @@ def test_page_is_complete_after_moving_the_folder(tmp_path):
     inside, outside, source = folder / "made" / "a #1 50%?.png", elsewhere / "b.png", elsewhere / "source.png"
     for path in (inside, outside, source):
         path.parent.mkdir(parents=True, exist_ok=True)
-    picture(GREEN).save(inside)
-    picture(BLUE).save(outside)
-    picture(RED, (1000, 500)).save(source)
+    image(GREEN).save(inside)
+    image(BLUE).save(outside)
+    image(RED, (1000, 500)).save(source)
     inputs = (("source", source),)
-    cases = [case(inputs=inputs, output=inside), case(inputs=inputs, output=outside), case(output=picture(RED))]
+    cases = [case(inputs=inputs, output=inside), case(inputs=inputs, output=outside), case(output=image(RED))]
     assert html_page(cases, folder, title="t") == folder / "index.html"
 
     moved = folder.rename(tmp_path / "moved")
@@ -165,7 +165,7 @@ def test_page_is_complete_after_moving_the_folder(tmp_path):
         Image.open(moved / unquote(link)).load()
     assert "made/a%20%231%2050%25%3F.png" in links
     thumbnails = [image_size(path) for path in (moved / "inputs").iterdir()]
-    assert sorted(thumbnails) == [(64, 64), (512, 256)]  # a picture shared by two cases is kept once
+    assert sorted(thumbnails) == [(64, 64), (512, 256)]  # an image shared by two cases is kept once
     assert not [path for path in moved.iterdir() if path.name.startswith(".")]
 
 
@@ -177,11 +177,11 @@ def test_outputs_are_copied_without_loss(tmp_path):
 
 
 def test_markers_become_chips_of_the_references(tmp_path):
-    inputs = (("source", picture(RED)), ("picture 1", picture(GREEN)), ("picture 2", picture(BLUE)))
+    inputs = (("source", image(RED)), ("image 1", image(GREEN)), ("image 2", image(BLUE)))
     html_page([case("Put <IMAGEHERE>, <imagehere>, <imagehere>.", inputs=inputs)], tmp_path, title="t")
     page = Page(tmp_path / "index.html")
-    with_picture, without = page.all("a", **{"class": "chip"}), page.all("span", **{"class": "chip"})
-    colours = [Image.open(tmp_path / chip["href"]).getpixel((32, 32)) for chip in with_picture]
+    with_image, without = page.all("a", **{"class": "chip"}), page.all("span", **{"class": "chip"})
+    colours = [Image.open(tmp_path / chip["href"]).getpixel((32, 32)) for chip in with_image]
     assert np.abs(np.array(colours) - (GREEN, BLUE)).max() < 8  # JPEG
     assert len(without) == 1
     assert "Put 1, 2, 3." in page.text
@@ -190,7 +190,7 @@ def test_markers_become_chips_of_the_references(tmp_path):
 
 def test_everything_written_by_users_is_escaped(tmp_path):
     evil = "<script>alert(\"1\")</script> & 'x' 猫"
-    inputs = ((evil, picture()),)
+    inputs = ((evil, image()),)
     cases = [case(evil + "<imagehere>", inputs=inputs, title=evil, task=task, detail=evil) for task in (evil, "edit")]
     html_page(cases, tmp_path, title=evil, note=evil, summary={evil: evil})
     page = Page(tmp_path / "index.html")
@@ -222,15 +222,15 @@ def test_a_failing_write_leaves_the_old_page(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_reports_leave_the_callers_pictures_alone(tmp_path):
-    big = picture(RED, (900, 900))
+def test_reports_leave_the_callers_images_alone(tmp_path):
+    big = image(RED, (900, 900))
     cases = [case(inputs=(("source", big),))]
     contact_sheet(cases, tmp_path / "sheet.png")
     html_page(cases, tmp_path, title="t")
     assert big.size == (900, 900)
 
 
-def test_a_missing_picture_is_an_error(tmp_path):
+def test_a_missing_image_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.png"):
         html_page([case(output=tmp_path / "gone.png")], tmp_path, title="t")
 
@@ -241,13 +241,13 @@ def test_a_missing_picture_is_an_error(tmp_path):
 def many(folder, number):
     """Cases that share an input file, their outputs in the folder."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    picture(RED).save(folder / "given.png")
+    image(RED).save(folder / "given.png")
     cases = []
     for n in range(number):
         output = folder / "images" / f"r{n:03}.png"
-        picture((n % 256, n // 256, 9), (8, 8)).save(output)
+        image((n % 256, n // 256, 9), (8, 8)).save(output)
         task = "subject" if n < 150 else "edit"
-        cases.append(case(inputs=(("picture 1", folder / "given.png"),), output=output, title=f"r{n:03}", task=task))
+        cases.append(case(inputs=(("image 1", folder / "given.png"),), output=output, title=f"r{n:03}", task=task))
     return cases
 
 
@@ -278,7 +278,7 @@ def test_pages_written_again_open_no_image(tmp_path, monkeypatch):
     html_page(cases, tmp_path, title="t", note="another")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "inputs").iterdir()} == before
     monkeypatch.undo()
-    picture(GREEN, (40, 20)).save(tmp_path / "given.png")  # another image under the same name
+    image(GREEN, (40, 20)).save(tmp_path / "given.png")  # another image under the same name
     html_page(cases, tmp_path, title="t")
-    (shown,) = {image["src"] for image in Page(tmp_path / "index.html").all("img", alt="picture 1 of r000")}
+    (shown,) = {image["src"] for image in Page(tmp_path / "index.html").all("img", alt="image 1 of r000")}
     assert image_size(tmp_path / shown) == (40, 20)

@@ -131,11 +131,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
     file = io.BytesIO()
     torch.save({"weights": cut, "optimizer": first.state_dict()}, file)
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    going_on = [torch.nn.Parameter(p.detach().clone()) for p in saved["weights"]]
-    second = StochasticAdamW(going_on, lr=9.0)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in saved["weights"]]
+    second = StochasticAdamW(resumed, lr=9.0)
     second.load_state_dict(saved["optimizer"])
-    train(second, going_on, range(5, 12))
-    for a, b in zip([*whole, *states(optimizer)], [*going_on, *states(second)], strict=True):
+    train(second, resumed, range(5, 12))
+    for a, b in zip([*whole, *states(optimizer)], [*resumed, *states(second)], strict=True):
         assert a.dtype == b.dtype == BF16 and torch.equal(a, b)
     assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 

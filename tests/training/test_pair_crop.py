@@ -131,7 +131,7 @@ def test_a_source_that_changed_after_extraction_is_noticed_before_step_1(lively,
         draw(tmp_path / "s2.png", 48, 32)  # of one ratio: the crop stays, the content does not
     else:
         (tmp_path / "s2.png").unlink()
-    options = [f"data.features={str(store)!r}", "data.check_pictures=False"]
+    options = [f"data.features={str(store)!r}", "data.check_images=False"]
     done = train(lively, records, tmp_path / "run", *options)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = f"{store}: 1 of 8 images changed or gone since, the first {tmp_path / 's2.png'} (cropped like "

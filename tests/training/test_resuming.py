@@ -165,7 +165,7 @@ def test_what_may_change(tiny_model, run, tmp_path):
     more = ("train.steps=5", "train.learning_rate=1e-4", "train.warmup=1", "train.cooldown=2",
             "train.max_grad_norm=2.0",
             "train.lr_reference_batch=2", "train.log_every=1", "train.checkpoint_every=5", "train.keep_checkpoints=1",
-            "data.check_pictures=False", other_data(tmp_path, lambda rows: None))  # fmt: skip
+            "data.check_images=False", other_data(tmp_path, lambda rows: None))  # fmt: skip
     assert build(tiny_model, run, *SHORT, *more).run() == 0
     assert metrics(run)[-1]["step"] == 5 and metrics(run)[-1]["lr"] < 1e-4
 

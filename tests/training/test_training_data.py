@@ -61,7 +61,7 @@ def test_packed_records_are_the_records(records):
     assert list(pickle.loads(pickle.dumps(packed))) == records  # as spawned workers get it
 
 
-def test_records_whose_pictures_are_not_stored_are_left_out_and_named(records, caplog):
+def test_records_whose_images_are_not_stored_are_left_out_and_named(records, caplog):
     message = r"store: \d of \d+ images not in it, the first .*cat\.jpg.* of .*, record \d .*: run tools/extract"
     with pytest.raises(TrainingError, match=message):
         stored(records, Holding("cat.jpg"), settings())
@@ -79,7 +79,7 @@ def test_records_whose_pictures_are_not_stored_are_left_out_and_named(records, c
     assert stored(records, Holding(), settings()) == records
 
 
-def test_pictures_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
+def test_images_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(ROOT / "example_data", folder)
     broken = folder / "images" / "cat.jpg"
@@ -87,7 +87,7 @@ def test_pictures_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
     report = read_records([folder / "train.jsonl"])
     with pytest.raises(BadRecordsError, match=r"cat\.jpg"):
         check_set(report, settings())
-    assert check_set(report, settings(check_pictures=False)) == report.records
+    assert check_set(report, settings(check_images=False)) == report.records
 
 
 def test_texts_that_cancel_in_a_batch_end_the_start_by_file_and_record(tmp_path):
@@ -96,7 +96,7 @@ def test_texts_that_cancel_in_a_batch_end_the_start_by_file_and_record(tmp_path)
     late = {"multi_prompt": "add<imagehere>to it" + " word" * 88 + "<imagehere>", "entity_path": ["e.png", "s.png"]}
     rows = [row | {"source_path": ["s.png"], "image": "t.png"} for row in (twice, late)]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    data = SimpleNamespace(check_pictures=False, skip_bad=False, size=512)
+    data = SimpleNamespace(check_images=False, skip_bad=False, size=512)
     with pytest.raises(BadRecordsError) as raised:
         check_set(read_records([tmp_path / "x.json"]), data)
     for number, found in ((1, "2 <imagehere> for 1 reference"), (2, "1 <imagehere> for 2 references")):

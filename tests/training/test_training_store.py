@@ -37,19 +37,19 @@ def vae(model) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[Crop, str]:
+def images() -> dict[Crop, str]:
     return distinct_crops(read_records([RECORDS]).raise_if_errors())
 
 
-def make_store(folder: Path, vae: AutoencoderKL, pictures: dict[Crop, str], **kwargs) -> Path:
+def make_store(folder: Path, vae: AutoencoderKL, images: dict[Crop, str], **kwargs) -> Path:
     store = create_store(folder, **{"vae": vae, "size": SIZE, "root": RECORDS.parent, **kwargs})
-    assert extract(store, vae, pictures) == []
+    assert extract(store, vae, images) == []
     return folder
 
 
 @pytest.fixture(scope="module")
-def store(vae, pictures, tmp_path_factory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store") / "features", vae, pictures)
+def store(vae, images, tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store") / "features", vae, images)
 
 
 def build(model: Path, run: Path, features: Path | None) -> Trainer:
@@ -86,7 +86,7 @@ def moved(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled(batch):
-    """The moments of every picture given to its neighbour."""
+    """The moments of every image given to its neighbour."""
     return replace(batch, moments=Moments(batch.moments.mean.roll(1, 0), batch.moments.std.roll(1, 0)))
 
 
@@ -116,8 +116,8 @@ def test_the_loss_from_the_store_is_the_loss_from_pixels(model, store, tmp_path)
     assert by_source.tolist() == kept, "a source counts where there is one that is not dropped, and there only"
 
 
-def test_float16_moments_move_the_loss_by_their_rounding(model, store, vae, pictures, tmp_path):
-    half = losses(build(model, tmp_path / "a", make_store(tmp_path / "half", vae, pictures, dtype="float16")))
+def test_float16_moments_move_the_loss_by_their_rounding(model, store, vae, images, tmp_path):
+    half = losses(build(model, tmp_path / "a", make_store(tmp_path / "half", vae, images, dtype="float16")))
     by = moved(half, losses(build(model, tmp_path / "b", store)))
     assert 1e-7 < by.max() < 1e-4
 
@@ -132,33 +132,33 @@ def assert_refused(model: Path, run: Path, features: Path, error: type[Exception
     assert not (run / "metrics.jsonl").exists() and not (run / "checkpoints").exists()
 
 
-def test_a_store_of_another_vae(model, vae, pictures, tmp_path):
+def test_a_store_of_another_vae(model, vae, images, tmp_path):
     other = AutoencoderKL.from_config(vae.config).eval()
-    folder = make_store(tmp_path / "other", other, pictures)
+    folder = make_store(tmp_path / "other", other, images)
     message = r"other: made with other settings: vae \w{64} there, \w{64} expected; use the size and the VAE of"
     assert_refused(model, tmp_path / "run", folder, StoreError, message)
 
 
-def test_a_store_of_another_size(model, vae, pictures, tmp_path):
-    folder = make_store(tmp_path / "small", vae, pictures, size=SIZE // 2)
+def test_a_store_of_another_size(model, vae, images, tmp_path):
+    folder = make_store(tmp_path / "small", vae, images, size=SIZE // 2)
     message = f"small: made with other settings: height {SIZE // 2} there, {SIZE} expected; width"
     assert_refused(model, tmp_path / "run", folder, StoreError, message)
 
 
 @pytest.mark.parametrize("name", ["cat.jpg", "pagoda_mirrored.jpg", "flower_on_saucer.jpg"])
-def test_a_store_that_lacks_one_picture(model, vae, pictures, tmp_path, name):
+def test_a_store_that_lacks_one_image(model, vae, images, tmp_path, name):
     """A reference, an edit's target, the target of a subject-driven edit."""
-    some = {crop: where for crop, where in pictures.items() if crop.path.name != name}
-    lost = sum(name in str(crop) for crop in pictures)  # a source that is to be cropped like it, too
-    message = f"some: {lost} of {len(pictures)} images not in it, the first .*{name} of .*, record .*: run tools/ext"
+    some = {crop: where for crop, where in images.items() if crop.path.name != name}
+    lost = sum(name in str(crop) for crop in images)  # a source that is to be cropped like it, too
+    message = f"some: {lost} of {len(images)} images not in it, the first .*{name} of .*, record .*: run tools/ext"
     assert_refused(model, tmp_path / "run", make_store(tmp_path / "some", vae, some), TrainingError, message)
 
 
-def test_an_official_folder_of_another_size(model, pictures, tmp_path):
+def test_an_official_folder_of_another_size(model, images, tmp_path):
     """Its files have no fingerprint, but a shape."""
     folder = tmp_path / "npy"
     folder.mkdir()
-    for path, _ in pictures:
+    for path, _ in images:
         np.save(folder / f"{path.stem}.npy", np.zeros((8, 4, 4), np.float32))
     message = r"\.npy, of image .*: float32 \[8, 4, 4\], expected float32 \[8, 8, 8\] .*use the size and the VAE"
     assert_refused(model, tmp_path / "run", folder, StoreError, message)

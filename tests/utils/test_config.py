@@ -172,8 +172,8 @@ def test_a_value_a_library_refuses_is_named(override):
             "data.sets=[{'file': 'a.json', 'weight': 1.0}, {'file': 'b.json', 'weight': 1.0, 'wieght': 2.0}]",
             "data.sets[1]: unknown key(s) ['wieght']; known are ['file', 'root', 'task', 'weight']",
         ),
-        ("data.world={'add': 1.0}", "data.world draws its own pictures: leave data.sets empty"),
-        ("data.world={'add': 1.0} data.sets=[] data.features=store", "data.world draws its own pictures"),
+        ("data.world={'add': 1.0}", "data.world draws its own images: leave data.sets empty"),
+        ("data.world={'add': 1.0} data.sets=[] data.features=store", "data.world draws its own images"),
         ("train.optimizer=adam", "train.optimizer is 'adam', expected one of adamw, adamw_8bit, muon"),
         ("train.precision=float16", "train.precision is 'float16', expected one of auto, float32, mixed, bfloat16"),
         (

@@ -41,9 +41,9 @@ def test_what_is_no_line_is_named_and_the_others_are_read(tmp_path):
     path.write_bytes(
         b'{"a": 1}\n\n[1]\n\xff\xfe\n{"b": \n' + b'{"c": ' + b"[" * 5000 + b'\n{"d": "\\ud800"}\n{"e": 2}\r\n{"f": 3}'
     )
-    rows, faults = read_json_lines(path)
+    rows, errors = read_json_lines(path)
     assert rows == [(1, {"a": 1}), (8, {"e": 2})]
-    assert [fault.removeprefix(f"{path}, line ").split(",")[0].split(" (")[0] for fault in faults] == [
+    assert [error.removeprefix(f"{path}, line ").split(",")[0].split(" (")[0] for error in errors] == [
         "2: blank",
         "3: JSON of type list",
         "4: no UTF-8 text",

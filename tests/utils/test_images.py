@@ -194,9 +194,9 @@ def test_damaged_files_raise_nothing_else(tmp_path, suffix):
     assert refused
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("GET /picture.png 404")
+    (tmp_path / "text.png").write_text("GET /image.png 404")
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in [
@@ -324,7 +324,7 @@ def test_to_pil_rounds_clamps_and_refuses():
     for value in (float("nan"), float("inf")):
         bad = torch.zeros(3, 3, 2, 2)
         bad[1, 2, 0, 1] = value
-        with pytest.raises(ValueError, match=r"pictures \[1\] of 3 hold NaN or infinite"):
+        with pytest.raises(ValueError, match=r"images \[1\] of 3 hold NaN or infinite"):
             to_pil(bad)
     with pytest.raises(ValueError, match=r"shape \(3, 4, 4\), expected \[B, 3, H, W\]"):
         to_pil(torch.zeros(3, 4, 4))
@@ -370,12 +370,12 @@ def test_save_image(tmp_path):
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_full_disk_keeps_the_old_picture(tmp_path, existing):
+def test_full_disk_keeps_the_old_image(tmp_path, existing):
     path = tmp_path / "a.png"
     old = noise(2, 2)
     if existing:
         save_image(old, path)
-    with largest_file(1000), pytest.raises(OSError, match=r"cannot save the picture: .*a\.png"):
+    with largest_file(1000), pytest.raises(OSError, match=r"cannot save the image: .*a\.png"):
         save_image(noise(64, 64, seed=1), path)
     assert list(tmp_path.iterdir()) == ([path] if existing else [])
     if existing:
@@ -385,7 +385,7 @@ def test_full_disk_keeps_the_old_picture(tmp_path, existing):
 def test_save_image_errors(tmp_path):
     with pytest.raises(ValueError, match=r"a.xyz: unknown suffix '.xyz'"):
         save_image(noise(2, 2), tmp_path / "a.xyz")
-    with pytest.raises(FileNotFoundError, match=r"cannot save the picture: .*none/a\.png"):
+    with pytest.raises(FileNotFoundError, match=r"cannot save the image: .*none/a\.png"):
         save_image(noise(2, 2), tmp_path / "none" / "a.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IsADirectoryError, match=r"folder\.png"):
@@ -395,11 +395,11 @@ def test_save_image_errors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_example_pictures():
+def test_example_images():
     report = read_records([*(EXAMPLES / f"{task}.json" for task in Task), EXAMPLES / "train.jsonl"])
     assert check_images(report.raise_if_errors()) == []
-    pictures = list((EXAMPLES / "images").iterdir())
+    images = list((EXAMPLES / "images").iterdir())
     used = {file for record in report.records for file in (*record.references, record.source, record.target) if file}
-    assert set(pictures) == used
-    assert all(max(open_image(path).size) <= 640 for path in pictures)
-    assert sum(path.stat().st_size for path in pictures) < 1_500_000
+    assert set(images) == used
+    assert all(max(open_image(path).size) <= 640 for path in images)
+    assert sum(path.stat().st_size for path in images) < 1_500_000

@@ -40,7 +40,7 @@ class FileFacts:
     def of(cls, path: Path) -> Self:
         """Reads the whole file; raises OSError."""
         status = path.stat()
-        content = _digest(path) if stat.S_ISREG(status.st_mode) else 0  # a pipe would block for ever
+        content = _digest(path) if stat.S_ISREG(status.st_mode) else 0  # a pipe would block forever
         return cls(status.st_size, status.st_mtime_ns, content)
 
 

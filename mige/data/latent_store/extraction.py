@@ -23,7 +23,7 @@ from mige.utils import images
 from mige.utils.files import absolute
 from mige.utils.images import BadImageError
 
-_AT_ONCE = 8  # images through the VAE: fixed, as a network's last bits depend on the shape of its input
+_CHUNK = 8  # images through the VAE: fixed, as a network's last bits depend on the shape of its input
 
 
 def distinct_crops(records: Iterable[Record]) -> dict[Crop, str]:
@@ -142,9 +142,9 @@ def _encode_jobs(
             kept = [(image, row) for image, row, whole in zip(good, rows, finite, strict=True) if whole]
             entries = [make_entry(image.job.key, image.file, image.size, row) for image, row in kept]
             part.add(np.concatenate([np.empty(0, ENTRY), *entries]), rows[finite])
-            remedy = "store float32 or check the VAE"
+            hint = "store float32 or check the VAE"
             failed += [
-                (image.job, f"its moments are not finite in {meta.dtype}", remedy)
+                (image.job, f"its moments are not finite in {meta.dtype}", hint)
                 for image, whole in zip(good, finite, strict=True)
                 if not whole
             ]
@@ -181,8 +181,8 @@ class _Images(Dataset):
         except BadImageError as error:
             return _Image(job, error=error)
         except OSError as error:
-            remedy = "correct the path or its permissions, or fetch the image"
-            return _Image(job, error=BadImageError(path, f"cannot be read ({error.strerror})", remedy))
+            hint = "correct the path or its permissions, or fetch the image"
+            return _Image(job, error=BadImageError(path, f"cannot be read ({error.strerror})", hint))
         return _Image(job, file, image.size, pixels)
 
 
@@ -199,7 +199,7 @@ def _encode(vae: AutoencoderKL, batch: Sequence[_Image], batch_size: int, meta: 
     for place, image in zip(pixels[: len(batch)], batch, strict=True):
         place.copy_(image.pixels)
     try:
-        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_AT_ONCE)]
+        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_CHUNK)]
     except torch.OutOfMemoryError as error:
         raise StoreError(f"out of memory with {batch_size} images at a time: give a smaller batch size") from error
     rows = torch.cat([torch.stack([m.mean, m.std], dim=1) for m in moments])[: len(batch)].float().cpu().numpy()

@@ -69,14 +69,14 @@ def create_store(
     """
     meta = replace(make_meta(vae, size), dtype=dtype, root=absolute(root))
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{secrets.token_hex(8)}.part"
+    tmp = folder / f".{secrets.token_hex(8)}.part"
     try:
-        beside.write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-        os.link(beside, folder / "meta.json")  # whole or not at all, and only one of several processes succeeds
+        tmp.write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
+        os.link(tmp, folder / "meta.json")  # whole or not at all, and only one of several processes succeeds
     except FileExistsError:
         pass  # compared below
     finally:
-        beside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
     found = read_meta(folder)
     require_equal(folder, found, meta)
     return FeatureStore(folder, found)

@@ -12,7 +12,7 @@ from mige.utils.errors import UserError
 
 
 class SourceError(UserError, RuntimeError):
-    """The run cannot start or go on: what was found, what was expected, what to do."""
+    """The run cannot start or resume: what was found, what was expected, what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reader(Protocol):
     def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
 
     def position(self) -> dict[str, Any]:
-        """Where to go on after the rows taken so far; fit for JSON."""
+        """Where to resume after the rows taken so far; fit for JSON."""
 
 
 class ParquetRows:
@@ -71,7 +71,7 @@ class ParquetRows:
                 return
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
                 message = f"{self.name}: row {self.taken} cannot be read: {error}"
-                raise SourceError(f"{message}; fetch the file again, then run again to go on") from error
+                raise SourceError(f"{message}; fetch the file again, then run again to resume") from error
             if missing := [name for name in self.columns if name not in row]:
                 message = f"{self.name}: no column {', '.join(missing)}; it has {', '.join(row)}"
                 raise SourceError(f"{message}. Give the data set of this source, or another source")
@@ -100,7 +100,7 @@ def _local(path: Path, split: str) -> list[Path]:
 
 
 class SeedRows:
-    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its pictures."""
+    """Lines of SEED-Data-Edit's annotations/*.jsonl, each with the folder of its images."""
 
     def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
         self.exhausted, self.taken = False, position["rows"] if position else 0
@@ -108,7 +108,7 @@ class SeedRows:
         self.files = [file for path in given for file in ([path] if path.is_file() else _annotations(path))]
         for file in self.files:
             if not _seed_images(file).is_dir():
-                message = f"{file}: its pictures are expected in {_seed_images(file)}, which is no folder"
+                message = f"{file}: its images are expected in {_seed_images(file)}, which is no folder"
                 raise SourceError(f"{message}; extract the archive there (docs/data.md)")
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:

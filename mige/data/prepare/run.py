@@ -1,10 +1,9 @@
-"""A public data set -> a folder of records and pictures, by a run that may be killed and goes on where it stopped.
+"""A public data set -> a folder of records and images, by a run that may be killed and resumes where it stopped.
 
-The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a sample that was
-left out, with its reason) and summary.json (counts, and how far a killed run got).
+The folder holds records.jsonl (official layout, paths relative to it), images/, skipped.jsonl (a line a skipped
+sample, with its reason) and summary.json (counts, and how far a killed run got).
 """
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -20,51 +19,51 @@ from PIL import Image
 from tqdm import tqdm
 
 from mige.data.parsing import make_record
-from mige.data.prepare.sources import Box, Picture, Settings, SkippedSample, Source, SourceError, source_of
+from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
-from mige.utils.files import read_json_object
+from mige.utils.files import folder_lock, read_json_object
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
-ROWS_A_FOLDER = 1000  # pictures are spread over folders images/0000, images/0001, ...
+ROWS_A_FOLDER = 1000  # images are spread over folders images/0000, images/0001, ...
 
 
 @dataclass
 class Summary:
-    """What became of the rows so far. A sample is a would-be record; a row that is left out whole counts as one."""
+    """What became of the rows so far. A sample is a would-be record; a row that is skipped whole counts as one."""
 
     settings: dict[str, Any]
     finished: bool = False  # the source has no further rows
     rows: int = 0
     written: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # samples by reason
+    skipped: dict[str, int] = field(default_factory=dict)  # samples by reason
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the .jsonl files that are accounted for
-    position: dict[str, Any] | None = None  # where the reader goes on
+    position: dict[str, Any] | None = None  # where the reader resumes
 
     def text(self) -> str:
         """Counts in and out, a line a reason."""
-        total = sum(self.left_out.values())
+        total = sum(self.skipped.values())
         state = "finished" if self.finished else "unfinished"
-        lines = [f"{self.rows} rows read, {self.written} records written, {total} samples left out ({state})"]
-        lines += [f"{count:9d}  {reason}" for reason, count in Counter(self.left_out).most_common()]
+        lines = [f"{self.rows} rows read, {self.written} records written, {total} samples skipped ({state})"]
+        lines += [f"{count:9d}  {reason}" for reason, count in Counter(self.skipped).most_common()]
         return "\n".join(lines)
 
 
 def prepare(
     settings: Settings, folder: Path, *, limit: int | None = None, workers: int = 4, progress: bool = True
 ) -> Summary:
-    """Read the source from where the folder's last run stopped; write records, pictures, skipped.jsonl, summary.json.
+    """Read the source from where the folder's last run stopped; write records, images, skipped.jsonl, summary.json.
 
     limit: rows of the source to have read in the end, over all runs; None: all. workers: threads that decode and save.
 
-    A row is committed after its pictures are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
+    A row is committed after its images are on disk, `BATCH` rows at a time; what a killed run wrote beyond its last
     commit is cut off and made again. A finished folder is left alone. Raises SourceError for an unknown source or
     split, missing inputs or columns, an unreadable source, a folder of other settings or one in use, and OSError where
-    writing fails (a full disk): run again to go on.
+    writing fails (a full disk): run again to resume.
     """
     source = source_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(folder):
+    with folder_lock(folder):
         summary = _open(folder, settings)
         if summary.finished or (limit is not None and summary.rows >= limit):
             return summary
@@ -83,18 +82,18 @@ def prepare(
     return summary
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FolderAlbum:
-    """The `mige.data.prepare.sources.Album` of an output folder: where the pictures of one row go."""
+class FolderImageWriter:
+    """The `mige.data.prepare.sources.ImageWriter` of an output folder: where the images of one row go."""
 
     folder: Path  # the output folder
     stem: str  # images/0012/magicbrush-train-0012345
 
-    def store(self, name: str, cell: Any) -> Picture:
-        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; a picture of another format as PNG."""
+    def store(self, name: str, cell: Any) -> ImageFile:
+        """`<stem>_<name>.jpg`, .png or .webp, with the bytes of the cell; an image of another format as PNG."""
         data = _bytes(cell, name)
         path = self._path(f"{name}{_suffix(data)}")
         image = _decode(data, path, name)
@@ -102,9 +101,9 @@ class FolderAlbum:
             path.unlink()
             path = path.with_suffix(".png")
             images.save_image(image, path)
-        return self._picture(path, image)
+        return self._image_file(path, image)
 
-    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[ImageFile]:
         """`<stem>_view0.jpg`, `<stem>_view1.jpg`, ..."""
         path = self._path("composite.raw")
         image = _decode(_bytes(cell, "image"), path, "image")
@@ -113,29 +112,29 @@ class FolderAlbum:
         for number, box in enumerate(boxes(*image.size)):
             view, path = image.crop(box), self._path(f"view{number}.jpg")
             images.save_image(view, path, quality=95, subsampling=0)
-            views.append(self._picture(path, view))
+            views.append(self._image_file(path, view))
         return views
 
-    def refer(self, path: Path) -> Picture:
-        """The picture where it lies, by its path relative to the output folder."""
+    def refer(self, path: Path) -> ImageFile:
+        """The image where it lies, by its path relative to the output folder."""
         try:
-            return self._picture(path, images.open_image(path))
+            return self._image_file(path, images.open_image(path))
         except images.BadImageError as error:
-            raise SkippedSample("missing picture" if not path.exists() else "damaged picture", str(error)) from error
+            raise SkippedSample("missing image" if not path.exists() else "damaged image", str(error)) from error
 
     def _path(self, name: str) -> Path:
         path = self.folder / f"{self.stem}_{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _picture(self, path: Path, image: Image.Image) -> Picture:
-        return Picture(os.path.relpath(path, self.folder), image.width, image.height)
+    def _image_file(self, path: Path, image: Image.Image) -> ImageFile:
+        return ImageFile(os.path.relpath(path, self.folder), image.width, image.height)
 
 
 def _bytes(cell: Any, name: str) -> bytes:
     data = cell.get("bytes") if isinstance(cell, Mapping) else None
     if not data:
-        raise SkippedSample("missing picture", f"{name} holds no bytes")
+        raise SkippedSample("missing image", f"{name} holds no bytes")
     return data
 
 
@@ -154,20 +153,20 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
         return images.open_image(path)
     except images.BadImageError as error:
         path.unlink()
-        raise SkippedSample("damaged picture", f"{name}: {error.message}") from error
+        raise SkippedSample("damaged image", f"{name}: {error.message}") from error
 
 
 # ---- the output folder -----------------------------------------------------------------------------------------------
 
 
 def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
-    """The lines of a row: records, and for each sample that is left out a line with its reason."""
+    """The lines of a row: records, and for each skipped sample a line with its reason."""
     name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
-    album = FolderAlbum(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
+    writer = FolderImageWriter(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
-        samples = source.samples(row, album, settings)
-    except SkippedSample as left_out:
-        samples = [left_out]
+        samples = source.samples(row, writer, settings)
+    except SkippedSample as skipped:
+        samples = [skipped]
     lines = []
     for place, sample in enumerate(samples):
         sample_id = name if len(samples) == 1 else f"{name}-{place}"
@@ -175,10 +174,10 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
         if not isinstance(sample, SkippedSample):
             record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
             _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
-            if not (faults := [f for f in issues if f.fatal]):
+            if not (errors := [f for f in issues if f.fatal]):
                 lines.append(record)
                 continue
-            sample = SkippedSample("no valid record", "; ".join(fault.message for fault in faults))
+            sample = SkippedSample("no valid record", "; ".join(error.message for error in errors))
         lines.append({**line, "reason": sample.reason, "detail": sample.detail})
     return lines
 
@@ -189,10 +188,13 @@ def _open(folder: Path, settings: Settings) -> Summary:
     summary = Summary(ours, sizes={RECORDS: 0, SKIPPED: 0})
     if (folder / SUMMARY).exists():
         try:
-            last = Summary(**read_json_object(folder / SUMMARY))
+            saved = read_json_object(folder / SUMMARY)
+            if "left_out" in saved:  # version 0.1.0's names
+                saved["skipped"] = {k.replace("picture", "image"): n for k, n in saved.pop("left_out").items()}
+            last = Summary(**saved)
             if not isinstance(last.settings, dict) or not isinstance(last.sizes, dict) or type(last.rows) is not int:
                 raise ValueError(f"{folder / SUMMARY}: not the summary of a run")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             advice = "it says how far the run came: restore it, or use another --output"
             raise SourceError(f"{folder / SUMMARY} is damaged or another file ({error}); {advice}") from error
         summary = last if last.rows else summary  # a run without a commit binds nobody
@@ -227,7 +229,7 @@ def _commit(folder: Path, summary: Summary, lines: list[dict], rows: int, positi
         summary.sizes[name] += len(text)
     summary.rows += rows
     summary.written += len(records)
-    summary.left_out = dict(sorted((Counter(summary.left_out) + Counter(line["reason"] for line in skipped)).items()))
+    summary.skipped = dict(sorted((Counter(summary.skipped) + Counter(line["reason"] for line in skipped)).items()))
     summary.position = position
     _save(folder, summary)
 
@@ -256,13 +258,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-
-
-@contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SourceError(f"{folder}: another run is writing there; wait for it or use another --output") from error
-        yield

@@ -34,7 +34,7 @@ _ARTICLE = re.compile(r"(?:an?|the)\s+", re.IGNORECASE)
 
 
 def edit_prompt(instruction: Any) -> str:
-    """An editing instruction with one `<imagehere>`: its first mention of the picture, else appended.
+    """An editing instruction with one `<imagehere>`: its first mention of the image, else appended.
 
     This is `point_at_source`, except that later mentions and longer words ("the photographer") stay text.
     Raises SkippedSample for an instruction that is empty or so long that the placeholder is cut in training.
@@ -74,13 +74,13 @@ def _short_enough(prompt: str) -> str:
     return prompt
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """An image of the set that is made: its file and size in pixels."""
 
     path: str  # relative to the output folder
@@ -88,21 +88,21 @@ class Picture:
     height: int
 
 
-class Album(Protocol):
-    """Takes the pictures of one row; an image cell is {"bytes", "path"}."""
+class ImageWriter(Protocol):
+    """Takes the images of one row; an image cell is {"bytes", "path"}."""
 
-    def store(self, name: str, cell: Any) -> Picture:
+    def store(self, name: str, cell: Any) -> ImageFile:
         """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
 
         Raises SkippedSample for a cell without bytes or with no whole image, OSError where writing fails.
         """
 
-    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[Picture]:
+    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[ImageFile]:
         """Cut an image cell into the boxes for its upright width and height; saved as JPEG of quality 95 without
         chroma subsampling. Raises as `store`, and what `boxes` raises."""
 
-    def refer(self, path: Path) -> Picture:
-        """A picture that stays where it is, decoded once to be sure of it. Raises SkippedSample where it cannot be."""
+    def refer(self, path: Path) -> ImageFile:
+        """An image that stays where it is, decoded once to be sure of it. Raises SkippedSample where it cannot be."""
 
 
 def _side_by_side(width: int, height: int) -> list[Box]:
@@ -122,21 +122,21 @@ def _side_by_side(width: int, height: int) -> list[Box]:
 Samples = list[dict[str, Any] | SkippedSample]
 
 
-def _instruct_pix2pix(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+def _instruct_pix2pix(row: Mapping[str, Any], writer: ImageWriter, settings: Settings) -> Samples:
     prompt = edit_prompt(row["edit_prompt"])
-    pictures = album.store("source", row["original_image"]), album.store("target", row["edited_image"])
+    images = writer.store("source", row["original_image"]), writer.store("target", row["edited_image"])
     captions = {"input_caption": row["original_prompt"], "output_caption": row["edited_prompt"]}
-    return [_edit(prompt, *pictures, original_instruction=row["edit_prompt"], **captions)]
+    return [_edit(prompt, *images, original_instruction=row["edit_prompt"], **captions)]
 
 
-def _magicbrush(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+def _magicbrush(row: Mapping[str, Any], writer: ImageWriter, settings: Settings) -> Samples:
     prompt = edit_prompt(row["instruction"])
-    pictures = album.store("source", row["source_img"]), album.store("target", row["target_img"])
+    images = writer.store("source", row["source_img"]), writer.store("target", row["target_img"])
     turn = {"img_id": row["img_id"], "turn_index": row["turn_index"]}
-    return [_edit(prompt, *pictures, original_instruction=row["instruction"], **turn)]
+    return [_edit(prompt, *images, original_instruction=row["instruction"], **turn)]
 
 
-def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+def _subjects200k(row: Mapping[str, Any], writer: ImageWriter, settings: Settings) -> Samples:
     """Two samples: each view is the target of its own description, the other view is the reference."""
     _require_quality(row, settings.min_quality)
     description = row["description"] or {}
@@ -146,12 +146,12 @@ def _subjects200k(row: Mapping[str, Any], album: Album, settings: Settings) -> S
     prompts = [_attempt(subject_prompt, text, item) for text in texts]
     if all(isinstance(prompt, SkippedSample) for prompt in prompts):
         return prompts
-    views = album.store_views(row["image"], _side_by_side)
+    views = writer.store_views(row["image"], _side_by_side)
     samples = []
     for view, prompt in enumerate(prompts):
         extra = {"item": item, "caption": texts[view], "collection": row["collection"]}
-        left_out = isinstance(prompt, SkippedSample)
-        samples.append(prompt if left_out else _subject(prompt, views[1 - view], views[view], **extra))
+        is_skipped = isinstance(prompt, SkippedSample)
+        samples.append(prompt if is_skipped else _subject(prompt, views[1 - view], views[view], **extra))
     return samples
 
 
@@ -166,7 +166,7 @@ def _require_quality(row: Mapping[str, Any], least: int) -> None:
 _TURN = re.compile(r"(?:instruction|edit_image)_([1-9][0-9]?)")
 
 
-def _seed_data_edit(row: Mapping[str, Any], album: Album, settings: Settings) -> Samples:
+def _seed_data_edit(row: Mapping[str, Any], writer: ImageWriter, settings: Settings) -> Samples:
     """One sample, or one a turn of a session: each turn edits the result of the one before."""
     try:
         fields = json.loads(row["line"])
@@ -181,30 +181,30 @@ def _seed_data_edit(row: Mapping[str, Any], album: Album, settings: Settings) ->
         names = [fields.get("source_image"), *(fields.get(f"edit_image_{turn}") for turn in range(1, count + 1))]
         turns = [(fields.get(f"instruction_{turn}"), names[turn - 1], names[turn]) for turn in range(1, count + 1)]
     return [
-        _attempt(_seed_turn, instruction, pair, row, album, turn) for turn, (instruction, *pair) in enumerate(turns, 1)
+        _attempt(_seed_turn, instruction, pair, row, writer, turn) for turn, (instruction, *pair) in enumerate(turns, 1)
     ]
 
 
 def _seed_turn(
-    instruction: Any, pair: Sequence[Any], row: Mapping[str, Any], album: Album, turn: int
+    instruction: Any, pair: Sequence[Any], row: Mapping[str, Any], writer: ImageWriter, turn: int
 ) -> dict[str, Any]:
     prompt = edit_prompt(instruction)
     for name, value in zip(("source", "target"), pair, strict=True):
         if not isinstance(value, str) or not value:
-            raise SkippedSample("missing picture", f"{row['where']}: the {name} of turn {turn} is {value!r}")
-    pictures = [album.refer(Path(row["images"]) / name) for name in pair]
-    return _edit(prompt, *pictures, original_instruction=instruction, turn_index=turn)
+            raise SkippedSample("missing image", f"{row['where']}: the {name} of turn {turn} is {value!r}")
+    images = [writer.refer(Path(row["images"]) / name) for name in pair]
+    return _edit(prompt, *images, original_instruction=instruction, turn_index=turn)
 
 
-def _edit(prompt: str, source: Picture, target: Picture, **extra: Any) -> dict[str, Any]:
+def _edit(prompt: str, source: ImageFile, target: ImageFile, **extra: Any) -> dict[str, Any]:
     return _row(Task.EDIT, prompt, source.path, [source.path], target, extra)
 
 
-def _subject(prompt: str, reference: Picture, target: Picture, **extra: Any) -> dict[str, Any]:
+def _subject(prompt: str, reference: ImageFile, target: ImageFile, **extra: Any) -> dict[str, Any]:
     return _row(Task.SUBJECT, prompt, reference.path, [], target, extra)
 
 
-def _row(task: Task, prompt: str, entity: str, source: list[str], target: Picture, extra: dict) -> dict[str, Any]:
+def _row(task: Task, prompt: str, entity: str, source: list[str], target: ImageFile, extra: dict) -> dict[str, Any]:
     paths = {"entity_path": [entity], "source_path": source, "multi_prompt": prompt}
     return {"image": target.path, "width": target.width, "height": target.height, **paths, "task": task, **extra}
 
@@ -213,8 +213,8 @@ def _attempt(make: Callable[..., Any], *args: Any) -> Any:
     """What `make` returns, or the SkippedSample that it raises."""
     try:
         return make(*args)
-    except SkippedSample as left_out:
-        return left_out
+    except SkippedSample as skipped:
+        return skipped
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Source:
     splits: tuple[str, ...]
     columns: tuple[str, ...]
     reader: Callable[[Settings, Sequence[str], Mapping[str, Any] | None], Reader]
-    samples: Callable[[Mapping[str, Any], Album, Settings], Samples]
+    samples: Callable[[Mapping[str, Any], ImageWriter, Settings], Samples]
 
 
 SOURCES: dict[str, Source] = {

@@ -53,7 +53,7 @@ def sheets(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def is_lopsided() -> tuple[bool, ...]:
+def is_asymmetric() -> tuple[bool, ...]:
     """For every subject whether its mirror image differs visibly, so that "flip it" has something to do."""
     cells = sheet()
     return tuple(((cells - cells.flip(3)).abs().mean(dim=(1, 2, 3)) > 0.06).tolist())

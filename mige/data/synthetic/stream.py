@@ -59,7 +59,7 @@ def _statistics(device: torch.device) -> Tensor:
 
 
 class WorldDataset(Dataset):
-    """Sample index -> a case of the world about the seen subjects; the same for the same seed, for ever.
+    """Sample index -> a case of the world about the seen subjects; the same for the same seed, always.
 
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
@@ -98,7 +98,7 @@ class WorldDataset(Dataset):
     def case(self, index: int) -> tasks.Case:
         """The case of that number."""
         rng, seen = np.random.default_rng([self.seed, index]), sprites.split()[0]
-        return tasks.sample(rng, seen, self.mixture, invent=True)
+        return tasks.sample(rng, seen, self.mixture, augment=True)
 
     def sample(self, index: int, case: tasks.Case) -> Drawn:
         """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""

@@ -11,20 +11,20 @@ from mige.data.synthetic import tasks
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.utils import images
 
-_AT_ONCE = 64  # cases drawn together
+_CHUNK = 64  # cases drawn together
 
 
 def write(
-    folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, invent: bool
+    folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, augment: bool
 ) -> Counter:
     """Records and images of these cases; returns how many there are of each kind."""
     (folder / "images").mkdir()
     counts = Counter()
     with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
-        for first in tqdm(range(0, len(cases), _AT_ONCE), unit=f"x {_AT_ONCE} cases"):
-            numbers = cases[first : first + _AT_ONCE]
+        for first in tqdm(range(0, len(cases), _CHUNK), unit=f"x {_CHUNK} cases"):
+            numbers = cases[first : first + _CHUNK]
             made = {
-                n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture, invent=invent) for n in numbers
+                n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture, augment=augment) for n in numbers
             }
             names, scenes = [], []
             for number, case in made.items():
