@@ -79,6 +79,7 @@ def make_record(
         sources, references, target = reader.paths("source_path"), reader.paths("entity_path"), reader.path("image")
         edit_type = None
         named += reader.named_task()
+    mask = reader.mask()
     if sources is not None and len(sources) > 1:
         reader.error(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
         sources = None
@@ -86,19 +87,22 @@ def make_record(
         source = sources[0] if sources else None
         implied = _implied_task(source, references)
         references = references or sources
+        if mask is not None and source is None:
+            reader.error('"mask_path" is given without a source', "name the source, or leave the mask out")
         _check_tasks(reader, named, implied, source, references)
         if prompt:
             _check_placeholders(reader, prompt, implied, references)
     if any(issue.fatal for issue in reader.issues):
         return None, reader.issues
-    used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
+    used = {"id", "instruction", "image", "task", "mask_path"} if emu_edit else set(_OFFICIAL_FIELDS)
     extra = {name: value for name, value in row.items() if name not in used}
-    record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra)
+    record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra, mask)
     return record, reader.issues
 
 
-_READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction")
-_OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task")
+_READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction",
+                "mask_path")  # fmt: skip
+_OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task", "mask_path")
 
 
 def _implied_task(source: Path | None, references: tuple[Path, ...]) -> Task:
@@ -215,6 +219,13 @@ class _RowReader:
             return None
         texts = [self._string(f'"{name}"[{position}]', item) for position, item in enumerate(value)]
         return None if None in texts else tuple(self.root / text for text in texts)
+
+    def mask(self) -> Path | None:
+        """The mask of the source, optional: a path, or a list of one, as the source's is."""
+        paths = self.paths("mask_path") if isinstance(self.row.get("mask_path"), list) else [self.path("mask_path")]
+        if paths and len(paths) > 1:
+            self.error(f'"mask_path" has {len(paths)} images, expected at most one', "join them in one image")
+        return paths[0] if paths else None
 
     def named_task(self) -> list[Task]:
         """The task that the field "task" names: one or none."""
