@@ -125,7 +125,7 @@ def read(args: argparse.Namespace) -> "Report":
         return parsing.read_records(args.records, root=args.root, task=args.task)
     row = {"id": args.id, "multi_prompt": args.prompt, "entity_path": args.reference}
     row["source_path"] = [args.source] * bool(args.source)
-    row["mask_path"] = [args.mask] * bool(args.mask)
+    row["mask_path"] = args.mask
     root = args.root or Path()
     record, issues = parsing.make_record(row, where="command line", root=root, default_id=args.id, task=args.task)
     return records.Report([record] if record else [], issues)

@@ -94,15 +94,15 @@ def make_record(
             _check_placeholders(reader, prompt, implied, references)
     if any(issue.fatal for issue in reader.issues):
         return None, reader.issues
-    used = {"id", "instruction", "image", "task", "mask_path"} if emu_edit else set(_OFFICIAL_FIELDS)
+    used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
+    used |= set() if mask is None else {"mask_path"}
     extra = {name: value for name, value in row.items() if name not in used}
     record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra, mask)
     return record, reader.issues
 
 
-_READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction",
-                "mask_path")  # fmt: skip
-_OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task", "mask_path")
+_READ_FIELDS = ("id", "idx", "multi_prompt", "entity_path", "source_path", "image", "task", "instruction")
+_OFFICIAL_FIELDS = ("id", "multi_prompt", "entity_path", "source_path", "image", "task")
 
 
 def _implied_task(source: Path | None, references: tuple[Path, ...]) -> Task:
@@ -221,11 +221,8 @@ class _RowReader:
         return None if None in texts else tuple(self.root / text for text in texts)
 
     def mask(self) -> Path | None:
-        """The mask of the source, optional: a path, or a list of one, as the source's is."""
-        paths = self.paths("mask_path") if isinstance(self.row.get("mask_path"), list) else [self.path("mask_path")]
-        if paths and len(paths) > 1:
-            self.error(f'"mask_path" has {len(paths)} images, expected at most one', "join them in one image")
-        return paths[0] if paths else None
+        """The mask of the source, optional: a path. A list is MIGEBench's own field, of masks that it was made with."""
+        return None if isinstance(self.row.get("mask_path"), list) else self.path("mask_path")
 
     def named_task(self) -> list[Task]:
         """The task that the field "task" names: one or none."""
