@@ -1,13 +1,13 @@
 """Training on one GPU and on all of them: samples/s a card, scaling, host and GPU time, recompilations, memory.
 
     python benchmarks/bench_scaling.py output/scaling       # all GPUs of this machine; needs no weights and no data
-    python benchmarks/bench_scaling.py output/scaling --modes one default --steps 40
+    python benchmarks/bench_scaling.py output/scaling --modes one one_24 default --seconds-per-mode 150 --seconds 540
     python benchmarks/bench_scaling.py output/scaling --config configs/tiny.py --cpu --processes 2    # on CPUs
 
 `train_mige.sh`'s launch of `train_mige.py`, on random weights made on the cards and synthetic latents in memory
-(`training_worker.py`). Modes that take one card run side by side, one on each; the others one after the other.
-Results go to results.jsonl in the folder, a line of JSON at a time while a mode runs, so that a run which is cut off
-loses little. The table is printed at the end, and by --table from the lines that are there.
+(`training_worker.py`), in the order given; neighbours that take one card run side by side, one on each. Results go to
+results.jsonl in the folder, a line of JSON at a time while a mode runs; one that reaches the limit is ended, and its
+line says where it was. The table is printed at the end, and by --table from the lines that are there.
 """
 
 import argparse
@@ -73,11 +73,23 @@ def start(args: argparse.Namespace, name: str, cards: list[int]) -> subprocess.P
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | plan.environment | variables, stdout=log, stderr=log)
 
 
-def run_together(args: argparse.Namespace, names: list[str], cards: list[list[int]]) -> None:
-    """Modes at once, each on its cards and none longer than the limit."""
+def in_groups(names: list[str], cards: int) -> list[list[str]]:
+    """The modes in their order, neighbours of one card together as far as there are cards."""
+    groups: list[list[str]] = []
+    for name in names:
+        last = groups[-1] if groups else []
+        if MODES[name].one_card and last and MODES[last[0]].one_card and len(last) < cards:
+            last.append(name)
+        elif MODES[name].one_card or cards > 1:
+            groups.append([name])
+    return groups
+
+
+def run_together(args: argparse.Namespace, names: list[str], cards: list[list[int]], limit: float) -> None:
+    """Modes at once, each on its cards and none longer than so many seconds."""
     running, started = {name: start(args, name, own) for name, own in zip(names, cards, strict=False)}, time.monotonic()
     while any(process.poll() is None for process in running.values()):
-        if time.monotonic() - started > args.limit:
+        if time.monotonic() - started > limit:
             for process in running.values():
                 kill(process)
             break
@@ -86,7 +98,7 @@ def run_together(args: argparse.Namespace, names: list[str], cards: list[list[in
         seconds = round(time.monotonic() - started)
         line = {"mode": name, "exit_code": process.wait(), "mode_seconds": seconds}
         if process.returncode:
-            line["failed"] = failure(args.folder / f"{name}.log")
+            line["failed"] = failure(args.folder / f"{name}.log", seconds)
         print(json.dumps(line), flush=True)
         with (args.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -103,12 +115,16 @@ def kill(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def failure(log: Path) -> str:
-    """The last line of a log that names an error, or that it lost patience."""
-    said = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line]
-    if named := [line for line in said if "Error: " in line]:
-        return named[-1][-400:]
-    return said[-1][-400:] if said else f"no error in {log.name}: too slow or stuck"
+def failure(log: Path, seconds: int) -> str:
+    """The last line of a log that names an error; else, of what took too long, how far it was."""
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if "rror" in line]
+    if said:
+        return ([line for line in said if "Error: " in line] or said)[-1][-400:]
+    warm = [line[line.index("warm-up: ") + 9 :] for line in lines if "warm-up: " in line]
+    done = any(line.startswith("done") for line in warm)
+    where = "in training" if done else f"in warm-up ({'; '.join(warm[-3:])})" if warm else "before the warm-up"
+    return f"{where} after {seconds} s"
 
 
 COLUMNS = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu",
@@ -139,19 +155,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="positions of every prompt (each mode's own)")
     parser.add_argument("--warm-up", type=int, default=5, help="steps (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps measured at most (%(default)s)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds a mode may take (%(default)s)")
+    parser.add_argument("--seconds-per-mode", type=float, default=240, help="a mode is ended then (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3600, help="all is ended then (%(default)s)")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     args = parser.parse_args()
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        alone = [name for name in args.modes if MODES[name].one_card]
-        for first in range(0, len(alone), args.processes):
-            run_together(args, alone[first : first + args.processes], [[card] for card in range(args.processes)])
-        for name in args.modes if args.processes > 1 else ():
-            if not MODES[name].one_card:
-                run_together(args, [name], [list(range(args.processes))])
+        end = time.monotonic() + args.seconds
+        for names in in_groups(args.modes, args.processes):
+            alone, everyone = MODES[names[0]].one_card, list(range(args.processes))
+            cards = [[card] for card in everyone] if alone else [everyone]
+            run_together(args, names, cards, min(args.seconds_per_mode, end - time.monotonic()))
     print(table(rows(args.folder), COLUMNS), flush=True)
 
 

@@ -2,8 +2,9 @@
 
 Everything else is the project's own: config, launch, wrapping, data loader, loop, metrics. Arguments are those of
 train_mige.py. MIGE_BENCH holds JSON: `row` (facts that every line repeats), `tokens` (positions of every prompt, or 0:
-drawn from 40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a fifth
-of the steps, after half and after all, so that a run that is cut off loses little: medians so far of the slowest one
+drawn from 40 to 256), `warm_up` and `steps` to take, `output` (a file of JSON lines). A line is written after a tenth
+of the steps, a fifth, half and all, so that a run that is cut off loses little: medians so far of the slowest process.
+Where the seconds before the first step went is in the log.
 
 A step's seconds are those from one start of a step to the next. What the host needs for one is measured in profiled
 steps afterwards: their time less the waits for a full launch queue and for the GPU.
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 from torch import distributed as dist
 from torch.utils.data import Dataset
@@ -36,7 +38,7 @@ from mige.training import trainer
 from mige.training.trainer import Trainer
 
 BENCH = json.loads(os.environ["MIGE_BENCH"])
-STARTED = time.perf_counter()
+STARTED = psutil.Process().create_time()
 WAIT = 50_000  # ns: a launch takes 3 to 10 us; one that takes longer than this waits for the queue
 
 
@@ -83,15 +85,26 @@ class MeasuredTrainer(Trainer):
     """Notes when every step starts and ends by itself after the last one that is asked for."""
 
     def __init__(self, *arguments):
+        say("importing is done")
         super().__init__(*arguments)
+        say("the model is on the device")
         self.starts, self.graphs, self.warm = [], 0, None
-        self.reports = {BENCH["warm_up"] + max(1, BENCH["steps"] * share // 100) for share in (20, 50, 100)}
+        self.reports = {BENCH["warm_up"] + max(1, BENCH["steps"] * share // 100) for share in (10, 20, 50, 100)}
+
+    def _widths(self) -> list[int]:
+        """Of the prompts that are asked for."""
+        widths = super()._widths()
+        return [min(width for width in widths if width >= BENCH["tokens"])] if BENCH["tokens"] else widths
+
+    def _warm_up(self) -> None:
+        super()._warm_up()
+        say(torch._dynamo.utils.compile_times(aggregate=True))
 
     def _train_step(self, batches) -> None:
         taken = len(self.starts)
         self.starts.append(time.perf_counter())
         if taken == BENCH["warm_up"]:
-            self.warm, self.graphs = time.perf_counter() - STARTED, compiled_graphs()
+            self.warm, self.graphs = time.time() - STARTED, compiled_graphs()
         if taken in self.reports:
             self._report(taken)
             self.starts[-1] = time.perf_counter()
@@ -178,6 +191,12 @@ class MeasuredTrainer(Trainer):
             "kernels": len(kernels) // steps,
             "profiled_ms": round(1000 * wall / steps, 1),
         }
+
+
+def say(what: str) -> None:
+    """Of the first process, into the log."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{time.time() - STARTED:.0f} s: {what}", flush=True)
 
 
 def compiled_graphs() -> int:

@@ -26,7 +26,7 @@ from transformers import (
     SwinConfig,
 )
 
-from mige.evaluation.benchmarks import SINGLE_IMAGE
+from mige.evaluation.benchmarks.rows import SINGLE_IMAGE
 
 PROMPTS = ("in the jungle", "on top of a wooden floor", *(f"with thing {n} in the background" for n in range(21)))
 

@@ -83,11 +83,13 @@ def mini(args: argparse.Namespace) -> None:
 
 
 def published(args: argparse.Namespace) -> None:
-    from mige.evaluation import backbones, benchmarks, page, scoring, summary
+    from mige.evaluation import backbones, page, scoring, summary
+    from mige.evaluation.benchmarks.files import BenchmarkError
+    from mige.evaluation.benchmarks.prepared import read
 
-    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    prepared = read(args.prepared or args.results / "benchmark")
     if prepared.name != args.benchmark:
-        raise benchmarks.BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
+        raise BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
     reports = [summary.read_report(path) for path in args.compare]
     found = scoring.outputs(prepared, args.results)
     crops = scoring.crops(prepared, args.entities) if args.entities else None

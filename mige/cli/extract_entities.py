@@ -30,13 +30,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mige.evaluation import benchmarks, entities, scoring
+    from mige.evaluation import entities, scoring
+    from mige.evaluation.benchmarks.files import BenchmarkError
+    from mige.evaluation.benchmarks.prepared import read
 
     args.device = command.check_device(command.parser(None), args.device)
-    prepared = benchmarks.read(args.prepared or args.results / "benchmark")
+    prepared = read(args.prepared or args.results / "benchmark")
     rows = [row for row in prepared.scored if "object" in row["score"]]
     if not rows:
-        raise benchmarks.BenchmarkError(f"{prepared.name} names no objects; entities are cut out for migebench")
+        raise BenchmarkError(f"{prepared.name} names no objects; entities are cut out for migebench")
     images = scoring.outputs(prepared, args.results)
     finder = entities.EntityFinder(args.detector, args.segmenter, args.device)
     out = args.output or args.results / "entities"

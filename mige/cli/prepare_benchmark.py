@@ -37,7 +37,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mige.evaluation.benchmarks import BENCHMARKS, Options, prepare
+    from mige.evaluation.benchmarks.files import Options
+    from mige.evaluation.benchmarks.prepared import prepare
+    from mige.evaluation.benchmarks.table import BENCHMARKS
 
     args.data = args.data or BENCHMARKS[args.benchmark].hub
     options = Options(args.data, args.root, args.split, args.samples, args.against, args.iterative)

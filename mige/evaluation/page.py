@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mige.evaluation.benchmarks import BENCHMARKS, Metric, Prepared
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import BENCHMARKS, Metric
 from mige.evaluation.published import PUBLISHED, Published
 from mige.evaluation.scoring import VERSIONS
 from mige.reports.cases import Case

@@ -6,7 +6,7 @@ A row stands beside a measured one only where backbone and protocol are known to
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mige.evaluation.benchmarks import Options
+from mige.evaluation.benchmarks.files import Options
 
 # The true image's CLIP-T is .2826 with local captions (its author, OSU-NLP-Group/MagicBrush issue 27): what lies above
 # is of global ones.

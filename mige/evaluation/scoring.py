@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from mige.evaluation import metrics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import CAPTIONS, BenchmarkError, Metric, Prepared
+from mige.evaluation.benchmarks.files import BenchmarkError
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import CAPTIONS, Metric
 from mige.utils.files import json_lines, read_json_lines, write_bytes, write_text
 from mige.utils.images import open_image
 

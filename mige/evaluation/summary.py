@@ -14,7 +14,9 @@ import transformers
 import mige
 from mige.evaluation import statistics
 from mige.evaluation.backbones import Clip, Dino
-from mige.evaluation.benchmarks import BENCHMARKS, CAPTIONS, BenchmarkError, Prepared
+from mige.evaluation.benchmarks.files import BenchmarkError
+from mige.evaluation.benchmarks.prepared import Prepared
+from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS
 from mige.evaluation.scoring import VERSIONS
 from mige.utils.files import read_json_object
 

@@ -34,12 +34,12 @@ from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.cases import SEED, make_cases
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench
+from mige.mini.ablation_scores import AblationError, digest, enter, finished, read_scores, read_settings, score_lines
 from mige.mini.start import start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state
 from mige.training.trainer import PREEMPTED
-from mige.utils.errors import UserError
-from mige.utils.files import parse_json_object, read_json_object, write_text
+from mige.utils.files import write_text
 
 QUARTERS = 4  # checkpoints of a run that are scored
 NO_MATTER = {"data": ("workers",), "train": ("pretrained", "seed", "log_every", "trackers")}  # to any score
@@ -65,10 +65,6 @@ VARIANTS: Mapping[str, Variant] = {
     "text_only": Variant("edits only, text-only", (Task.EDIT,), (Task.EDIT,), ("model.fusion.num_queries=0",)),
 }
 """Text-only is compared with `edit_only`: without images in the instruction the other tasks have no meaning."""
-
-
-class AblationError(UserError, RuntimeError):
-    """Runs that cannot start or resume; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ def run(plan: Plan, variants: Sequence[str], seeds: Sequence[int]) -> None:
             for name in variants:
                 if (name, seed) not in finished(read_scores(plan.out), plan.steps):
                     _train(plan, name, seed, lock)
-                    _enter(plan.out, name, seed, _score(plan, name, seed, setting))
+                    enter(plan.out, name, seed, _score(plan, name, seed, setting))
                 if not plan.keep_weights:
                     _tidy(plan.folder(name, seed), plan.steps)
 
@@ -203,11 +199,6 @@ def _settle(plan: Plan) -> str:
                                 "folder, or the old settings")  # fmt: skip
     write_text(path, json.dumps(now, indent=2) + "\n")
     return digest(now)
-
-
-def digest(settings: Mapping) -> str:
-    """Eight letters that stand for settings; every line of scores has those it was made with."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _differing(there: Any, now: Any, where: str = "") -> Iterator[str]:
@@ -280,85 +271,8 @@ def _step_name(step: int) -> str:
     return f"step-{step:08d}"  # as `training_state` calls it
 
 
-def score_lines(rows: Sequence[Mapping]) -> list[dict]:
-    """Rows of `bench.run` -> a line for each kind, split and measure: n, mean, all values in the order of the cases.
-
-    Also those of the two bounds, `copy` (None where nothing is edited) and `vae`. A case without this score has null.
-    """
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        for split in ("seen", "unseen"):
-            same = sorted((r for r in rows if (r["kind"], r["split"]) == (kind, split)), key=lambda row: row["id"])
-            for measure in bench.MEASURES:
-                values = {version: _values(same, version, measure) for version in bench.VERSIONS}
-                if (model := values.pop("model")) is not None:
-                    there = [value for value in model if value is not None]
-                    line = {"kind": kind, "split": split, "measure": measure, "n": len(there)}
-                    lines.append(line | {"mean": round(sum(there) / len(there), 6), "values": model} | values)
-    return lines
-
-
-def _values(rows: Sequence[Mapping], version: str, measure: str) -> list[float | None] | None:
-    values = [row.get(version, {}).get(measure) for row in rows]
-    return None if all(v is None for v in values) else [None if v is None else round(v, 6) for v in values]
-
-
 def _tidy(folder: Path, steps: Sequence[int]) -> None:
     """Delete the weights of a scored run, and the images of all checkpoints but the last."""
     for part in (folder / "start", folder / "checkpoints", *(folder / "bench" / _step_name(s) for s in steps[:-1])):
         if part.exists():
             shutil.rmtree(part)
-
-
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
-_KEY = ("variant", "seed", "step", "kind", "split", "measure")
-
-
-def read_scores(out: Path) -> list[dict]:
-    """The lines of out/scores.jsonl, each once; none if there is no such file.
-
-    Raises AblationError for a line that is not whole, for lines made with settings other than out/settings.json, and
-    for a run that is there twice with different scores: all can come from merging files.
-    """
-    path = out / "scores.jsonl"
-    if not path.exists():
-        return []
-    if not (out / "settings.json").exists():
-        raise AblationError(f"{out} has scores.jsonl, but no settings.json: copy that of the runs beside it")
-    setting, found = digest(read_settings(out)), {}
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            line = parse_json_object(text)
-            key = tuple(line[name] for name in _KEY)
-        except (ValueError, KeyError, TypeError) as error:
-            raise AblationError(f"{path}, line {number} is not a line of scores: {error!r}; remove it") from error
-        if line["setting"] != setting:
-            raise AblationError(f"{path}, line {number} was made with other settings ({line['setting']}, expected "
-                                f"{setting}): only runs of one settings.json can be compared")  # fmt: skip
-        if found.setdefault(key, line) != line:
-            raise AblationError(f"{path}, line {number}: {key[0]}, seed {key[1]} is there twice with other scores; "
-                                "remove the lines of one of them")  # fmt: skip
-    return list(found.values())
-
-
-def read_settings(out: Path) -> dict[str, Any]:
-    """out/settings.json; raises AblationError where it is cut or another file."""
-    try:
-        return read_json_object(out / "settings.json")
-    except ValueError as error:
-        raise AblationError(
-            f"{error}; restore it (runs of the same options have the same), or use another folder"
-        ) from error
-
-
-def finished(lines: Sequence[Mapping], steps: Sequence[int]) -> set[tuple[str, int]]:
-    """The (variant, seed) that have scores at all of these steps."""
-    found = {(line["variant"], line["seed"], line["step"]) for line in lines}
-    return {(name, seed) for name, seed, _ in found if all((name, seed, step) in found for step in steps)}
-
-
-def _enter(out: Path, name: str, seed: int, lines: Sequence[Mapping]) -> None:
-    """Put a run's lines into the file, at once."""
-    others = [line for line in read_scores(out) if (line["variant"], line["seed"]) != (name, seed)]
-    write_text(out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in [*others, *lines]))

@@ -17,6 +17,7 @@ from mige.data.synthetic.cases import PER_KIND
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.mini import bench
 from mige.mini.bench import BenchCase
+from mige.mini.bench_measures import MEASURES, SHARES
 from mige.reports.cases import MARKER, Case
 from mige.reports.page import Article, Drawing, Section, Table, write_page
 from mige.reports.sheet import MUTED, PAPER, draw_lines, paste, wrap
@@ -57,7 +58,7 @@ def table(rows: Sequence[Mapping]) -> list[dict]:
         missing = PER_KIND // (1 if entry["split"] == "all" else 2) - cases
         entry["of"] = sum(e["of"] for e in same) if entry["kind"] == EVERY else entry["n"] + missing
         entry |= {"copy": copies.get(same_cases), "vae": bound}
-        entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in bench.SHARES else None
+        entry["of_vae"] = entry["mean"] / bound if bound and entry["measure"] in SHARES else None
     return entries
 
 
@@ -76,7 +77,7 @@ def text_table(rows: Sequence[Mapping]) -> str:
 
 def _cells(entry: Mapping) -> tuple[str, ...]:
     """An entry under HEADINGS."""
-    digits = 3 if entry["measure"] in bench.SHARES else 4
+    digits = 3 if entry["measure"] in SHARES else 4
     mean, low, high, copy, vae, of_vae = (
         "-" if entry[name] is None else f"{entry[name]:.{digits}f}"
         for name in ("mean", "low", "high", "copy", "vae", "of_vae")
@@ -102,8 +103,8 @@ def _shortfall(rows: Sequence[Mapping]) -> str:
 
 def scores_line(scores: Mapping[str, float]) -> str:
     """The scores of one image, such as "success 1, L1 outside 0.0042"."""
-    words = (f"{_words(name)} {scores[name]:{'g' if name in bench.SHARES else '.4f'}}"
-             for name in bench.MEASURES if name in scores)  # fmt: skip
+    words = (f"{_words(name)} {scores[name]:{'g' if name in SHARES else '.4f'}}"
+             for name in MEASURES if name in scores)  # fmt: skip
     return ", ".join(words)
 
 

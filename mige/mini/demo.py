@@ -13,7 +13,8 @@ from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.diffusion.settings import WORLD, resolve
 from mige.inference.pipeline import MIGEPipeline
-from mige.mini import bench, bench_report
+from mige.mini import bench_report
+from mige.mini.bench_measures import measure
 from mige.mini.bench_report import Card
 from mige.reports.cases import TASK_NAMES
 from mige.reports.page import write_page
@@ -59,7 +60,7 @@ def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
     path = args.output / "images" / f"{one.id}{'-student' if is_student else ''}.png"
     images.save_image(made, path)
     source = None if number is None else drawn[1 + number]
-    [scores] = bench.measure(one.case, images.to_pixels(made)[None], drawn[0], source)
+    [scores] = measure(one.case, images.to_pixels(made)[None], drawn[0], source)
     steps = f"student, {how.steps} step{'s' * (how.steps > 1)}" if is_student else f"{how.steps} steps"
     return Card(one, path, scores, f"{steps}, {seconds:.1f} s")
 

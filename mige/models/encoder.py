@@ -59,13 +59,13 @@ class MultimodalEncoder(nn.Module):
         self.qformer = qformer
         self.fusion = fusion
         self.text_encoder = text_encoder
-        self.pad_to = 1
+        self.pad_to, self.pad_from = 1, 1
 
     @property
     def widths(self) -> list[int]:
-        """The numbers of positions that contexts are padded to."""
+        """The numbers of positions that contexts are padded to, ascending."""
         limit = self.fusion.config.max_tokens
-        return [*range(self.pad_to, limit, self.pad_to), limit]
+        return [*range(self.pad_from, limit, self.pad_to), limit]
 
     def forward(
         self, instructions: Sequence[Instruction], vision_RCHW: Tensor, patches_RNC: Tensor
@@ -78,7 +78,7 @@ class MultimodalEncoder(nn.Module):
             patches_RNC: float [R, N, 1152], patch features of the images' unscaled VAE latents.
 
         Returns context float [B, L, 4096] and mask int64 [B, L], L the longest instruction of the batch, rounded up to
-        a multiple of `pad_to` (a compiled model then sees few lengths; padding is masked).
+        one of `widths` (a compiled model then sees few lengths; padding is masked).
         """
         images_RQC = self.encode_images(vision_RCHW, patches_RNC)
         embeds_BLC, mask_BL = self.interleave(instructions, images_RQC)
@@ -91,6 +91,8 @@ class MultimodalEncoder(nn.Module):
         shape = len(vision_RCHW), self.fusion.config.num_queries, self.fusion.config.text_width
         if 0 in shape:  # no image, or none that takes a position
             return patches_RNC.new_zeros(shape)
+        if len(vision_RCHW) == 1 and self.training and self.pad_to > 1:  # kernels for any number are not those for one
+            return self.encode_images(vision_RCHW.repeat(2, 1, 1, 1), patches_RNC.repeat(2, 1, 1))[:1]
         vision_RLC = self.encode_vision(vision_RCHW).to(self.qformer.dtype)
         query_RQC = self.fusion.query_tokens.to(vision_RLC).expand(len(vision_RLC), -1, -1)
         tokens_RQC = self.qformer(query_embeds=query_RQC, encoder_hidden_states=vision_RLC).last_hidden_state
@@ -102,8 +104,8 @@ class MultimodalEncoder(nn.Module):
         Where those of one process had none, it would wait for the others in another collective operation than they.
         """
         side = self.image_encoder.config.image_size
-        blank = patches_RNC.new_zeros(2, 3, side, side)  # two: kernels for any number are not those for one
-        return 0 * self.encode_images(blank, patches_RNC.new_zeros(2, *patches_RNC.shape[1:])).sum()
+        blank = patches_RNC.new_zeros(1, 3, side, side)
+        return 0 * self.encode_images(blank, patches_RNC.new_zeros(1, *patches_RNC.shape[1:])).sum()
 
     def encode_vision(self, vision_RCHW: Tensor) -> Tensor:
         """Vision tower and its last norm: [R, 3, 224, 224] -> [R, 257, 1408].
@@ -156,7 +158,7 @@ class MultimodalEncoder(nn.Module):
         rows, firsts = np.array(starts, dtype=np.int64).reshape(-1, 2).T[:, :, None]
         tokens = np.arange(many * len(starts)).reshape(len(starts), many)
         layout[1][rows, firsts + np.arange(many)] = tokens
-        longest = int(used.max())
+        longest = max(int(used.max()), self.pad_from)
         return layout[:, :, : min(limit, longest + -longest % self.pad_to)].copy()
 
     def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:

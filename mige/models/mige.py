@@ -142,7 +142,8 @@ class MIGEModel(nn.Module):
             return
         torch._dynamo.config.recompile_limit = 64  # of one kind of block
         torch._dynamo.config.optimize_ddp = False  # it would split blocks at DDP's buckets; they are small enough
-        self.encoder.pad_to = 64
+        # Every width is compiled anew. Few batches of prompts with images are shorter than half of the longest.
+        self.encoder.pad_to, self.encoder.pad_from = 64, max(64, self.encoder.fusion.config.max_tokens // 128 * 64)
         # Its tokens come in the order of the convolution: the first block would be compiled apart from the others.
         self.transformer.pos_embed.register_forward_hook(lambda module, inputs, tokens: tokens.contiguous())
         for part in parts:

@@ -21,6 +21,10 @@ class Judged:
     weight_B: Tensor
     time_B: Tensor
 
+    def mean(self) -> Tensor:
+        """What is learnt from: the weighted mean, float32 []."""
+        return (self.loss.total * self.weight_B).mean()
+
 
 class Objective(Protocol):
     """Losses of a batch as a function of the trained module and the batch alone, so that a resumed run is the same.

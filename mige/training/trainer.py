@@ -6,8 +6,6 @@ resumed equals one that never stopped, bit for bit.
 """
 
 import logging
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,19 +17,18 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     parse_flag_from_env,
 )
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
-from mige.data.batch import TrainingBatch, collate
-from mige.data.order import ResumableBatchSampler
-from mige.data.synthetic.stream import collate_world
+from mige.data.batch import TrainingBatch
 from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, precision, sampling
+from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
+from mige.training.loader import build_loader
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
@@ -40,7 +37,7 @@ from mige.training.pretrained import check_shardable, load_pretrained
 from mige.training.resume import check_invariants, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
-from mige.training.warm_up import compiled_graphs, warm_up_batches
+from mige.training.warm_up import warm_up, warm_up_batches
 
 log = logging.getLogger("mige")
 
@@ -134,15 +131,17 @@ class Trainer:
         """Compile what the steps need; the parameters stay as they are."""
         if not self.config.train.compile or self.sharding == "ZeRO-2":  # whose engine counts every backward pass
             return
-        log.info("warm-up: compiling for every width of the context; it takes minutes, train.compile=[] does without")
-        started = time.perf_counter()
-        for batch in warm_up_batches(self.config, self.pipeline):
-            judged = self._loss(batch.to(self.device))
-            self.accelerator.backward((judged.loss.total * judged.weight_B).mean())
+        widths = self._widths()
+        log.info("warm-up: compiling for contexts of %s positions; train.compile=[] does without", widths)
+        batches = warm_up_batches(self.config, self.pipeline, widths)
+        self.monitor.warm_graphs = warm_up(batches, self.device, self._loss, self.accelerator.backward)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.monitor.warm_graphs = compiled_graphs()
-        log.info("warm-up: compiled in %.0f s", time.perf_counter() - started)
+
+    def _widths(self) -> list[int]:
+        """Of the contexts that are to be expected."""
+        encoder = self.plain.encoder  # pipeline.model is made anew at each call, with an encoder that pads nothing
+        return encoder.widths if encoder.pad_to > 1 else encoder.widths[-1:]  # the VAE alone sees no context
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
@@ -180,9 +179,9 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 self._seed_dropout(micro)
                 judged, norm = self._loss(batch), None
-                self.accelerator.backward((judged.loss.total * judged.weight_B).mean())
+                self.accelerator.backward(judged.mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
+                    norm = clip_gradients(self.accelerator, self.optimizers, self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -270,32 +269,3 @@ class Trainer:
         else:
             state |= {name: average.to("cpu", state[name].dtype) for name, average in averaged.items()}
             self.pipeline.with_weights(state).save_pretrained(folder / "model")
-
-
-def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, step: int) -> DataLoader:
-    """The micro-batches of this process from that step on."""
-    settings, workers = config.train, config.data.workers
-    indices = ResumableBatchSampler(
-        batch=settings.batch_size,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        start=step,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=indices,
-        collate_fn=collate_world if config.data.world else collate,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_group,
-    )
-
-
-def _leave_group(_: int) -> None:
-    """For the data loader's workers: a scheduler's SIGTERM to the process group must not reach them before the save.
-
-    Ignoring it would not do: at an exception Python ends its workers by SIGTERM and waits for them.
-    """
-    os.setpgid(0, 0)

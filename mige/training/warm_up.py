@@ -4,9 +4,12 @@ A block is compiled for each shape that it meets, which takes seconds to minutes
 many, it holds up all of them. `recompiles` in the metrics counts what was compiled after the warm-up.
 """
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mige.config import Config
 from mige.data.batch import TrainingBatch, TrainingSample, collate
@@ -15,18 +18,56 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction
 from mige.models.vae import Moments
 from mige.tasks import Task
+from mige.training.objective import Judged
+
+log = logging.getLogger("mige")
 
 
-def warm_up_batches(config: Config, pipeline: MIGEPipeline) -> Iterator[TrainingBatch]:
+def warm_up(
+    batches: Iterator[tuple[str, TrainingBatch]],
+    device: torch.device,
+    loss: Callable[[TrainingBatch], Judged],
+    backward: Callable[[Tensor], None],
+) -> int:
+    """Forward and backward pass of every batch, each logged with its seconds as soon as it is done.
+
+    Args:
+        batches: of `warm_up_batches`.
+        loss: of a batch on the device. backward: of its mean, []; the gradients are the caller's to drop.
+
+    Returns the number of graphs that are compiled by now.
+    """
+    began, before = time.perf_counter(), compiled_graphs()
+    for name, batch in batches:
+        log.info("warm-up: %s: compiling", name)
+        started = time.perf_counter()
+        value = loss(batch.to(device)).mean()
+        forward = time.perf_counter()
+        backward(value)
+        if device.type == "cuda":  # kernels are tuned when they first run
+            torch.cuda.synchronize()
+        done, graphs = time.perf_counter(), compiled_graphs()
+        log.info("warm-up: %s: %.1f s forward, %.1f s backward, %d graphs compiled", name, forward - started,
+                 done - forward, graphs - before)  # fmt: skip
+        before = graphs
+    log.info("warm-up: done in %.0f s", time.perf_counter() - began)
+    return before
+
+
+def warm_up_batches(
+    config: Config, pipeline: MIGEPipeline, widths: Sequence[int]
+) -> Iterator[tuple[str, TrainingBatch]]:
     """A micro-batch of every width, the widest first (so that too little memory shows at once), and one without images.
 
-    Their numbers of images differ, as those of real batches do.
+    Their numbers of images differ, as those of real batches do. With each comes what it is, in words.
     """
-    fusion, size = pipeline.fusion.config, config.train.batch_size
-    for number, width in enumerate(reversed(pipeline.model.encoder.widths)):
-        yield collate([_sample(config, pipeline, width, 2 if place < number else 1) for place in range(size)])
-    if fusion.num_queries:
-        yield collate([_sample(config, pipeline, pipeline.model.encoder.widths[0], 0) for _ in range(size)])
+    size = config.train.batch_size
+    for number, width in enumerate(sorted(widths, reverse=True)):
+        batch = collate([_sample(config, pipeline, width, 2 if place < number else 1) for place in range(size)])
+        yield f"width {width}", batch
+    if pipeline.fusion.config.num_queries:
+        batch = collate([_sample(config, pipeline, min(widths), 0) for _ in range(size)])
+        yield f"width {min(widths)} without images", batch
 
 
 def _sample(config: Config, pipeline: MIGEPipeline, width: int, images: int) -> TrainingSample:

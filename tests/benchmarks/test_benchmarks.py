@@ -89,7 +89,9 @@ def test_the_table_shows_what_there_is():
 
 SMALL = {
     "bench_compile.py": [*TINY, "--batch", 2, "--lengths", 12, 20, "--steps", 2],
+    "bench_distill.py": [*TINY, "--batch", 2, "--tokens", 20, "--steps", 1, "--cases", "whole/eager", "lora/eager"],
     "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
+    "bench_few_step.py": ["--tiny", "--batches", 2, 1, "--repeats", 1],
     "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
                           "full/eager/fused", "text_encoder_frozen/eager/stochastic", "lora/eager/fused/none"],
@@ -220,15 +222,32 @@ def test_the_fused_norms_of_the_vae_are_its_norms():
             assert (got - want).norm() < 1e-4 * want.norm()
 
 
+WARM = """12:00 I warm-up: width 256: 20.1 s forward, 19.0 s backward, 6 graphs compiled
+12:00 I warm-up: width 192: compiling
+"""
+
+
 @pytest.mark.parametrize(
     ("log", "said"),
     [
         ("torch.OutOfMemoryError: no room\nFatal Python error: Aborted\n", "torch.OutOfMemoryError: no room"),
         ("Fatal Python error: Aborted\n", "Fatal Python error: Aborted"),
-        ("1 step\n", "no error in run.log: too slow or stuck"),
+        ("1 step\n", "before the warm-up after 150 s"),
+        (
+            WARM,
+            r"in warm-up \(width 256: 20.1 s forward, 19.0 s backward, 6 graphs compiled; width 192: compiling\) .* s",
+        ),
+        (WARM + "12:00 I warm-up: done in 60 s\n1 step\n", "in training after 150 s"),
     ],
 )
 def test_a_run_that_failed_says_why(log, said, tmp_path):
     (tmp_path / "run.log").write_text(log)
     failure = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["failure"]
-    assert re.fullmatch(said, failure(tmp_path / "run.log"))
+    assert re.fullmatch(said, failure(tmp_path / "run.log", 150))
+
+
+def test_modes_keep_their_order_and_share_the_cards():
+    grouped = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["in_groups"]
+    names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2"]
+    assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2"]]
+    assert grouped(names, 1) == [["one"], ["one_24"], ["lora"], ["lora_kept"]]

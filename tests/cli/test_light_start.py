@@ -57,10 +57,11 @@ def test_names_of_options_are_the_facts():
     from mige.data.prepare.sources import SOURCES
     from mige.data.synthetic import tasks
     from mige.data.synthetic.cases import PER_KIND
-    from mige.evaluation import backbones, benchmarks, entities
+    from mige.evaluation import backbones, entities
+    from mige.evaluation.benchmarks.table import BENCHMARKS
     from mige.mini import ablation, pretraining
 
-    assert tuple(benchmarks.BENCHMARKS) == choices.BENCHMARKS
+    assert tuple(BENCHMARKS) == choices.BENCHMARKS
     assert tuple(backbones.CLIP) == choices.CLIP
     assert (entities.DETECTOR, entities.SEGMENTER) == (choices.DETECTOR, choices.SEGMENTER)
     assert set(SOURCES) == set(choices.SOURCES)

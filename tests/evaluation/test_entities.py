@@ -11,7 +11,8 @@ from conftest import image_size, run_here
 from PIL import Image
 
 from mige.evaluation import entities, scoring
-from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
+from mige.evaluation.benchmarks.files import BenchmarkError, Options
+from mige.evaluation.benchmarks.prepared import prepare, read
 from mige.evaluation.entities import Entity, EntityFinder, best_box, caption, extract
 from mige.utils.files import folder_lock
 

@@ -18,8 +18,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
-from mige.evaluation import backbones, benchmarks, metrics, page, scoring, statistics, summary
-from mige.evaluation.benchmarks import BenchmarkError, Options, prepare, read
+from mige.evaluation import backbones, metrics, page, scoring, statistics, summary
+from mige.evaluation.benchmarks.files import BenchmarkError, Options
+from mige.evaluation.benchmarks.prepared import Prepared, prepare, read
+from mige.evaluation.benchmarks.table import BENCHMARKS
 from mige.evaluation.published import PUBLISHED
 
 torch.set_num_threads(1)
@@ -322,7 +324,7 @@ def test_a_folder_that_is_none(tmp_path):
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def results(prepared: benchmarks.Prepared, folder: Path) -> Path:
+def results(prepared: Prepared, folder: Path) -> Path:
     """An image for every record."""
     for n, row in enumerate(prepared.rows):
         files.save(folder / "images" / f"{row['id']}.png", 1000 + n, (64, 64))
@@ -330,7 +332,7 @@ def results(prepared: benchmarks.Prepared, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def migebench(tmp_path_factory) -> tuple[benchmarks.Prepared, Path]:
+def migebench(tmp_path_factory) -> tuple[Prepared, Path]:
     folder = tmp_path_factory.mktemp("migebench")
     prepare("migebench", Options(str(files.migebench(folder / "data"))), folder / "results" / "benchmark")
     prepared = read(folder / "results" / "benchmark")
@@ -462,7 +464,7 @@ def test_dreambench_against_all_is_the_mean_over_images(tmp_path, networks):
         folder = tmp_path / against / "benchmark"
         prepare("dreambench", Options(str(data), against=against), folder)
         prepared = read(folder)
-        few = benchmarks.Prepared(prepared.name, prepared.options, prepared.rows[:2], folder)
+        few = Prepared(prepared.name, prepared.options, prepared.rows[:2], folder)
         found = scoring.outputs(few, results(few, tmp_path / against))
         lines[against] = scoring.score(few, found, *networks, tmp_path / "cache").rows[0]
     dino = networks[1]
@@ -537,7 +539,7 @@ def test_published_rows_stand_only_beside_their_own_protocol():
 
 def test_published_rows_use_known_names():
     for one in PUBLISHED:
-        assert one.scores.keys() <= {metric.name for metric in benchmarks.BENCHMARKS[one.benchmark].metrics}
+        assert one.scores.keys() <= {metric.name for metric in BENCHMARKS[one.benchmark].metrics}
 
 
 def test_histogram_counts_every_sample():

@@ -22,9 +22,10 @@ from mige import config
 from mige.checkpoints.folder import CheckpointError
 from mige.evaluation.statistics import Estimate, estimate, spread, t_quantile
 from mige.inference.pipeline import MIGEPipeline
-from mige.mini import ablation, ablation_report, bench, pretraining
-from mige.mini.ablation import VARIANTS, AblationError, Plan
-from mige.mini.ablation_report import COMPARISONS, Comparison, Scores, compare
+from mige.mini import ablation, ablation_report, ablation_scores, bench, bench_measures, pretraining
+from mige.mini.ablation import VARIANTS, Plan
+from mige.mini.ablation_comparisons import COMPARISONS, Comparison, Scores, compare
+from mige.mini.ablation_scores import AblationError
 from mige.mini.start import start_from, start_with
 from mige.tasks import Task
 from mige.training import checkpointing as training_state
@@ -202,7 +203,7 @@ def fake(out: Path, runs: dict[str, list[int]], worth, per_kind: int = 8) -> Pat
     made = plan(out, ROOT / "configs" / "ablation.py", ROOT / "configs", f"train.steps={STEPS[-1]}", per_kind=per_kind)
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(json.dumps(made.settings()))
-    setting, lines = ablation.digest(made.settings()), []
+    setting, lines = ablation_scores.digest(made.settings()), []
     for name, seeds in runs.items():
         kinds = ablation.kinds_of(made.config.data.world, VARIANTS[name].scored)
         for seed in seeds:
@@ -210,7 +211,7 @@ def fake(out: Path, runs: dict[str, list[int]], worth, per_kind: int = 8) -> Pat
                 for kind in kinds:
                     edit = ablation.task_of(kind) is not Task.SUBJECT
                     measures = {"l1_subjects"} | ({"success", "l1_inside", "l1_outside"} if edit else set())
-                    measures |= {"identity"} if kind in bench.BY_REFERENCE else set()
+                    measures |= {"identity"} if kind in bench_measures.BY_REFERENCE else set()
                     for measure in measures:
                         for split in ("seen", "unseen"):
                             ripple = 0.01 * (np.arange(per_kind // 2) % 2)
@@ -302,7 +303,7 @@ def test_scores_of_two_folders_can_be_joined(tmp_path):
     with (joined / "scores.jsonl").open("a") as file:
         file.write(more + more)  # the same twice is the same
     assert Scores(joined).seeds == ALL
-    assert len(ablation.read_scores(joined)) == 2 * len(ablation.read_scores(one))
+    assert len(ablation_scores.read_scores(joined)) == 2 * len(ablation_scores.read_scores(one))
 
 
 def test_scores_that_contradict_each_other_are_refused(tmp_path):
@@ -314,7 +315,7 @@ def test_scores_that_contradict_each_other_are_refused(tmp_path):
     def refusal(line: str) -> str:
         path.write_text(whole + line)
         with pytest.raises(AblationError) as caught:
-            ablation.read_scores(out)
+            ablation_scores.read_scores(out)
         return str(caught.value)
 
     assert f"line {many + 1}: joint, seed 0 is there twice with other scores" in refusal(
@@ -325,15 +326,15 @@ def test_scores_that_contradict_each_other_are_refused(tmp_path):
     assert f"line {many + 1} is not a line of scores" in refusal("[]")
     (out / "settings.json").unlink()
     with pytest.raises(AblationError, match=r"no settings\.json: copy that of the runs"):
-        ablation.read_scores(out)
+        ablation_scores.read_scores(out)
 
 
 def test_a_run_without_all_its_checkpoints_is_not_finished(tmp_path):
     out = fake(tmp_path, {"joint": [0], "edit_only": [0]}, step_and_place)
-    lines = ablation.read_scores(out)
-    assert ablation.finished(lines, STEPS) == {("joint", 0), ("edit_only", 0)}
+    lines = ablation_scores.read_scores(out)
+    assert ablation_scores.finished(lines, STEPS) == {("joint", 0), ("edit_only", 0)}
     fewer = [line for line in lines if (line["variant"], line["step"]) != ("joint", 600)]
-    assert ablation.finished(fewer, STEPS) == {("edit_only", 0)}
+    assert ablation_scores.finished(fewer, STEPS) == {("edit_only", 0)}
     (out / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in fewer))
     assert "joint: no run" in Scores(out).missing()
 
@@ -348,7 +349,7 @@ def test_lines_of_scores_keep_every_case_in_its_place():
         {"id": f"add-unseen-{n:03d}", "kind": "add", "split": "unseen", "model": scores, "vae": scores, "copy": {}}
         for n, scores in ((1, {"success": 1.0}), (0, {"l1_inside": 0.25}), (2, {"success": 0.0, "l1_inside": 1 / 3}))
     ]
-    success, inside = ablation.score_lines(rows)
+    success, inside = ablation_scores.score_lines(rows)
     assert success == {
         "kind": "add", "split": "unseen", "measure": "success", "n": 2, "mean": 0.5,
         "values": [None, 1.0, 0.0], "vae": [None, 1.0, 0.0], "copy": None,
@@ -390,8 +391,8 @@ def test_a_toy_run_ends_with_a_table_and_curves(whole):
     assert "1 seed (0), 4 steps, 16 samples a run; 1 cases of each kind and split, 2 sampler steps" in text
     assert "**Incomplete.** joint: no run;" in text
     assert image_size(out / "curves.png")[0] > 1000
-    lines = ablation.read_scores(out)
-    assert ablation.finished(lines, [1, 2, 3, 4]) == {("text_only", 0), ("edit_only", 0)}
+    lines = ablation_scores.read_scores(out)
+    assert ablation_scores.finished(lines, [1, 2, 3, 4]) == {("text_only", 0), ("edit_only", 0)}
     assert {line["kind"] for line in lines} == {"add", "remove"}  # what the comparison needs
     means = {(line["variant"], line["step"]): line["mean"] for line in lines if line["measure"] == "l1_inside"}
     assert len(set(means.values())) == 8  # every checkpoint is another model
@@ -444,8 +445,8 @@ def test_a_run_killed_in_training_and_stopped_in_scoring_gives_the_same_scores(
     object.__setattr__(made, "trainer", tmp_path / "nothing.py")  # it is trained
     ablation.run(made, ["edit_only"], [0])
     assert len(batches) == 4 + 1 + 2 * 2
-    expected = [line for line in ablation.read_scores(whole[0]) if line["variant"] == "edit_only"]
-    found = ablation.read_scores(out)
+    expected = [line for line in ablation_scores.read_scores(whole[0]) if line["variant"] == "edit_only"]
+    found = ablation_scores.read_scores(out)
     for one, other in zip(found, expected, strict=True):
         assert {**one, "mean": 0, "values": 0} == {**other, "mean": 0, "values": 0}
         assert one["values"] == pytest.approx(other["values"], abs=2e-5)  # another size of batch rounds otherwise
@@ -610,7 +611,7 @@ def test_the_published_scores_can_be_resumed(monkeypatch):
     script = ROOT / "train_scripts" / "train_mige.py"
     made = Plan(Path("unused"), ROOT / "configs" / "ablation.py", (), base, script)
     assert made.settings() == json.loads((published / "settings.json").read_text("utf-8"))
-    scored = ablation.finished(ablation.read_scores(published), made.steps)
+    scored = ablation_scores.finished(ablation_scores.read_scores(published), made.steps)
     assert scored >= {(name, seed) for name in VARIANTS for seed in (0, 1)}
     pipeline = MIGEPipeline.from_pretrained(base, dtype=torch.float32)  # verified key by key
     assert pipeline.fusion.config.vae_features is False

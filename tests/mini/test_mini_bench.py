@@ -18,6 +18,7 @@ from mige.data.synthetic.scenes import SIDE, Placed, Scene, Scenes, draw
 from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench, bench_report
+from mige.mini import bench_measures as measures
 from mige.utils import images
 
 KINDS = ("two_references", "add", "replace_by_reference")  # of the runs here: one of each task
@@ -95,10 +96,10 @@ def test_the_truth_has_full_marks_and_a_copy_fails(kind):
     for one in make_cases(4, kinds=[kind]):
         target, source = image(one.case.target)[0], source_of(one.case)
         outputs = torch.stack([target] if source is None else [target, source])
-        truth, *copy = bench.measure(one.case, outputs, target, source)
-        expected = {name: 1.0 for name in ("identity",) if kind in bench.BY_REFERENCE}
+        truth, *copy = measures.measure(one.case, outputs, target, source)
+        expected = {name: 1.0 for name in ("identity",) if kind in measures.BY_REFERENCE}
         expected |= {"identity_1": 1.0, "identity_2": 1.0} if kind == "two_references" else {}
-        expected |= {"background": 1.0} if kind in bench.NEW_BACKGROUND else {}
+        expected |= {"background": 1.0} if kind in measures.NEW_BACKGROUND else {}
         expected |= {"l1_inside": 0.0, "l1_outside": 0.0} if kind in EDITS else {}
         expected |= {"success": 1.0} if kind in EDITS and kind != "background" else {}
         expected |= {"l1_subjects": 0.0} if one.case.target.subjects else {}
@@ -114,10 +115,10 @@ def test_measures_do_not_depend_on_how_many_images_are_measured():
         target, source = image(case.target)[0], source_of(case)
         noise = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         outputs = target + noise * torch.linspace(0, 1, 5)[:, None, None, None]
-        together = bench.measure(case, outputs, target, source)
+        together = measures.measure(case, outputs, target, source)
         assert len(together) == 5 and together[0] != together[4]
         for output, scores in zip(outputs, together, strict=True):
-            assert scores == pytest.approx(bench.measure(case, output[None], target, source)[0], abs=1e-6)
+            assert scores == pytest.approx(measures.measure(case, output[None], target, source)[0], abs=1e-6)
 
 
 def block(where: slice, value: float, ground: float = -1.0) -> torch.Tensor:
@@ -134,13 +135,13 @@ def test_the_changed_region_reaches_two_pixels_around_every_difference():
     expected = torch.zeros(16, 20, dtype=torch.bool)
     expected[3:10, 8:16] = True
     expected[13:, :3] = True
-    assert torch.equal(bench.changed_region(source, target), expected)
-    assert torch.equal(bench.changed_region(target, source), expected)
+    assert torch.equal(measures.changed_region(source, target), expected)
+    assert torch.equal(measures.changed_region(target, source), expected)
 
 
 def edit_scores(output: torch.Tensor, target: torch.Tensor, source: torch.Tensor) -> dict[str, float]:
     empty = replace(one_case("remove"), target=Scene(0, MIDDLE))
-    [scores] = bench.measure(empty, output[None], target, source)
+    [scores] = measures.measure(empty, output[None], target, source)
     return scores
 
 
@@ -171,13 +172,13 @@ def test_a_measure_of_an_empty_region_is_left_out():
 
 
 def test_candidates_are_64_subjects_of_one_split_that_the_scene_does_not_show():
-    for one in make_cases(2, kinds=bench.BY_REFERENCE):
+    for one in make_cases(2, kinds=measures.BY_REFERENCE):
         for subject in one.case.asked:
-            found = bench.candidates(one.case.target, subject)
+            found = measures.candidates(one.case.target, subject)
             assert len(set(found)) == 64 and found[0] == subject.sprite
             assert set(found) <= set(sprites.split()[one.split == "unseen"])
             assert not set(found[1:]) & {s.sprite for s in one.case.target.subjects}
-            assert found == bench.candidates(one.case.target, subject)
+            assert found == measures.candidates(one.case.target, subject)
 
 
 @pytest.mark.parametrize("kind", ["two_references", "add_by_reference_relative", "replace_by_reference"])
@@ -186,22 +187,22 @@ def test_retrieve_finds_the_subject_on_any_variant_and_rejects_another(kind):
         scene, subject = one.case.target, one.case.asked[0]
         variants = np.random.default_rng(3).random((6, backgrounds.VARIANT), np.float32)
         right = [replace(scene, variant=variant) for variant in variants]
-        other = [scene.exchange(subject, replace(subject, sprite=n)) for n in bench.candidates(scene, subject)[1:7]]
-        found = bench.retrieve(scene, subject, unit(image(*right, *other)))
+        other = [scene.exchange(subject, replace(subject, sprite=n)) for n in measures.candidates(scene, subject)[1:7]]
+        found = measures.retrieve(scene, subject, unit(image(*right, *other)))
         assert found.tolist() == [1.0] * 6 + [0.0] * 6, one.id
 
 
 def test_retrieve_finds_no_subject_that_cannot_be_seen():
     subject = Placed(sprites.split()[0][0], -60, 64, 40)
     scene = Scene(0, MIDDLE, (subject,))
-    assert bench.retrieve(scene, subject, unit(image(scene, scene))).tolist() == [0.0, 0.0]
+    assert measures.retrieve(scene, subject, unit(image(scene, scene))).tolist() == [0.0, 0.0]
 
 
 def test_the_nearest_background_is_right_for_fresh_variants():
     fresh = torch.from_numpy(np.random.default_rng(77).random((20, backgrounds.VARIANT), np.float32))
     uncovered = torch.zeros(SIDE, SIDE)
     right = [
-        (bench.nearest_background(backgrounds.draw(kind, fresh, SIDE), uncovered) == kind).float().mean()
+        (measures.nearest_background(backgrounds.draw(kind, fresh, SIDE), uncovered) == kind).float().mean()
         for kind in range(backgrounds.KINDS)
     ]
     assert torch.stack(right).mean() >= 0.95 and min(right) >= 0.8
@@ -213,8 +214,8 @@ def test_the_nearest_background_does_not_look_at_subjects():
     for kind in (1, 9, 23):
         outputs = backgrounds.draw(kind, torch.from_numpy(MIDDLE)[None], SIDE).repeat(2, 1, 1, 1)
         outputs[1, :, covered > 0] = torch.rand(3, 1)
-        assert bench.nearest_background(outputs, covered).tolist() == [kind, kind]
-    assert bench.nearest_background(outputs, torch.ones(SIDE, SIDE)).tolist() == [-1, -1]
+        assert measures.nearest_background(outputs, covered).tolist() == [kind, kind]
+    assert measures.nearest_background(outputs, torch.ones(SIDE, SIDE)).tolist() == [-1, -1]
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_a_row_is_what_the_saved_image_measures_and_the_pipeline_makes(whole, ch
         saved = images.open_image(folder / "images" / f"{row['id']}.png")
         pixels, target = images.to_pixels(saved)[None], image(one.case.target)[0]
         assert pixels.shape == (1, 3, SIDE, SIDE)
-        [scores] = bench.measure(one.case, pixels, target, source_of(one.case))
+        [scores] = measures.measure(one.case, pixels, target, source_of(one.case))
         assert row["model"] == pytest.approx(scores, abs=1e-6)
         references = images.to_pil(image(*one.case.references))
         source = None if one.case.source is None else references[one.case.source]
@@ -435,7 +436,7 @@ def test_the_table_for_a_terminal_marks_what_is_not_the_full_benchmark():
 
 def test_the_table_of_the_full_benchmark_marks_nothing():
     """Also where a measure is left out of some cases, as the L1 of subjects once the only one is removed."""
-    scores = {name: 0.01 for name in bench.MEASURES}
+    scores = {name: 0.01 for name in measures.MEASURES}
     bare = {name: value for name, value in scores.items() if name != "l1_subjects"}
     rows = [
         row(kind, split, bare if kind == "remove" and n < 9 else scores, vae=scores, copy=bare)

@@ -1,6 +1,7 @@
 """Nothing is compiled after the warm-up, whatever lengths the prompts have and however many images there are."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_trainer import build, metrics
 
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction
+from mige.training.warm_up import compiled_graphs
 
 ALL = "train.compile=['transformer','text_encoder','image_encoder','qformer']"
 
@@ -38,10 +40,13 @@ def varied_records(folder, many: int):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_warm_up(tiny_model, tmp_path, graphs_alone):
-    """50 batches of two samples; the warm-up leaves no trace: losses are those without compiling."""
+def test_nothing_is_compiled_after_the_warm_up(tiny_model, tmp_path, graphs_alone, caplog):
+    """50 batches of two samples; the warm-up takes a batch a width and leaves no trace: losses are as uncompiled."""
+    caplog.set_level(logging.INFO, "mige")
     steps = ("train.steps=50", "train.checkpoint_every=50", "train.ema=None", varied_records(tmp_path, 37))
     assert build(tiny_model, tmp_path / "compiled", *steps, ALL).run() == 0
+    warm = [line.split(":")[1].strip() for line in caplog.messages if "graphs compiled" in line]
+    assert warm == ["width 128", "width 64", "width 64 without images"]
     lines = metrics(tmp_path / "compiled")
     assert len(lines) == 50 and {line["recompiles"] for line in lines} == {0}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 8  # and something was compiled
@@ -79,3 +84,29 @@ def test_parts_that_see_have_gradients_without_images(lively):
     without = [name for name, p in trained.items() if p.grad is None]
     assert not without and all(not p.grad.any() for name, p in trained.items() if "qformer" in name)
     assert trained["transformer.proj_out.weight"].grad.any()
+
+
+def test_one_image_and_none_need_no_kernels_of_their_own(lively, graphs_alone):
+    """Kernels for any number of images are for two and more: one is encoded twice, to the same tokens."""
+    model = MIGEPipeline.from_pretrained(lively).model.train()
+    model.compile_blocks(["qformer"])
+    vision, patches = torch.randn(4, 3, 28, 28), torch.randn(4, 64, 64)
+    four = model.encoder.encode_images(vision, patches)
+    graphs = compiled_graphs()
+    assert torch.allclose(model.encoder.encode_images(vision[:1], patches[:1]), four[:1], atol=1e-5)
+    assert torch.allclose(model.encoder.encode_images(vision[:3], patches[:3]), four[:3], atol=1e-5)
+    model.encoder([Instruction(((5, 1),))], vision[:0], patches[:0])
+    assert compiled_graphs() == graphs > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "widths"), [(256, [128, 192, 256]), (160, [64, 128, 160]), (128, [64, 128]), (40, [40])]
+)
+def test_few_widths(lively, graphs_alone, limit, widths):
+    """Of those that prompts can have."""
+    model = MIGEPipeline.from_pretrained(lively).model
+    model.encoder.fusion.register_to_config(max_tokens=limit)
+    model.compile_blocks(["qformer"])
+    assert model.encoder.widths == widths
+    seen = {model.encoder._layout([Instruction(((5,) * many,))]).shape[2] for many in range(1, limit + 9)}
+    assert sorted(seen) == widths

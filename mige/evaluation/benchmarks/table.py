@@ -1,0 +1,91 @@
+"""The four benchmarks as a table: rows, size, measures."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mige.evaluation.benchmarks.files import Options
+from mige.evaluation.benchmarks.rows import dreambench, emu_edit, magicbrush, migebench
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column: which function of the output and of what stands under this name in a row's "score"."""
+
+    name: str
+    of: str  # "clip", "dino", "l1", "l2", "direction"
+    against: str  # "references", "source", "target", "caption", "local_caption", "entity"
+    crop: bool = False  # of the entity cut out of the output instead of the output
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.of in ("l1", "l2")
+
+
+CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no image
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A literal row of the table below."""
+
+    title: str
+    size: Callable[[Options], int]  # samples of the whole benchmark
+    rows: Callable[[Options, Path], Iterator[dict[str, Any]]]
+    metrics: tuple[Metric, ...]  # the first ranks the cases
+    hub: str | None = None
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "dreambench": Benchmark(
+        "DreamBench",
+        lambda options: 750 * options.samples,
+        dreambench,
+        (
+            Metric("DINO", "dino", "references"),
+            Metric("CLIP-I", "clip", "references"),
+            Metric("CLIP-T", "clip", "caption"),
+        ),
+    ),
+    "emu_edit": Benchmark(
+        "Emu Edit",
+        lambda options: {"validation": 3589, "test": 2022}[options.split],
+        emu_edit,
+        (
+            Metric("CLIPdir", "direction", "caption"),
+            Metric("CLIPim", "clip", "source"),
+            Metric("CLIPout", "clip", "caption"),
+            Metric("L1", "l1", "source"),
+            Metric("DINO", "dino", "source"),
+        ),
+        hub="facebook/emu_edit_test_set",
+    ),
+    "magicbrush": Benchmark(
+        "MagicBrush test",
+        lambda options: 1053 if options.iterative is None else 535,
+        magicbrush,
+        (
+            Metric("L1", "l1", "target"),
+            Metric("L2", "l2", "target"),
+            Metric("CLIP-I", "clip", "target"),
+            Metric("DINO", "dino", "target"),
+            Metric("CLIP-T (local captions)", "clip", "local_caption"),
+            Metric("CLIP-T (global captions)", "clip", "caption"),
+        ),
+    ),
+    "migebench": Benchmark(
+        "MIGEBench",
+        lambda options: 1000,
+        migebench,
+        (
+            Metric("DINO", "dino", "target"),
+            Metric("CLIP-I", "clip", "target"),
+            Metric("CLIP-T", "clip", "caption"),
+            Metric("L1", "l1", "target"),
+            Metric("entity DINO", "dino", "entity", crop=True),
+            Metric("entity CLIP-I", "clip", "entity", crop=True),
+        ),
+        hub="EurekaTian/MIGEBench",
+    ),
+}
