@@ -239,7 +239,9 @@ def test_a_profile_of_srgb_changes_no_bit(tmp_path):
         ("RGB", profile()[:200], "the colour profile"),
         ("CMYK", profile(), "is for RGB, the pixels are CMYK"),
         ("RGB", profile("LAB"), "is for Lab, the pixels are RGB"),
+        ("RGB", profile() + bytes(4 * 2**20), r"has 4,194,\d+ bytes, expected at most 4,194,304"),
     ],
+    ids=["no profile", "cut", "of RGB", "of Lab", "large"],
 )
 def test_a_profile_that_cannot_be_used_is_a_warning(tmp_path, mode, icc, message):
     plain = Image.new("RGB", (4, 4), (200, 40, 90)).convert(mode)
