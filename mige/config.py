@@ -181,8 +181,6 @@ class TrainConfig:
             raise ConfigError("train.optimizer: 'adamw_bf16' is now 'adamw' with train.precision=bfloat16")
         one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         one_of("train.precision", self.precision, ("auto", "float32", "mixed", "bfloat16"))
-        if self.trainable == "scratch":
-            raise ConfigError("train.trainable: 'scratch' is now 'all'")
         one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "dit", "lora", "all"))
         for part in self.gradient_checkpointing:
             one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))

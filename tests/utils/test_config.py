@@ -214,7 +214,6 @@ def test_a_value_a_library_refuses_is_named(override):
         ("train.param_dtype=bfloat16", "train.param_dtype is now train.precision"),
         ("train.optimizer=adamw_8bit train.precision=bfloat16", "'bfloat16', but train.optimizer is 'adamw_8bit'"),
         ("train.trainable=lora train.optimizer=muon", "'muon', which trains whole matrices: use adamw with 'lora'"),
-        ("train.trainable=scratch", "train.trainable: 'scratch' is now 'all'"),
         ("train.accumulate=2", "train.accumulate is now train.gradient_accumulation_steps"),
         ("train.clip=2", "train.clip is now train.max_grad_norm"),
         ("train.batch_size=0", "train.batch_size is 0, expected at least 1"),
