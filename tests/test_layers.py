@@ -1,4 +1,4 @@
-"""Over the syntax trees of all files: imports point only downwards (docs/architecture.md, "Layers"), budgets are kept."""
+"""Over all syntax trees: imports point only downwards (docs/architecture.md, "Layers"), and budgets are kept."""
 
 import ast
 import functools
