@@ -35,6 +35,7 @@ model = dict(
 data = dict(
     sets=[],
     world=dict(),
+    world_name="first",
     size=512,
     features=None,
     skip_bad=False,

@@ -77,6 +77,7 @@ class DataConfig:
 
     sets: Sequence[Mapping[str, Any]]  # file, weight (views of a record an epoch, also "1/3"), if need be root, task
     world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
+    world_name: str  # which of the miniature worlds: first (128 px) or second (256 px)
     size: int  # side of the square images, px
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
     skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
@@ -93,6 +94,8 @@ class DataConfig:
         within("data.drop_text + drop_source + drop_both", self.drop_text + self.drop_source + self.drop_both, 0, 1)
         at_least("data.size", self.size, 1)
         at_least("data.workers", self.workers, 0)
+        if self.world_name not in (worlds := ("first", "second")):
+            raise ConfigError(f"data.world_name is {self.world_name!r}, expected one of {', '.join(worlds)}")
         for kind, weight in self.world.items():
             positive(f"data.world.{kind}", weight)
         if self.world and (self.sets or self.features is not None):

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
     from mige import config
+    from mige.data.synthetic.world import WORLDS
     from mige.diffusion.solver import DPMSolver2M
     from mige.inference.pipeline import MIGEPipeline
     from mige.mini.start import fresh_parts, start_from, write_tokenizer
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     from mige.utils.files import atomic_directory
 
     args.device = command.check_device(command.parser(None), args.device)
-    device, sizes = torch.device(args.device), config.load(args.config, args.overrides).model
+    settings = config.load(args.config, args.overrides)
+    device, sizes, world = torch.device(args.device), settings.model, WORLDS[settings.data.world_name]
     if args.from_model is not None:
         start_from(args.from_model, args.folder, sizes, args.seed)
         print(f"{args.folder}: fresh parts, tokenizer and VAE of {args.from_model}")
@@ -66,13 +68,13 @@ def run(args: argparse.Namespace) -> None:
         pipeline = MIGEPipeline(**fresh_parts(sizes, args.seed), tokenizer=None, scheduler=DPMSolver2M())
     if args.vae is not None:
         pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32))
-    curve = train_vae(pipeline.vae, args, device)
+    curve = train_vae(pipeline.vae, args, device, world)
     pipeline.vae.eval()
-    set_scale(pipeline.vae, device)
+    set_scale(pipeline.vae, device, world)
     pipeline.vae.cpu()
     with atomic_directory(args.folder) as folder:
         if args.finetune is None:
-            pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"]))
+            pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"], world))
         pipeline.save_pretrained(folder)
         (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
     print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {pipeline.vae.config.scaling_factor}")

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
 
 from mige.checkpoints.folder import CheckpointError, verify
 from mige.config import ModelConfig
-from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic import tasks
+from mige.data.synthetic.world import FIRST, World
 from mige.diffusion.solver import DPMSolver2M
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.build import build_parts
@@ -22,10 +23,10 @@ from mige.utils.files import atomic_directory
 EXTRA_IDS = 100
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A sentencepiece model with T5's special ids, trained on the instructions of 30,000 cases."""
-    seen = sprites.split()[0]
-    texts = (tasks.sample(np.random.default_rng([1, i]), seen) for i in range(30_000))
+def write_tokenizer(folder: Path, vocab_size: int, world: World = FIRST) -> PreTrainedTokenizerBase:
+    """A sentencepiece model with T5's special ids, trained on the instructions of 30,000 cases of a world."""
+    seen = world.splits()["seen"]
+    texts = (tasks.sample(np.random.default_rng([1, i]), seen, world=world) for i in range(30_000))
     words = (training_text(c.task, c.prompt).replace(PLACEHOLDER, " ").replace("\n", " ") for c in texts)
     file = folder / "spiece.model"
     with file.open("wb") as output:

@@ -12,28 +12,44 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic import tasks
 from mige.data.synthetic.scenes import Scene, Scenes, draw
+from mige.data.synthetic.world import FIRST, World
 
+CROP = 128  # px of an image that a step sees: more different images a second than whole ones of 256 px
 KL = 1e-6  # weight of the pull where it and the error are both summed over an image, as in latent diffusion's VAEs
 
 
 class WorldImages(Dataset):
     """Number -> two images of a case, without end: its target and its last reference, if it has one."""
 
-    def __init__(self, seed: int, subjects: tuple[int, ...]):
-        self.seed, self.subjects = seed, subjects
+    def __init__(self, seed: int, *, seen: bool, world: World):
+        self.seed, self.world = seed, world
+        halves = list(world.splits().values())
+        self.subjects = halves[0] if seen else halves[1]
 
     def __len__(self) -> int:
         return 10**9
 
     def __getitem__(self, number: int) -> list[Scene]:
-        case = tasks.sample(np.random.default_rng([self.seed, number]), self.subjects)
+        case = tasks.sample(np.random.default_rng([self.seed, number]), self.subjects, world=self.world)
         return [case.target, case.references[-1] if case.references else case.target]
 
 
 def stack(cases: list[list[Scene]]) -> Scenes:
     return Scenes.stack([scene for case in cases for scene in case])
+
+
+def _first(cases: WorldImages) -> Scenes:
+    return stack([cases[i] for i in range(64)])
+
+
+def _crop(images: Tensor) -> Tensor:
+    """The same square of at most `CROP` px of all images [N, 3, H, W], at a random place."""
+    if max(images.shape[-2:]) <= CROP:
+        return images
+    top, left = (int(torch.randint(max(side - CROP, 0) + 1, ())) for side in images.shape[-2:])
+    return images[..., top : top + CROP, left : left + CROP]
 
 
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
@@ -50,14 +66,14 @@ def noise_share(vae: AutoencoderKL, images: Tensor) -> float:
     return float((posterior.var.mean() / (posterior.mean.var() + posterior.var.mean())).sqrt())
 
 
-def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list[dict]:
-    """Trains in place; returns the curve, whose last entry tells of the end, also of no steps."""
+def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device, world: World = FIRST) -> list[dict]:
+    """Trains in place on square images of a world; returns the curve, whose last entry is the end, also of no steps."""
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    held_out = draw(stack([WorldImages(10_001, sprites.split()[1])[i] for i in range(64)]), device)
+    held_out = draw(_first(WorldImages(10_001, seen=False, world=world)), device, world=world)
     if args.steps == 0:
         return [{"step": 0, "psnr_unseen": round(psnr(vae, held_out), 2), "noise_share": noise_share(vae, held_out)}]
     loader = DataLoader(
-        WorldImages(10_000, sprites.split()[0]),
+        WorldImages(10_000, seen=True, world=world),
         batch_size=args.batch // 2,
         collate_fn=stack,
         num_workers=args.workers,
@@ -70,7 +86,7 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device) -> list
     for step in itertools.count(1):
         done = max(step / args.steps, (time.perf_counter() - started) / args.seconds)
         optimizer.param_groups[0]["lr"] = args.rate * min(1.0, step / 100, 1.25 * (1 - min(done, 0.999)))
-        images = draw(next(batches), device).contiguous(memory_format=torch.channels_last)
+        images = _crop(draw(next(batches), device, world=world)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = compiled(vae, images)
         loss.backward()
@@ -103,9 +119,9 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum() / error.numel()
 
 
-def set_scale(vae: AutoencoderKL, device: torch.device) -> None:
+def set_scale(vae: AutoencoderKL, device: torch.device, world: World = FIRST) -> None:
     """The scale factor that gives latents of the world's images variance 1."""
-    images = draw(stack([WorldImages(10_002, sprites.split()[0])[i] for i in range(64)]), device)
+    images = draw(_first(WorldImages(10_002, seen=True, world=world)), device, world=world)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.sample(torch.Generator(device).manual_seed(0))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))

@@ -32,6 +32,7 @@ def resume_invariants(
         "epoch_samples": len(dataset),
         "order": ORDER if data.sets else None,  # the miniature world's cases come as they are numbered
         "world": [[kind, float(weight)] for kind, weight in data.world.items()],
+        "world_name": None if data.world_name == "first" else data.world_name,  # as before there were two
         "image_size": data.size,
         "features": data.features is not None,
         "drop_text": float(data.drop_text),

@@ -139,7 +139,8 @@ class Trainer:
 
     def _widths(self) -> list[int]:
         """Of the contexts that are to be expected."""
-        return self.plain.encoder.widths  # pipeline.model is made anew at each call, with an encoder that pads nothing
+        encoder = self.plain.encoder  # pipeline.model is made anew at each call, with an encoder that pads nothing
+        return encoder.widths if encoder.pad_to > 1 else encoder.widths[-1:]  # the VAE alone sees no context
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mige.data.synthetic import backgrounds, sprites
+from mige.data.synthetic.backgrounds import VARIANT
 from mige.data.synthetic.scenes import SIDE, SWAPS, Placed, Scene
+from mige.data.synthetic.world import FIRST, SQUARE, Frame, World
 from mige.tasks import Task
 
-RASTER = (26, 64, 102)  # middles of the rows and columns of places, px
+RASTER = (26, 64, 102)  # middles of the rows and columns of places, of 128
 PLACES = (
     ("in the top left corner", "at the top left"),
     ("at the top", "in the middle of the top"),
@@ -50,12 +51,19 @@ class Case:
 
 
 class Author:
-    """Draws the pieces of a case: scenes, subjects, words."""
+    """Draws the pieces of a case: scenes, subjects, words. All images of a case have one frame."""
 
-    def __init__(self, rng: np.random.Generator, subjects: Sequence[int], augment: bool):
-        self.rng, self.subjects, self.augment = rng, subjects, augment
-        self.named = set(sprites.split()[0])
-        self.used: set[int] = set()
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        subjects: Sequence[int],
+        augment: bool,
+        world: World = FIRST,
+        frame: Frame = SQUARE,
+    ):
+        self.rng, self.subjects, self.augment, self.world, self.frame = rng, subjects, augment, world, frame
+        self.names, self.known = world.names(), world.known()
+        self.used: set[str] = set()
 
     def chance(self, p: float) -> bool:
         """True with probability p."""
@@ -70,20 +78,20 @@ class Author:
         return float(self.rng.uniform(-spread, spread))
 
     def subject(self, *, named: bool = False, asymmetric: bool = False) -> int:
-        """A subject that this case does not show yet; `named`: one whose name the model can know."""
+        """A subject whose name this case does not show yet; `named`: one that a name alone can ask for."""
         while True:
-            number = int(self.pick(sprites.split()[0] if named else self.subjects))
-            if number not in self.used and (not asymmetric or sprites.is_asymmetric()[number]):
-                self.used.add(number)
+            number = int(self.pick(self.world.named() if named else self.subjects))
+            if self.names[number] not in self.used and (not asymmetric or self.world.is_asymmetric(number)):
+                self.used.add(self.names[number])
                 return number
 
     def variant(self) -> np.ndarray:
-        """The numbers in [0, 1) that a background is drawn from, float32 [backgrounds.VARIANT]."""
-        return self.rng.random(backgrounds.VARIANT, dtype=np.float32)
+        """The numbers in [0, 1) that a background is drawn from, float32 [VARIANT]."""
+        return self.rng.random(VARIANT, dtype=np.float32)
 
     def background(self, other_than: int = -1) -> int:
         """A kind of background, never `other_than`."""
-        kind = int(self.rng.integers(backgrounds.KINDS - (other_than >= 0)))
+        kind = int(self.rng.integers(len(self.world.phrases) - (other_than >= 0)))
         return kind + (0 <= other_than <= kind)
 
     def places(self, many: int) -> list[int]:
@@ -92,7 +100,7 @@ class Author:
 
     def there(self, number: int, place: int, *, sizes: tuple[float, float] = (30, 48), plain: bool = False) -> Placed:
         """A subject as a scene shows it: scattered, turned, now and then mirrored or in exchanged colours."""
-        x, y = middle(place)
+        x, y = self.middle(place)
         colour = SWAPS[0] if plain or not self.chance(0.2) else self.pick(SWAPS)
         size = float(self.rng.uniform(*sizes))
         turned = self.scatter(12), self.chance(0.5)
@@ -112,11 +120,12 @@ class Author:
     def portrait(self) -> tuple[Scene, Placed]:
         """An image of one subject alone, large, and the subject as it will appear elsewhere."""
         swap = self.pick(SWAPS) if self.chance(0.5) else SWAPS[0]
-        subject = Placed(self.subject(), SIDE / 2, SIDE / 2, SIZES[""], self.scatter(12), self.chance(0.5), swap)
+        x, y = self.middle(4)
+        subject = Placed(self.subject(), x, y, SIZES[""], self.scatter(12), self.chance(0.5), swap)
         subject = self.augmented(subject) if self.augment and self.chance(AUGMENTED) else subject
-        ground = backgrounds.PLAIN_WHITE if self.chance(0.4) else self.pick(backgrounds.PLAIN)
+        ground = self.world.white if self.chance(0.4) else self.pick(self.world.plain)
         size = float(self.rng.uniform(88, 116))
-        shown = replace(subject, x=64 + self.scatter(5), y=64 + self.scatter(5), size=size)
+        shown = replace(subject, x=x + self.scatter(5), y=y + self.scatter(5), size=size)
         return Scene(ground, self.variant(), (shown,)), subject
 
     def augmented(self, subject: Placed) -> Placed:
@@ -129,39 +138,32 @@ class Author:
     def old(self, subject: Placed, place: int) -> str:
         """How an instruction calls something in the image: by its name, its place, or both."""
         as_drawn = np.array_equal(subject.colour, SWAPS[0]) and abs(subject.angle) < 45 and subject.other < 0
-        known = subject.sprite in self.named and as_drawn
+        known = subject.sprite in self.known and as_drawn
         way = self.rng.random()
         if known and way < 0.5:
-            return f"the {name(subject)}"
-        thing = name(subject) if known and way < 0.75 else self.pick(("object", "thing"))
+            return f"the {self.names[subject.sprite]}"
+        thing = self.names[subject.sprite] if known and way < 0.75 else self.pick(("object", "thing"))
         return f"the {thing} {self.pick(PLACES[place])}"
 
     def new(self, number: int, size: str) -> str:
         """How an instruction calls something it brings in."""
-        words = f"{size} {sprites.names()[number]}".strip()
+        words = f"{size} {self.names[number]}".strip()
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
     def size(self) -> str:
         """A size of `SIZES`, every other time the usual one."""
         return self.pick(("", "", "small", "large"))
 
+    def middle(self, place: int) -> tuple[float, float]:
+        """The middle of a place, in units."""
+        width, height = self.frame
+        return RASTER[place % 3] * (width / SIDE), RASTER[place // 3] * (height / SIDE)
 
-def name(subject: Placed) -> str:
-    """What an instruction calls a subject."""
-    return sprites.names()[subject.sprite]
+    def upright(self, number: int, place: int, size: str) -> Placed:
+        """A subject as an instruction brings it in: upright in the middle of its place; `size`: a key of `SIZES`."""
+        return Placed(number, *self.middle(place), SIZES[size])
 
-
-def middle(place: int) -> tuple[float, float]:
-    """The middle of a place, px."""
-    return RASTER[place % 3], RASTER[place // 3]
-
-
-def upright(number: int, place: int, size: str) -> Placed:
-    """A subject as an instruction brings it in: upright in the middle of its place; `size`: a key of `SIZES`."""
-    return Placed(number, *middle(place), SIZES[size])
-
-
-def moved_to(subject: Placed, place: int, size: float) -> Placed:
-    """The subject in the middle of a place, its size in px."""
-    x, y = middle(place)
-    return replace(subject, x=x, y=y, size=size)
+    def moved_to(self, subject: Placed, place: int, size: float) -> Placed:
+        """The subject in the middle of a place, its size in units."""
+        x, y = self.middle(place)
+        return replace(subject, x=x, y=y, size=size)

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from mige.data.synthetic import backgrounds
-from mige.data.synthetic.author import PLACES, SIDES, SIZES, Author, Case, middle, upright
+from mige.data.synthetic.author import PLACES, SIDES, SIZES, Author, Case
 from mige.data.synthetic.scenes import COLOURS, Placed, Scene, tint
 from mige.tasks import PLACEHOLDER, Task
 
-APART = 38  # from middle to middle of what stands side by side, px
+APART = 38  # from middle to middle of what stands side by side, in units
 GROW, SHRINK = 1.45, 0.65
 
 
@@ -20,7 +19,7 @@ def _add(a: Author) -> Case:
     scene, places = a.scene(many=int(a.rng.integers(0, 4)))
     number, size = a.subject(named=True), a.size()
     place = a.pick([p for p in range(len(PLACES)) if p not in places])
-    new, where = upright(number, place, size), a.pick(PLACES[place])
+    new, where = a.upright(number, place, size), a.pick(PLACES[place])
     prompt = a.pick(("add {} {} in{}", "put {} {} of{}", "place {} {} in{}", "insert {} {} into{}"))
     return _edit("add", prompt.format(a.new(number, size), where, PLACEHOLDER), scene, scene.with_(new), [new])
 
@@ -78,7 +77,7 @@ def _replace(a: Author) -> Case:
 def _background(a: Author) -> Case:
     scene, _ = a.scene()
     kind = a.background(other_than=scene.background)
-    where = backgrounds.PHRASES[kind]
+    where = a.world.phrases[kind]
     prompt = a.pick(("make{} happen {}", "change the background of{}: everything {}", "show what is in{} {}"))
     target = replace(scene, background=kind, variant=a.variant())
     return _edit("background", prompt.format(PLACEHOLDER, where), scene, target, ())
@@ -96,7 +95,7 @@ def _recolour(a: Author) -> Case:
 def _move(a: Author) -> Case:
     scene, places = a.scene(plain=True)
     old, place = scene.subjects[0], a.pick([p for p in range(len(PLACES)) if p not in places])
-    x, y = middle(place)
+    x, y = a.middle(place)
     new, where = replace(old, x=x, y=y), a.pick(PLACES[place])
     prompt = a.pick(("move {} in{} so that it is {}", "shift {} in{}: it should be {}", "put {} in{} elsewhere, {}"))
     words = prompt.format(a.old(old, places[0]), PLACEHOLDER, where)

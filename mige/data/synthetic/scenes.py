@@ -3,6 +3,7 @@
 Letters: P images, S places for subjects, N images or subjects drawn in one go, H and W pixels.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mige.data.synthetic import backgrounds, sprites
+from mige.data.synthetic.world import FIRST, World
 
 SIDE = 128
+"""Units in the shorter side of an image, in which scenes are laid out; px of the first world."""
+SHADOW_WIDER = 4 / 3
+"""Side of a shadow's square, in sides of its subject's."""
 MAX_SUBJECTS = 5
 """Subjects a scene holds at most."""
 PLAIN_COLOUR = np.eye(3, dtype=np.float32)
@@ -37,10 +41,10 @@ COLOURS = {
 class Placed:
     """A subject in a scene."""
 
-    sprite: int  # its number, see `sprites`
-    x: float  # centre, px
+    sprite: int  # its number in its world
+    x: float  # centre, in units
     y: float
-    size: float  # side of its square, px; the drawing fills 0.92 of it
+    size: float  # side of its square, in units; the drawing fills 0.92 of it
     angle: float = 0.0  # degrees, clockwise
     flip: bool = False  # mirrored
     colour: np.ndarray = field(default_factory=lambda: PLAIN_COLOUR)  # [3, 3], new red, green, blue from the drawing's
@@ -118,61 +122,111 @@ class Scenes:
         )
 
 
-def draw(scenes: Scenes, device: torch.device | str = "cpu", side: int = SIDE) -> Tensor:
-    """Images of P scenes, float32 [P, 3, side, side] in [-1, 1], drawn on `device`.
+def draw(
+    scenes: Scenes,
+    device: torch.device | str = "cpu",
+    side: int | tuple[int, int] | None = None,
+    world: World = FIRST,
+) -> Tensor:
+    """Images of P scenes of a world, float32 [P, 3, height, width] in [-1, 1], drawn on `device`.
 
-    Everything that decides the shapes of the work is read on the CPU, so that a GPU is never waited for.
+    side: of square images, or height and width; the world's side by default. The frame in which the scenes were laid
+    out must have this shape. Everything that decides the shapes of the work is read on the CPU, so that a GPU is never
+    waited for.
     """
-    device = torch.device(device)
+    device, side = torch.device(device), world.side if side is None else side
+    height, width = (side, side) if isinstance(side, int) else side
     kinds = scenes.background.unique().tolist()
-    there, big = scenes.sprite >= 0, scenes.place[..., 2] > sprites.BIG_FROM  # [P, S]
-    layers = [(sheet, slot) for slot in range(MAX_SUBJECTS) for sheet in range(2)]
+    level = torch.bucketize(scenes.place[..., 2].contiguous(), torch.tensor(world.upto))  # [P, S]
+    layers = [(depth, slot) for slot in range(MAX_SUBJECTS) for depth in range(len(world.upto) + 1)]
     chosen = [scenes.background == kind for kind in kinds]
-    chosen += [(there & (~big if sheet else big))[:, slot] for sheet, slot in layers]
+    chosen += [((scenes.sprite >= 0) & (level == depth))[:, slot] for depth, slot in layers]
     rows = _upload([one.nonzero().flatten() for one in chosen], device)
-    canvas = torch.empty(len(scenes.background), 3, side, side, device=device)
-    variant, place, colour, sprite, other, cut = (
+    canvas = torch.empty(len(scenes.background), 3, height, width, device=device)
+    on_floor = torch.tensor([kind in world.floors for kind in range(len(world.phrases))])[scenes.background]
+    variant, place, colour, sprite, other, cut, on_floor = (
         t.to(device, non_blocking=True)
-        for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite, scenes.other, scenes.cut)
+        for t in (scenes.variant, scenes.place, scenes.colour, scenes.sprite, scenes.other, scenes.cut, on_floor)
     )
     joined = (scenes.other >= 0).any(dim=0).tolist()  # in which slots
     for kind, here in zip(kinds, rows[: len(kinds)], strict=True):
-        canvas[here] = backgrounds.draw(kind, variant[here], side)
-    sheets = sprites.sheets(device)
-    for (sheet, slot), here in zip(layers, rows[len(kinds) :], strict=True):
+        canvas[here] = world.draw(kind, variant[here], height, width)
+    for (depth, slot), here in zip(layers, rows[len(kinds) :], strict=True):
         if len(here):
-            drawings = sheets[sheet][sprite[here, slot]]
-            if joined[slot]:
-                drawings = _join(drawings, sheets[sheet], other[here, slot], cut[here, slot])
-            layer = _layer(drawings, place[here, slot], colour[here, slot], side)
-            canvas[here] = canvas[here] * (1 - layer[:, 3:]) + layer[:, :3]
+            drawings, shades = _subjects(
+                world, depth, sprite[here, slot], other[here, slot], cut[here, slot], joined[slot]
+            )
+            layer = _layer(drawings, place[here, slot], colour[here, slot], height, width)
+            under = canvas[here]
+            if shades is not None:
+                under = under * (1 - _shadow(shades, place[here, slot], on_floor[here], height, width))
+            canvas[here] = under * (1 - layer[:, 3:]) + layer[:, :3]
     return canvas * 2 - 1
 
 
-def _join(drawings: Tensor, sheet: Tensor, other: Tensor, cut: Tensor) -> Tensor:
-    """Drawings [N, 4, h, w] with those of numbers `other` [N] (-1: none) beyond lines `cut` [N, 3]."""
+def _subjects(
+    world: World, level: int, sprite: Tensor, other: Tensor, cut: Tensor, joined: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Drawings [N, 4, h, w] and what they shade [N, 1, h, w], if anything; joined with an `other`."""
+    drawings, shades = world.sample(level, sprite), None if world.shadow is None else world.shadow(sprite)
+    if joined:
+        there = other.clamp(min=0)
+        drawings = _join(drawings, world.sample(level, there), other, cut)
+        if shades is not None:
+            shades = _join(shades, world.shadow(there), other, cut * _narrower(cut))
+    return drawings, shades
+
+
+@functools.cache
+def _narrow(device: torch.device) -> Tensor:
+    return torch.tensor([1.0, 1.0, 1 / SHADOW_WIDER], device=device)
+
+
+def _narrower(cut: Tensor) -> Tensor:
+    """A line of the drawing in its shadow's wider square."""
+    return _narrow(cut.device)
+
+
+def _join(drawings: Tensor, others: Tensor, other: Tensor, cut: Tensor) -> Tensor:
+    """Drawings [N, C, h, w] with `others` [N, C, h, w] of numbers `other` [N] (-1: none) beyond lines `cut` [N, 3]."""
     side = drawings.shape[-1]
     ticks = (torch.arange(side, device=drawings.device) * 2 + 1) / side - 1  # middles of pixels
     beyond = cut[:, :1, None] * ticks + cut[:, 1:2, None] * ticks[:, None] > cut[:, 2:, None]  # [N, h, w]
     beyond &= (other >= 0)[:, None, None]
-    return torch.where(beyond[:, None], sheet[other.clamp(min=0)], drawings)
+    return torch.where(beyond[:, None], others, drawings)
 
 
-def _layer(drawings: Tensor, place: Tensor, colour: Tensor, side: int) -> Tensor:
-    """Subjects [N, 4, h, w] put in their places on transparent images -> [N, 4, side, side], alpha multiplied in."""
-    x, y, size, angle, flip = place.unbind(1)
-    half = side / SIDE * size / 2
-    x, y = x * side / SIDE, y * side / SIDE
-    cos, sin = angle.cos(), angle.sin()
-    # From canvas coordinates (-1..1) to those of the drawing: shift, turn back, scale, mirror.
-    across = torch.stack([cos, sin, (side / 2 - x) / (side / 2) * cos + (side / 2 - y) / (side / 2) * sin], dim=1)
-    down = torch.stack([-sin, cos, -(side / 2 - x) / (side / 2) * sin + (side / 2 - y) / (side / 2) * cos], dim=1)
-    ratio = (side / 2 / half)[:, None]
-    theta = torch.stack([across * ratio * flip[:, None], down * ratio], dim=1)  # [N, 2, 3]
-    grid = F.affine_grid(theta, [len(drawings), 4, side, side], align_corners=False)
-    layer = F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _layer(drawings: Tensor, place: Tensor, colour: Tensor, height: int, width: int) -> Tensor:
+    """Subjects [N, 4, h, w] put in their places on transparent images -> [N, 4, height, width], alpha multiplied in."""
+    layer = _put(drawings, place, height, width)
     painted = torch.einsum("noc,nchw->nohw", colour, layer[:, :3])
     return torch.cat([painted, layer[:, 3:]], dim=1)
+
+
+def _shadow(shades: Tensor, place: Tensor, on_floor: Tensor, height: int, width: int) -> Tensor:
+    """How much light subjects take from what is under them, [N, 1, height, width]; flat at the foot or behind."""
+    x, y, size, angle, flip = place.unbind(1)
+    flat = on_floor.float()
+    put = [x + size * (0.05 + 0.03 * flat), y + size * (0.06 + 0.36 * flat), size * SHADOW_WIDER, angle, flip]
+    strength = (0.28 + 0.14 * flat)[:, None, None, None]
+    return strength * _put(shades, torch.stack(put, dim=1), height, width, squash=1 - 0.8 * flat)
+
+
+def _put(drawings: Tensor, place: Tensor, height: int, width: int, squash: Tensor | float = 1.0) -> Tensor:
+    """Drawings [N, C, h, w] in their places -> [N, C, height, width]; `squash` [N]: how flat they lie."""
+    x, y, size, angle, flip = place.unbind(1)
+    side = min(height, width)
+    half = side / SIDE * size / 2
+    x, y = x * side / SIDE, y * side / SIDE
+    cos, sin, wide, high = angle.cos(), angle.sin(), width / side, height / side
+    # From canvas coordinates (-1..1) to those of the drawing: shift, stretch, turn back, scale, mirror.
+    right, down = (width / 2 - x) / (side / 2), (height / 2 - y) / (side / 2) / squash
+    across = torch.stack([cos * wide, sin * high / squash, right * cos + down * sin], dim=1)
+    along = torch.stack([-sin * wide, cos * high / squash, -right * sin + down * cos], dim=1)
+    ratio = (side / 2 / half)[:, None]
+    theta = torch.stack([across * ratio * flip[:, None], along * ratio], dim=1)  # [N, 2, 3]
+    grid = F.affine_grid(theta, [len(drawings), 1, height, width], align_corners=False)
+    return F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _upload(rows: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mige.data.synthetic import backgrounds, edits
-from mige.data.synthetic.author import HUGE, PLACES, SIZES, Author, Case, moved_to, upright
+from mige.data.synthetic import edits
+from mige.data.synthetic.author import HUGE, PLACES, SIZES, Author, Case
 from mige.data.synthetic.scenes import Placed, Scene
+from mige.data.synthetic.world import FIRST, SQUARE, Frame, World
 from mige.tasks import PLACEHOLDER, Task
 
 
@@ -21,22 +22,32 @@ def sample(
     mixture: Mapping[str, float] | None = None,
     *,
     augment: bool = False,
+    world: World = FIRST,
+    frame: Frame = SQUARE,
 ) -> Case:
     """A case of a kind drawn by the weights of `mixture` (default `MIXTURE`); the rest as `make`."""
     mixture = MIXTURE if mixture is None else mixture
     weights = np.array(list(mixture.values()), dtype=float)
     kind = list(mixture)[int(rng.choice(len(weights), p=weights / weights.sum()))]
-    return make(kind, rng, subjects, augment=augment)
+    return make(kind, rng, subjects, augment=augment, world=world, frame=frame)
 
 
-def make(kind: str, rng: np.random.Generator, subjects: Sequence[int], *, augment: bool = False) -> Case:
-    """A case of one kind about the given subjects; those that are called by a name are always seen ones.
+def make(
+    kind: str,
+    rng: np.random.Generator,
+    subjects: Sequence[int],
+    *,
+    augment: bool = False,
+    world: World = FIRST,
+    frame: Frame = SQUARE,
+) -> Case:
+    """A case of one kind about the given subjects of a world; what a name brings in is always a seen one.
 
     augment: most subjects that a reference shows, and half of those in images to edit, are no drawing of the sheet:
     turned by quarters, or joined of two drawings along a line (as CutMix, arXiv 1905.04899, joins images), or both.
     A model that has only some hundred drawings to learn from remembers them else, and doesn't look at a new one.
     """
-    return KINDS[kind](Author(rng, subjects, augment))
+    return KINDS[kind](Author(rng, subjects, augment, world, frame))
 
 
 # ---- from words and references to a new image --------------------------------------------------------------------
@@ -47,7 +58,7 @@ def _text_to_image(a: Author) -> Case:
     placed, words = [], []
     for place in a.places(many):
         size, number = a.size(), a.subject(named=True)
-        placed.append(upright(number, place, size))
+        placed.append(a.upright(number, place, size))
         words.append(f"{a.new(number, size)} {a.pick(PLACES[place])}")
     return _generation(a, "text_to_image", " and ".join(words), kind, (), placed, placed)
 
@@ -55,10 +66,10 @@ def _text_to_image(a: Author) -> Case:
 def _one_reference(a: Author) -> Case:
     kind, (portrait, subject) = a.background(), a.portrait()
     if a.chance(0.2):
-        placed, words = moved_to(subject, 4, HUGE), f"a huge{PLACEHOLDER}{a.pick(PLACES[4])}"
+        placed, words = a.moved_to(subject, 4, HUGE), f"a huge{PLACEHOLDER}{a.pick(PLACES[4])}"
     else:
         size, [place] = a.size(), a.places(1)
-        placed, words = moved_to(subject, place, SIZES[size]), f"a {size}{PLACEHOLDER}{a.pick(PLACES[place])}"
+        placed, words = a.moved_to(subject, place, SIZES[size]), f"a {size}{PLACEHOLDER}{a.pick(PLACES[place])}"
     return _generation(a, "one_reference", words, kind, (portrait,), [placed], [placed])
 
 
@@ -68,7 +79,7 @@ def _two_references(a: Author) -> Case:
         portrait, subject = a.portrait()
         size = a.size()
         portraits.append(portrait)
-        placed.append(moved_to(subject, place, SIZES[size]))
+        placed.append(a.moved_to(subject, place, SIZES[size]))
         words.append(f"a {size}{PLACEHOLDER}{a.pick(PLACES[place])}")
     return _generation(a, "two_references", " and ".join(words), kind, tuple(portraits), placed, placed)
 
@@ -77,7 +88,7 @@ def _reference_and_name(a: Author) -> Case:
     kind, (portrait, subject), number = a.background(), a.portrait(), a.subject(named=True)
     one, other = a.places(2)
     size, other_size = a.size(), a.size()
-    placed = [moved_to(subject, one, SIZES[size]), upright(number, other, other_size)]
+    placed = [a.moved_to(subject, one, SIZES[size]), a.upright(number, other, other_size)]
     words = [f"a {size}{PLACEHOLDER}{a.pick(PLACES[one])}", f"{a.new(number, other_size)} {a.pick(PLACES[other])}"]
     if a.chance(0.5):
         words.reverse()
@@ -85,7 +96,7 @@ def _reference_and_name(a: Author) -> Case:
 
 
 def _generation(a: Author, kind: str, words: str, background: int, references, placed, asked) -> Case:
-    where = backgrounds.PHRASES[background]
+    where = a.world.phrases[background]
     prompt = a.pick((f"{words}, {where}", f"a picture of {words}, {where}", f"{where}, {words}", f"{words} {where}"))
     target = Scene(background, a.variant(), tuple(placed))
     return Case(kind, Task.SUBJECT, prompt, target, references, None, tuple(asked))
@@ -102,7 +113,7 @@ def _add_by_reference(a: Author) -> Case:
     scene, places = a.scene(many=int(a.rng.integers(0, 4)))
     portrait, subject = a.portrait()
     place, size = a.pick([p for p in range(len(PLACES)) if p not in places]), a.size()
-    new, where = moved_to(subject, place, SIZES[size]), a.pick(PLACES[place])
+    new, where = a.moved_to(subject, place, SIZES[size]), a.pick(PLACES[place])
     return _bring(a, "add_by_reference", scene, portrait, new, f"a {size}{PLACEHOLDER}", where)
 
 
