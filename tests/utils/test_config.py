@@ -224,7 +224,6 @@ def test_a_value_a_library_refuses_is_named(override):
         ("train.keep_checkpoints=0", "train.keep_checkpoints is 0, expected at least 1"),
         ("train.pretrained=None", "train.pretrained is None: fresh weights need train.tokenizer"),
         ("train.pretrained=None train.tokenizer=t train.trainable=lora", "'lora', but train.pretrained is None"),
-        ("train.optimizer=adamw_bf16", "'adamw_bf16' is now 'adamw' with train.precision=bfloat16"),
         ("train.trainable=lora train.ema=0.9", "train.ema averages whole models; set it to None for 'lora'"),
         ("train.sample_records=[]", "train.sample_every is set, but train.sample_records names no file"),
     ],
