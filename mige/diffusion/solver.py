@@ -41,8 +41,7 @@ def time_grid(steps: int, betas: Tensor, device: torch.device | str = "cpu") -> 
     [steps + 1]. The last point (model time 0) is arrived at but never evaluated. Raises ValueError if steps < 1.
     """
     _require_steps(steps)
-    train_steps = len(betas)
-    log_alpha = (0.5 * torch.log(1 - betas.double()).cumsum(0)).float()
+    train_steps, log_alpha = len(betas), log_alphas(betas)
     train_time = torch.linspace(0, 1, train_steps + 1, dtype=torch.float32)[1:]
     time = torch.linspace(1, 1 / train_steps, steps + 1, dtype=torch.float32)
     left = (torch.searchsorted(train_time, time) - 1).clamp(0, train_steps - 2)
@@ -52,6 +51,11 @@ def time_grid(steps: int, betas: Tensor, device: torch.device | str = "cpu") -> 
     lam = log_alpha_t - 0.5 * torch.log(1 - (2 * log_alpha_t).exp())
     model_time = (time - 1 / train_steps) * train_steps
     return Grid(*(values.to(device) for values in (model_time, alpha, sigma, lam)))
+
+
+def log_alphas(betas: Tensor) -> Tensor:
+    """Log of alpha at the training times, float32 [T]; `betas`: [T]."""
+    return (0.5 * torch.log(1 - betas.double()).cumsum(0)).float()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from mige.diffusion.solver import why_not
 from mige.inference.samples import Sample, make_sample
 from mige.utils.images import as_image, image_key
+from mige.utils.masks import as_mask
 
 SEEDS = 2**63
 """Seeds are whole numbers from 0 to below this."""
@@ -130,6 +131,21 @@ def samples_of(prompt: Any, references: Any, source: Any, count: int | None = No
     lists = [references] if is_one else _each("references", references, len(prompts))
     sources = _each("source", source, len(prompts))
     return [_sample(*given) for given in zip(prompts, lists, sources, strict=True)]
+
+
+def masks_of(mask: Any, samples: Sequence[Sample]) -> list[Image.Image | None]:
+    """The mask of each sample, mode "L" and of its source's size, from one for all, or a list.
+
+    Raises ValueError where a sample has no source, or numbers don't agree; BadImageError as `as_mask`.
+    """
+    if mask is None:
+        return [None] * len(samples)
+    if samples[0].source is None:
+        raise ValueError("mask is given without a source: it says what of a source may change")
+    masks = [mask] * len(samples) if _is_image(mask) else _listed("mask", mask)
+    if len(masks) != len(samples):
+        raise ValueError(f"{len(samples)} prompts, but mask has {len(masks)} entries; give one for all, or one each")
+    return [as_mask(one, sample.source.size) for one, sample in zip(masks, samples, strict=True)]
 
 
 def _sample(prompt: str, references: Any, source: Any) -> Sample:

@@ -77,11 +77,14 @@ def prepare(
     instructions = [instruct(sample, tokenizer) for sample in samples] if read else []
     references = [image for sample in samples for image in sample.references if read or task is Task.EDIT]
     vision = _each(lambda image: images.vision_levels(image, vision_size), references) if read else []
-    fit = images.letterbox if TASKS[task].letterbox else images.center_crop
+    by_task = images.letterbox if TASKS[task].letterbox else images.center_crop
+    fit = [images.squeeze if s.whole and image is s.source and task is Task.EDIT else by_task
+           for s in samples for image in s.references]  # fmt: skip
     draws = [draw for sample_noise in noise for draw in sample_noise.references if references]
     sources = None
     if task is Task.SUBJECT_EDIT:
-        sources = _fit([s.source for s in samples], images.center_crop, noise[0].source, cell)
+        whole = [images.squeeze if sample.whole else images.center_crop for sample in samples]
+        sources = _fit([sample.source for sample in samples], whole, noise[0].source, cell)
     return Inputs(
         task=task,
         instructions=instructions,
@@ -108,14 +111,17 @@ def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
 
 
 def _fit(
-    originals: Sequence[Image.Image], fit: Callable[[Image.Image, int, int], Image.Image], draw: Tensor, cell: int
+    originals: Sequence[Image.Image],
+    fits: Sequence[Callable[[Image.Image, int, int], Image.Image]],
+    draw: Tensor,
+    cell: int,
 ) -> Tensor:
-    """Images fitted to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
+    """Images, each fitted in its way to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    return torch.stack(_each(lambda image: images.to_levels(fit(image, height, width)), originals))
+    return torch.stack(_each(lambda image, fit: images.to_levels(fit(image, height, width)), originals, fits))
 
 
-def _each(function: Callable[[Image.Image], Tensor], originals: Sequence[Image.Image]) -> list[Tensor]:
+def _each(function: Callable[..., Tensor], originals: Sequence[Image.Image], *others: Sequence) -> list[Tensor]:
     """The function of every image, in threads: resizing leaves the interpreter free, and the GPU waits for it."""
     with ThreadPoolExecutor(min(8, max(1, len(originals)))) as pool:
-        return list(pool.map(function, originals))
+        return list(pool.map(function, originals, *others))

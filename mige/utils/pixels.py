@@ -46,6 +46,11 @@ def center_crop(image: Image.Image, height: int, width: int, *, like: tuple[int,
     return scaled.crop((left, top, left + width, top + height))
 
 
+def squeeze(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale (bilinear, antialiased) the whole image to height x width; the mode is kept."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out."""
     if image.width * height >= image.height * width:
