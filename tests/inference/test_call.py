@@ -152,7 +152,7 @@ def test_the_context_of_encode_prompt_gives_the_same_image(pipe, cat, cup):
 
 
 def test_contexts_of_several_prompts_and_images(pipe, cat):
-    given = dict(prompt=["a<imagehere>", "a long-haired<imagehere>on a table"], references=[[cat]] * 2, seed=[1, 7])
+    given = dict(prompt=["a<imagehere>", "a long haired<imagehere>on a table"], references=[[cat]] * 2, seed=[1, 7])
     want = pipe(**given, num_images_per_prompt=2, **LATENT).images
     context, mask, *_ = pipe.encode_prompt(**given, num_images_per_prompt=2)
     assert len(context) == 4 and mask[0].sum() < mask.shape[1] == mask[2].sum()

@@ -218,6 +218,7 @@ def test_a_value_a_library_refuses_is_named(override):
         ("train.clip=2", "train.clip is now train.max_grad_norm"),
         ("train.batch_size=0", "train.batch_size is 0, expected at least 1"),
         ("train.gradient_accumulation_steps=-1", "train.gradient_accumulation_steps is -1, expected at least 1"),
+        (f"train.learning_rate={10**400}", f"train.learning_rate is {10**400}, expected a number"),
         ("train.noise_levels=0", "train.noise_levels is 0, expected at least 1"),
         ("train.log_every=0", "train.log_every is 0, expected at least 1"),
         ("train.checkpoint_every=0", "train.checkpoint_every is 0, expected at least 1"),
