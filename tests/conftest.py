@@ -49,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[RUN] = str(folder)
         os.environ["HF_HOME"] = str(folder / "huggingface")
         server = processes.start_server(folder)
+        worker = Path(os.environ["MIGE_TEST_BIN"]) / "worker"
+        config.option.tx = [f"popen//python={worker}" for _ in getattr(config.option, "tx", [])]
 
         def finish() -> None:
             server.terminate()

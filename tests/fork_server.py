@@ -49,8 +49,10 @@ def preload() -> None:
     import mige
 
     modules = (module.name for module in pkgutil.walk_packages(mige.__path__, "mige."))
-    for name in (*IMPORTED, *(name for name in modules if not name.startswith(LATE))):
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="mige")  # as pyproject.toml has it: pytest's workers are forks
+        for name in (*IMPORTED, *(name for name in modules if not name.startswith(LATE))):
+            importlib.import_module(name)
     import torch
     from PIL import Image
 
@@ -183,7 +185,7 @@ def become(request: dict, descriptors: list[int]) -> None:
     other = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
     other = [name for name in sorted(other) if name.startswith(READ_ON_IMPORT)]
     assert not other, f"{other} are read on import: this process must be a fresh one"
-    run(request["arguments"], env)
+    run(request["arguments"], env, request["forks"])
 
 
 @contextlib.contextmanager
@@ -196,7 +198,7 @@ def _fatal():
         os._exit(70)
 
 
-def run(arguments: list[str], env: dict[str, str]) -> None:
+def run(arguments: list[str], env: dict[str, str], forks: bool = True) -> None:
     """`python ARGUMENTS` in this process, to its end."""
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(name, signal.SIG_DFL)
@@ -212,8 +214,9 @@ def run(arguments: list[str], env: dict[str, str]) -> None:
     random.seed()
     np.random.seed()
     torch.set_num_threads(1)
-    subprocess._fork_exec = fork_exec
-    os.execve, multiprocessing.util.spawnv_passfds = execve, spawnv_passfds
+    if forks:
+        subprocess._fork_exec = fork_exec
+        os.execve, multiprocessing.util.spawnv_passfds = execve, spawnv_passfds
     end(call(*command([argument for argument in arguments if argument != "-u"])))
 
 

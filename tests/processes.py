@@ -16,7 +16,7 @@ import termios
 from pathlib import Path
 
 import psutil
-from fork_client import ADDRESS, ask, receive, request
+from fork_client import ADDRESS, WORKER, ask, receive, request
 
 ROOT = Path(__file__).parent.parent
 started: list["ServedProcess"] = []  # by the test that runs
@@ -60,9 +60,10 @@ def start_server(folder: Path) -> subprocess.Popen:
     server = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert server.stdout.readline() == "listening\n"
     programs.mkdir()
-    client = f"exec '{sys.executable}' -IS '{ROOT / 'tests' / 'fork_client.py'}' \"$@\"\n"
-    (programs / "python").write_text(f"#!/bin/sh\n{client}")
-    (programs / "python").chmod(0o755)
+    for name, first in (("python", ""), ("worker", WORKER)):
+        client = f"exec '{sys.executable}' -IS '{ROOT / 'tests' / 'fork_client.py'}' {first} \"$@\"\n"
+        (programs / name).write_text(f"#!/bin/sh\n{client}")
+        (programs / name).chmod(0o755)
     os.environ |= {ADDRESS: address, "MIGE_TEST_BIN": str(programs)}
     return server
 

@@ -24,6 +24,7 @@ from mige.config import Config, ConfigError
 from mige.data.batch import TrainingBatch
 from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, precision, sampling
+from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
@@ -139,7 +140,8 @@ class Trainer:
 
     def _widths(self) -> list[int]:
         """Of the contexts that are to be expected."""
-        return self.plain.encoder.widths  # pipeline.model is made anew at each call, with an encoder that pads nothing
+        encoder = self.plain.encoder  # pipeline.model is made anew at each call, with an encoder that pads nothing
+        return encoder.widths if encoder.pad_to > 1 else encoder.widths[-1:]  # the VAE alone sees no context
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
@@ -179,7 +181,7 @@ class Trainer:
                 judged, norm = self._loss(batch), None
                 self.accelerator.backward(judged.mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
+                    norm = clip_gradients(self.accelerator, self.optimizers, self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()

@@ -79,22 +79,30 @@ def none_left(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("processes", "size", "stop"),
+    ("processes", "size", "stops"),
     [
-        ("1", "train.batch_size=2", lambda shell: shell.send_signal(signal.SIGTERM)),  # the shell alone
-        ("2", "train.batch_size=1", lambda shell: os.killpg(shell.pid, signal.SIGINT)),  # as a terminal sends Ctrl-C
-        ("2", "train.batch_size=1", lambda shell: os.killpg(shell.pid, signal.SIGTERM)),
+        ("1", "train.batch_size=2", [lambda shell: shell.send_signal(signal.SIGTERM)]),  # the shell alone
+        (
+            "2",
+            "train.batch_size=1",
+            [
+                lambda shell: os.killpg(shell.pid, signal.SIGINT),  # as a terminal sends Ctrl-C
+                lambda shell: os.killpg(shell.pid, signal.SIGTERM),
+            ],
+        ),
     ],
 )
-def test_a_stopped_training_is_saved_and_resumes_with_the_same_losses(launch, tmp_path, processes, size, stop):
-    run = tmp_path / "run"
-    process = launch(run, *ENDLESS, size, PROCESSES=processes)
-    all_of_them = until_steps(run, process, 2)
-    stop(process)
-    ends(process, 60, 75)
-    assert none_left(all_of_them)
-    saved = int(list_checkpoints(run)[-1].name[5:])
-    assert saved == metrics(run)[-1]["step"]
+def test_a_stopped_training_is_saved_and_resumes_with_the_same_losses(launch, tmp_path, processes, size, stops):
+    """Stopped in each of the ways in turn, it goes on to its end."""
+    run, saved = tmp_path / "run", 0
+    for stop in stops:
+        process = launch(run, *ENDLESS, size, PROCESSES=processes)
+        all_of_them = until_steps(run, process, saved + 2)
+        stop(process)
+        ends(process, 60, 75)
+        assert none_left(all_of_them)
+        assert int(list_checkpoints(run)[-1].name[5:]) == metrics(run)[-1]["step"] >= saved + 2
+        saved = metrics(run)[-1]["step"]
     for name in ("run", "whole"):
         process = launch(tmp_path / name, f"train.steps={saved + 2}", size, PROCESSES=processes)
         ends(process, 120, 0)

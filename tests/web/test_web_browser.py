@@ -1,13 +1,15 @@
-"""The page in a real browser: headless Chromium drives every tab with the bundled model, from upload to download."""
+"""The page in a real browser: headless Chromium drives every tab, from upload to download.
+
+The model is a tiny one, each step of which waits as if it were large: what a test looks at on the way stays to be seen.
+"""
 
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT
 from playwright import sync_api as playwright
 from test_web_service import BAD_FILES
 
@@ -32,9 +34,8 @@ WAIT = 240_000  # ms: for work of the model, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def service() -> GenerationService:
-    model = ROOT / "output" / "pretrained_models" / "mige-mini"
-    return GenerationService(MIGEPipeline.from_pretrained(model, dtype=torch.float32), model.name)
+def service(lively) -> GenerationService:
+    return GenerationService(MIGEPipeline.from_pretrained(lively), "lively")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,33 @@ def message(window):
     return window.get_by_test_id("toast-body")
 
 
+class counted:  # noqa: N801 - reads as a verb
+    """The calls of the service's network while the context lasts. Each takes as long as those of a large one.
+
+    Args:
+        go_on: if given, the third call lasts until it is set.
+    """
+
+    def __init__(self, service: GenerationService, go_on: threading.Event | None = None):
+        self.network, self.calls, self.go_on = service.pipeline.transformer, [], go_on
+
+    def __enter__(self) -> list[int]:
+        self.hook = self.network.register_forward_hook(self._note)
+        return self.calls
+
+    def __exit__(self, *_) -> None:
+        if self.go_on is not None:
+            self.go_on.set()
+        self.hook.remove()
+
+    def _note(self, *_) -> None:
+        self.calls.append(1)
+        if self.go_on is None:
+            time.sleep(0.3)
+        elif len(self.calls) == 3:
+            self.go_on.wait()
+
+
 CASES = [
     (SUBJECT, Task.SUBJECT, "a picture 2 at the top and a picture 1 on the left", ["2", "1"]),
     (EDIT, Task.EDIT, "erase the thing at the top", ["1"]),
@@ -120,7 +148,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("title", "task", "text", "numbers"), CASES, ids=list(Task))
-def test_from_upload_to_download(opened, pictures, tmp_path, title, task, text, numbers):
+def test_from_upload_to_download(opened, pictures, service, tmp_path, title, task, text, numbers):
     window, tab = opened(tab=title)
     upload(tab, *pictures[task])
     write(tab, text)
@@ -129,9 +157,10 @@ def test_from_upload_to_download(opened, pictures, tmp_path, title, task, text, 
     assert tab.locator(".mige-chip img").evaluate_all("all => all.every(one => one.complete && one.naturalWidth > 0)")
     choose(tab, "Steps", 4)
     choose(tab, "Pictures", 2)
-    run(tab)
-    playwright.expect(tab.locator(".mige-previews img")).to_have_count(2, timeout=WAIT)
-    playwright.expect(tab.locator(".mige-stage")).to_contain_text("of 4")
+    with counted(service, threading.Event()):
+        run(tab)
+        playwright.expect(tab.locator(".mige-previews img")).to_have_count(2, timeout=WAIT)
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("of 4")
     tab.locator(".mige-stage.done").wait_for(timeout=WAIT)
     playwright.expect(tab.locator(".mige-gallery img")).to_have_count(2)
     playwright.expect(tab.get_by_text("Before and after")).to_have_count(0 if task is Task.SUBJECT else 1)
@@ -177,21 +206,6 @@ def test_closing_the_window_ends_the_work(opened, pictures, service):
         window.close()
         service._worker.submit(int).result()
     assert len(calls) < 90
-
-
-class counted:  # noqa: N801 - reads as a verb
-    """The calls of the service's network while the context lasts."""
-
-    def __init__(self, service: GenerationService):
-        self.network = service.pipeline.transformer
-
-    def __enter__(self) -> list[int]:
-        calls: list[int] = []
-        self.hook = self.network.register_forward_hook(lambda *_: calls.append(1))
-        return calls
-
-    def __exit__(self, *_) -> None:
-        self.hook.remove()
 
 
 def test_who_waits_sees_the_place(opened, pictures, service):
@@ -274,7 +288,7 @@ FAINT = """() => {
 }"""
 
 
-def test_on_a_phone_a_result_is_seen_whole_and_survives_a_stop(opened, pictures):
+def test_on_a_phone_a_result_is_seen_whole_and_survives_a_stop(opened, pictures, service):
     window, tab = opened(390, tab=EDIT)
     upload(tab, *pictures[Task.EDIT])
     write(tab, "erase the thing at the top")
@@ -292,11 +306,12 @@ def test_on_a_phone_a_result_is_seen_whole_and_survives_a_stop(opened, pictures)
     assert handle["x"] < 390 / 4  # the result has three quarters of the width
     shown = images.evaluate_all("all => all.map(one => one.src)")
     choose(tab, "Steps", 100)
-    run(tab)
-    playwright.expect(tab.locator(".mige-stage")).to_contain_text("of 100", timeout=WAIT)
-    assert window.evaluate(FAINT) == []
-    tab.get_by_role("button", name="Stop", exact=True).click()
-    playwright.expect(tab.locator(".mige-stage")).to_contain_text("Below is the result from before")
+    with counted(service):
+        run(tab)
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("of 100", timeout=WAIT)
+        assert window.evaluate(FAINT) == []
+        tab.get_by_role("button", name="Stop", exact=True).click()
+        playwright.expect(tab.locator(".mige-stage")).to_contain_text("Below is the result from before")
     assert images.evaluate_all("all => all.map(one => one.src)") == shown
     playwright.expect(tab.get_by_text("Download PNG of seed 0")).to_be_visible()
 
