@@ -126,6 +126,7 @@ def test_shadows_darken_the_ground_at_the_foot_and_the_wall_behind():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_draws_what_a_cpu_draws():
     scenes = [case(kind, 1, augment=True).target for kind in tasks.KINDS]
     scenes += [Scene(kind, MIDDLE) for kind in range(len(SECOND.phrases))]
