@@ -33,6 +33,31 @@ SOME_FAILED = 3
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line; ends with a message for those that make no run."""
+    parser = _parser()
+    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
+    if (args.records is None) == (args.prompt is None):
+        parser.error("give either --records or --prompt")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    sides = args.height is not None or args.width is not None
+    if args.size is not None and sides:
+        parser.error(f"--size is {args.size}, but --height or --width is given too: leave one of them out")
+    if args.size is None:
+        args.size = "native" if sides or args.noise == "official" else "source"
+    if args.mask is not None and args.prompt is None:
+        parser.error('--mask belongs to the one case of --prompt; records have a "mask_path" of their own')
+    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
+        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
+    files = [file.resolve() for file in args.records or []]
+    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
+        parser.error(f"--records: {twice} is given twice; its records would be made once")
+    if args.prompt is None and args.id != parser.get_default("id"):
+        parser.error("--id names the one case of --prompt; records have ids of their own")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
     parser.add_argument(
         "--model",
@@ -85,26 +110,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
     )
     parser.add_argument("--note", default="", help="a line on top of the result pages")
-    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
-    if (args.records is None) == (args.prompt is None):
-        parser.error("give either --records or --prompt")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    sides = args.height is not None or args.width is not None
-    if args.size is not None and sides:
-        parser.error(f"--size is {args.size}, but --height or --width is given too: leave one of them out")
-    if args.size is None:
-        args.size = "native" if sides or args.noise == "official" else "source"
-    if args.mask is not None and args.prompt is None:
-        parser.error('--mask belongs to the one case of --prompt; records have a "mask_path" of their own')
-    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
-        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
-    files = [file.resolve() for file in args.records or []]
-    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
-        parser.error(f"--records: {twice} is given twice; its records would be made once")
-    if args.prompt is None and args.id != parser.get_default("id"):
-        parser.error("--id names the one case of --prompt; records have ids of their own")
-    return args
+    return parser
 
 
 def join_text(argv: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ images 8 h high.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mige.inference.adapters import Adapters
 from mige.inference.call import Call, read_call
 from mige.inference.denoising import OnStepEnd
 from mige.inference.encoding import encode_text
+from mige.inference.inputs import read_prompts
 from mige.inference.modes import Modes
 from mige.inference.steps import Steps
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
@@ -221,7 +223,11 @@ class MIGEPipeline(Steps, Modes, Adapters, DiffusionPipeline):
         if unknown := sorted(given.keys() - DEFAULTS.keys()):
             raise TypeError(f"a call has no argument {unknown[0]!r}, expected some of {', '.join(DEFAULTS)}")
         text = self.fusion.config.max_tokens, self.fusion.config.text_width
-        return read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        call = read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        if prompt is None:  # its context is given
+            return call
+        read = read_prompts(call.samples, self.tokenizer, self.fusion.config.num_queries, text[0])
+        return replace(call, samples=read)
 
     @torch.no_grad()
     def encode_prompt(
