@@ -28,6 +28,7 @@ from mige.models.build import build_parts
 from mige.models.encoder import set_product_dtype
 from mige.models.instruction import Instruction
 from mige.models.mige import PARTS, MIGEModel
+from mige.training.clipping import clip_factor, gradient_norm
 from mige.training.flops import forward_flops, useful_flops
 from mige.training.optimizers import build_optimizer
 
@@ -36,7 +37,12 @@ CHECKPOINTED = {"none": [], "dit": ["transformer"], "t5": ["text_encoder"], "bot
 CHOICES = {
     "trainable": ("full", "text_encoder_frozen", "lora"),
     "blocks": ("eager", "compiled"),
-    "optimizer": ("fused", "stochastic", "stochastic_clip", "torchao"),  # _clip: clips while it updates
+    "optimizer": (
+        "fused",
+        "stochastic",
+        "stochastic_clip",
+        "torchao",
+    ),  # _clip: as the trainer does
     "checkpointed": tuple(CHECKPOINTED),
 }
 
@@ -137,14 +143,12 @@ class Bench:
         clock.mark("forward")
         loss.backward()
         clock.mark("backward")
-        scale = {}
         if self.variant.optimizer == "stochastic_clip":
-            norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-            scale["scale"] = (0.01 / (norm + 1e-6)).clamp(max=1).float()
+            self.optimizer.scale = clip_factor(gradient_norm(self.trained), 0.01)
         else:
             nn.utils.clip_grad_norm_(self.trained, 0.01)
         clock.mark("clip")
-        self.optimizer.step(**scale)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         clock.mark("optimizer")
 

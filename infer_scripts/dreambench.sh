@@ -7,5 +7,6 @@ model="${2:-output/pretrained_models/mige}"
 output="${3:-output/dreambench}"
 python tools/prepare_benchmark.py dreambench --data "${1:?give the folder of google/dreambooth}" \
     --output "$output/benchmark"
-python infer_scripts/infer.py --model "$model" --records "$output/benchmark/records.jsonl" --output "$output"
+python infer_scripts/infer.py --model "$model" --records "$output/benchmark/records.jsonl" --output "$output" \
+    --size native
 echo "next: python tools/evaluate.py --benchmark dreambench --results $output"

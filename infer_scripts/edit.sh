@@ -6,4 +6,5 @@ python infer_scripts/infer.py \
     --model "${1:-output/pretrained_models/mige}" \
     --records "${2:-example_data/edit.json}" \
     --output "${3:-output/edit}" \
-    --task edit
+    --task edit \
+    --size native

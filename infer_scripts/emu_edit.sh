@@ -6,5 +6,6 @@ cd "$(dirname "$0")/.."
 model="${2:-output/pretrained_models/mige}"
 output="${3:-output/emu_edit}"
 python tools/prepare_benchmark.py emu_edit --data "${1:-facebook/emu_edit_test_set}" --output "$output/benchmark"
-python infer_scripts/infer.py --model "$model" --records "$output/benchmark/records.jsonl" --output "$output"
+python infer_scripts/infer.py --model "$model" --records "$output/benchmark/records.jsonl" --output "$output" \
+    --size native
 echo "next: python tools/evaluate.py --benchmark emu_edit --results $output"

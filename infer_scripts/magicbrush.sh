@@ -9,6 +9,6 @@ mkdir -p "$output"
 python tools/prepare_benchmark.py magicbrush --data "${1:?give the folder of the test archive}" \
     --output "$output/benchmark" ${4:+--iterative "$output"}
 for records in "$output"/benchmark/*.jsonl; do  # records.jsonl, or turn_1, turn_2, ... in this order
-    python infer_scripts/infer.py --model "$model" --records "$records" --output "$output"
+    python infer_scripts/infer.py --model "$model" --records "$records" --output "$output" --size native
 done
 echo "next: python tools/evaluate.py --benchmark magicbrush --results $output"

@@ -6,4 +6,5 @@ python infer_scripts/infer.py \
     --model "${1:-output/pretrained_models/mige}" \
     --records "${2:-example_data/subject.json}" \
     --output "${3:-output/subject}" \
-    --task subject
+    --task subject \
+    --size native

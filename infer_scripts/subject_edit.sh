@@ -6,4 +6,5 @@ python infer_scripts/infer.py \
     --model "${1:-output/pretrained_models/mige}" \
     --records "${2:-example_data/subject_edit.json}" \
     --output "${3:-output/subject_edit}" \
-    --task subject_edit
+    --task subject_edit \
+    --size native

@@ -7,6 +7,7 @@ Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/
 """
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -21,11 +22,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--public-host", action="append", default=[], metavar="NAME",
+        help="a name by which visitors reach the page, as mige.example.org; may be given again",
+    )  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")
+    for name in args.public_host:
+        if not re.fullmatch(r"[\w.-]+", name):
+            parser.error(f"--public-host is {name!r}; expected a name alone, as mige.example.org")
     return args
 
 
@@ -42,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    with serving(GenerationService(pipeline, folder.resolve().name), host=args.host, port=args.port) as address:
+    service = GenerationService(pipeline, folder.resolve().name)
+    with serving(service, host=args.host, port=args.port, public_hosts=args.public_host) as address:
         print(f"Open {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 

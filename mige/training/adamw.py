@@ -35,10 +35,15 @@ class StochasticAdamW(torch.optim.Optimizer):
     Args:
         params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; parameters are contiguous, bfloat16 or float32.
         seed: of the rounding.
+
+    Attributes:
+        scale: what the next step multiplies the gradients with on the fly (clipping), float32 [] on their device, or
+            None for 1; a step takes it away.
     """
 
     def __init__(self, params: Iterable, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, seed: int = 0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed))
+        self.scale: Tensor | None = None
 
     def add_param_group(self, group: dict) -> None:
         """As torch's; raises ValueError for parameters that are not contiguous, or neither bfloat16 nor float32."""
@@ -49,9 +54,9 @@ class StochasticAdamW(torch.optim.Optimizer):
                 raise ValueError(f"parameter {tuple(p.shape)}: {got}; expected contiguous bfloat16 or float32")
 
     @torch.no_grad()
-    def step(self, closure=None, scale: Tensor | None = None):
-        """One update. `scale`: float32 [], what the gradients are multiplied with on the fly (clipping), on the GPU."""
-        loss = None
+    def step(self, closure=None):
+        """One update."""
+        loss, scale, self.scale = None, self.scale, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from mige.config import Config, TrainConfig
+from mige.config import Config, ModelConfig, TrainConfig
 from mige.data.order import ORDER, exact
 from mige.data.records import Record
 from mige.training.errors import TrainingError
@@ -25,7 +25,7 @@ def resume_invariants(
     Args:
         sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
     """
-    data, train, model = config.data, config.train, config.model
+    data, train = config.data, config.train
     facts = {
         "seed": train.seed,
         "global_batch_size": global_batch_size,
@@ -51,17 +51,7 @@ def resume_invariants(
         "trainable": train.trainable,
         "lora_rank": train.lora_rank if train.trainable == "lora" else None,
         "sharding": sharding,
-        "dit_layers": model.transformer["num_layers"],
-        "dit_heads": model.transformer["num_attention_heads"],
-        "dit_head_size": model.transformer["attention_head_dim"],
-        "text_layers": model.text_encoder.get("num_layers"),
-        "text_width": model.text_encoder["d_model"],
-        "vision_layers": model.image_encoder.get("num_hidden_layers"),
-        "vision_width": model.image_encoder["hidden_size"],
-        "qformer_layers": model.qformer.get("num_hidden_layers"),
-        "qformer_width": model.qformer["hidden_size"],
-        "queries": model.fusion.get("num_queries"),
-        "vae_features": model.fusion.get("vae_features", True),
+        **_architecture(config.model),
     }
     for number, (records, one) in enumerate(zip(_sets(dataset), data.sets, strict=False)):
         facts[f"set_{number}"] = {
@@ -76,6 +66,23 @@ def resume_invariants(
     if sharding == "ZeRO-2":
         facts["processes"] = processes
     return facts
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """The sizes that the saved parameters have."""
+    return {
+        "dit_layers": model.transformer["num_layers"],
+        "dit_heads": model.transformer["num_attention_heads"],
+        "dit_head_size": model.transformer["attention_head_dim"],
+        "text_layers": model.text_encoder.get("num_layers"),
+        "text_width": model.text_encoder["d_model"],
+        "vision_layers": model.image_encoder.get("num_hidden_layers"),
+        "vision_width": model.image_encoder["hidden_size"],
+        "qformer_layers": model.qformer.get("num_hidden_layers"),
+        "qformer_width": model.qformer["hidden_size"],
+        "queries": model.fusion.get("num_queries"),
+        "vae_features": model.fusion.get("vae_features", True),
+    }
 
 
 def _stochastic(train: TrainConfig) -> bool:

@@ -24,6 +24,7 @@ from mige.config import Config, ConfigError
 from mige.data.batch import TrainingBatch
 from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, precision, sampling
+from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
@@ -180,7 +181,7 @@ class Trainer:
                 judged, norm = self._loss(batch), None
                 self.accelerator.backward(judged.mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm)
+                    norm = clip_gradients(self.accelerator, self.optimizers, self.trained, settings.max_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()

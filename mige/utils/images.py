@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from mige.utils.arrays import from_array, from_tensor, is_tensor
 from mige.utils.bad_image import MAX_PIXELS, BadImageError, check_size
 from mige.utils.colour import to_rgb
+from mige.utils.decode_effort import check_effort
 from mige.utils.files import sync_folder
 from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
 from mige.utils.path_hints import path_hint
@@ -30,8 +31,10 @@ from mige.utils.pixels import (
     CLIP_STD,
     center_crop,
     check_shape,
+    covering,
     letterbox,
     pixels_of,
+    squeeze,
     to_levels,
     to_pil,
     to_pixels,
@@ -52,12 +55,14 @@ __all__ = [
     "as_image",
     "center_crop",
     "check_shape",
+    "covering",
     "image_key",
     "image_size",
     "letterbox",
     "open_image",
     "pixels_of",
     "save_image",
+    "squeeze",
     "to_levels",
     "to_pil",
     "to_pixels",
@@ -112,6 +117,7 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
     _check_file(path)
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global that other libraries switch on; it would turn loss into grey
     try:
+        check_effort(path)
         with Image.open(path, formats=_formats(path)) as image:
             check_size(path, image.size, max_pixels)
             with _decoding(image.width * image.height):
@@ -136,6 +142,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     _check_file(path)
     try:
+        check_effort(path)
         with Image.open(path, formats=_formats(path)) as image:
             check_size(path, image.size)
             if image.format == "PNG" and image.width != image.height:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
+from mige.training import ema
 from mige.training.ema import AveragedWeights
 
 
@@ -24,6 +26,20 @@ def test_the_average_is_the_recursion_in_float32():
     assert all(t.dtype is torch.float32 for t in average.whole())
     for got, wanted in zip(average.whole(), expected, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_average_is_that_of_diffusers():
+    """To the rounding of one product, over more tensors than one kernel takes."""
+    parameters = weights(*[(3, 5)] * (ema._TOGETHER + 3))
+    ours, theirs = AveragedWeights(parameters, 0.9), EMAModel(parameters, decay=0.9, foreach=True)
+    for _ in range(12):
+        for p in parameters:
+            p.data += torch.randn(p.shape)
+        ours.step(parameters)
+        theirs.step(parameters)
+    for a, b in zip(ours.whole(), theirs.shadow_params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert ours.cur_decay_value == theirs.cur_decay_value == (1 + 11) / (10 + 11)
 
 
 def test_a_saved_average_is_read_into_its_place():

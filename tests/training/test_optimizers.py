@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from processes import run_program
 
 from mige.training import adamw
 from mige.training.adamw import StochasticAdamW
+from mige.training.clipping import clip_gradients, gradient_norm
 
 BF16 = torch.bfloat16
 OPTIONS = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-10, weight_decay=0.03)
@@ -153,9 +155,49 @@ def test_scaling_on_the_fly_is_scaling_the_gradients():
     for p, q in zip(a, b, strict=True):
         p.grad.normal_()
         q.grad.copy_(p.grad * 0.25)
-    first.step(scale=torch.tensor(0.25))
-    second.step()
+    first.scale = torch.tensor(0.25)
+    for _ in range(2):  # of one step only
+        first.step()
+        second.step()
+        for q in b:
+            q.grad.mul_(4)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_clipping_while_updating_is_clipping_before(max_norm):
+    """In float32 bit for bit, the norm too; what follows is the gradients' own step again."""
+    a, b = model(torch.float32), model(torch.float32)
+    first, second = StochasticAdamW(a, **OPTIONS), StochasticAdamW(b, **OPTIONS)
+    accelerator = Accelerator(cpu=True)
+    for _ in range(3):
+        for p, q in zip(a, b, strict=True):
+            p.grad.normal_()
+            q.grad.copy_(p.grad)
+        norm = clip_gradients(accelerator, [accelerator.prepare(first)], a, max_norm)
+        assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(b, max_norm))
+        first.step()
+        second.step()
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)) and first.scale is None
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
+    parameters = model()
+    for number, p in enumerate(parameters):
+        p.grad.normal_(generator=torch.Generator().manual_seed(number))
+    exact = sum(p.grad.double().square().sum() for p in parameters).sqrt()
+    norm = gradient_norm(parameters)
+    assert norm.dtype is torch.float32 and abs(norm / exact - 1) < 1e-6
+    assert abs(torch.nn.utils.get_total_norm([p.grad for p in parameters]) / exact - 1) > 1e-4  # its own keeps 8 bits
+
+
+def test_other_optimisers_have_their_gradients_clipped():
+    parameters = model(torch.float32)
+    for p in parameters:
+        p.grad.normal_()
+    accelerator, optimizer = Accelerator(cpu=True), torch.optim.AdamW(parameters)
+    norm = clip_gradients(accelerator, [accelerator.prepare(optimizer)], parameters, 0.01)
+    assert norm > 1 and gradient_norm(parameters) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_parameters_without_gradient_stay_and_transposed_gradients_count():
