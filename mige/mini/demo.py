@@ -4,6 +4,7 @@ import time
 import timeit
 from argparse import Namespace
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.diffusion.settings import WORLD, resolve
+from mige.inference.adapters import add_adapters
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench_report
 from mige.mini.bench_measures import measure
@@ -36,6 +38,21 @@ def chosen(seed: int) -> list[BenchCase]:
     fresh = tasks.sample(np.random.default_rng(seed), sprites.split()[1])
     prepared = [one for one in make_cases(2) if one.split == "unseen"]
     return [BenchCase(f"{fresh.kind}-fresh-{seed}", "unseen", seed, fresh), *prepared]
+
+
+def load(args: Namespace, dtype: torch.dtype) -> list[MIGEPipeline]:
+    """The teacher and its student, if `args.student` names one: a model folder, or adapters for the teacher."""
+    teacher = MIGEPipeline.from_pretrained(args.model, dtype=dtype)
+    pipelines = [teacher]
+    if args.student:
+        is_lora = (Path(args.student) / "adapter_config.json").is_file()
+        student = MIGEPipeline.from_pretrained(args.model if is_lora else args.student, dtype=dtype)
+        if is_lora:
+            add_adapters(student, Path(args.student))
+        pipelines.append(student)
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
 
 
 def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
