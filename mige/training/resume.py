@@ -16,6 +16,9 @@ from mige.data.order import ORDER, exact
 from mige.data.records import Record
 from mige.training.errors import TrainingError
 
+ANY = "any"
+"""The layout that any number of processes reads, sharded or not."""
+
 
 def resume_invariants(
     config: Config, dataset: Dataset, *, global_batch_size: int, sharding: str, processes: int
@@ -23,7 +26,7 @@ def resume_invariants(
     """Name -> value in JSON of all that must stay.
 
     Args:
-        sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
+        sharding: the layout of the saved state: ANY, ZeRO-2, or in checkpoints of version 0.1 none or FSDP2.
     """
     data, train, model = config.data, config.train, config.model
     facts = {

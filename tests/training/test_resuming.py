@@ -225,7 +225,7 @@ def test_what_is_no_checkpoint_is_named(tiny_model, run, tmp_path, make, said):
 
 
 def test_a_cut_state_is_named(tiny_model, run):
-    state = run / "checkpoints" / "step-00000004" / "state" / "model.safetensors"
+    (state,) = (run / "checkpoints" / "step-00000004" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(TrainingError, match=r"step-00000004/state cannot be loaded: .*resume from another checkpoint"):
         build(tiny_model, run, *SHORT, "train.steps=5").run()
