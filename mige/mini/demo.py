@@ -20,6 +20,7 @@ from mige.mini.bench_measures import measure
 from mige.mini.bench_report import Card
 from mige.reports.cases import TASK_NAMES
 from mige.reports.page import write_page
+from mige.reports.sheet import contact_sheet
 from mige.utils import images
 
 
@@ -93,5 +94,5 @@ def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
     draw = bench_report.drawing(args.output)
     sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
     page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)
-    sheet = bench_report.sheet(cards, args.output / "contact_sheet.png", note=note)
+    sheet, *_ = contact_sheet([card.case() for card in cards], args.output / "contact_sheet.png", note=note, tile=160)
     print(f"{len(cards)} images: open {page} or {sheet}")
