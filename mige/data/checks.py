@@ -17,6 +17,7 @@ from mige.data.records import Issue, Record, count
 from mige.models.instruction import MAX_WORDS, Instruction, read_prompt, training_text, unspelled
 from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
 from mige.utils.images import BadImageError, check_shape, image_key, open_image
+from mige.utils.masks import as_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,8 +59,19 @@ def check_images(
         for file in own:
             if error := seen[file].error or _too_long(record, file, seen[file].size, size, training):
                 issues.append(Issue(record.where, f"{file}: {error.message}", error.hint))
-        issues += _compare(record, seen)
+        issues += _compare(record, seen) + _check_mask(record, seen)
     return issues
+
+
+def _check_mask(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
+    """Whether a mask fits its source, which can be used."""
+    if record.mask is None or seen[record.source].error:
+        return []
+    try:
+        as_mask(record.mask, seen[record.source].size)
+    except BadImageError as error:
+        return [Issue(record.where, f"{record.mask}: {error.message}", error.hint)]
+    return []
 
 
 def _files(record: Record) -> list[Path]:

@@ -1,7 +1,7 @@
 """Records: JSON in, validated records out, and the official settings of the three tasks.
 
 A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference image, in order.
-Two row layouts are recognised by their fields; both may stand in one file:
+Two row layouts are recognised by their fields; one file may mix them:
 
   multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
   instruction, image (the source image), task (the type of edit)            Emu Edit
@@ -79,6 +79,7 @@ def make_record(
         sources, references, target = reader.paths("source_path"), reader.paths("entity_path"), reader.path("image")
         edit_type = None
         named += reader.named_task()
+    mask = reader.mask()
     if sources is not None and len(sources) > 1:
         reader.error(f'"source_path" has {len(sources)} images, expected at most one', "split the record")
         sources = None
@@ -86,14 +87,17 @@ def make_record(
         source = sources[0] if sources else None
         implied = _implied_task(source, references)
         references = references or sources
+        if mask is not None and source is None:
+            reader.error('"mask_path" is given without a source', "name the source, or leave the mask out")
         _check_tasks(reader, named, implied, source, references)
         if prompt:
             _check_placeholders(reader, prompt, implied, references)
     if any(issue.fatal for issue in reader.issues):
         return None, reader.issues
     used = {"id", "instruction", "image", "task"} if emu_edit else set(_OFFICIAL_FIELDS)
+    used |= set() if mask is None else {"mask_path"}
     extra = {name: value for name, value in row.items() if name not in used}
-    record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra)
+    record = Record(record_id, implied, prompt, references, source, target, edit_type, reader.where, extra, mask)
     return record, reader.issues
 
 
@@ -215,6 +219,10 @@ class _RowReader:
             return None
         texts = [self._string(f'"{name}"[{position}]', item) for position, item in enumerate(value)]
         return None if None in texts else tuple(self.root / text for text in texts)
+
+    def mask(self) -> Path | None:
+        """The mask of the source, optional: a path. A list is MIGEBench's own field, of masks that it was made with."""
+        return None if isinstance(self.row.get("mask_path"), list) else self.path("mask_path")
 
     def named_task(self) -> list[Task]:
         """The task that the field "task" names: one or none."""

@@ -29,6 +29,7 @@ class Record:
     edit_type: str | None  # of an Emu Edit row: its "task" column (global, local, add, ...), "" without; else None
     where: str  # "train.json, record 12 (id 7)", counted from 1: for messages
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # every other field of the row, untouched
+    mask: Path | None = None  # of the source: white where it may change; None: everywhere
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mige.diffusion.settings import resolve
 from mige.inference import arguments
 from mige.inference.denoising import TENSORS, OnStepEnd
 from mige.inference.samples import Sample, SampleNoise
+from mige.inference.shapes import Shape, wish_of
 from mige.inference.sizes import SizeGrid
 from mige.tasks import placeholders
 
@@ -23,7 +24,7 @@ class Call:
 
     samples: list[Sample]
     generators: list[torch.Generator]  # of each sample
-    size: tuple[int, int]  # height and width, px
+    shape: Shape  # of every output
     latents: Tensor | None  # [B N, 4, h, w]
     settings: dict[str, Any]  # keyword arguments of `run`
 
@@ -60,12 +61,16 @@ def read_call(given: dict[str, Any], grid: SizeGrid, scheduler: Any, compiled: b
     how = resolve(scheduler.config, samples[0].task, steps, guidance, source_guidance)  # refuses, if it must
     negative = _negative(given, len(samples), text, any(branch.drop_text for branch in how.branches), each)
     latents = given["latents"]
-    size = _size(given["height"], given["width"], latents, grid)
-    _check_latents(latents, (len(samples) * each, *grid.latent_shape(*size)))
+    if any(sample.task is not samples[0].task for sample in samples):
+        raise ValueError("the prompts of one call must be of one task: guidance and sizes depend on it")
+    shape = _shape_of(given, samples, grid)
+    _check_latents(latents, (len(samples) * each, *grid.latent_shape(*shape.size)))
+    masks = arguments.masks_of(given["mask"], samples)
+    samples = [replace(one, whole=shape.whole, mask=mask) for one, mask in zip(samples, masks, strict=True)]
     return Call(
         samples=[sample for sample in samples for _ in range(each)],
         generators=generators,
-        size=size,
+        shape=shape,
         latents=latents,
         settings=dict(
             steps=steps,
@@ -74,6 +79,7 @@ def read_call(given: dict[str, Any], grid: SizeGrid, scheduler: Any, compiled: b
             on_step=given["on_step"],
             reuse=reuse,
             output_type=given["output_type"],
+            paste_back=_paste_back(given, samples[0]),
             context=context and _repeat(context, each),
             negative=negative,
             on_step_end=on_step_end,
@@ -142,6 +148,8 @@ def _negative(
     texts = [negative] * prompts if isinstance(negative, str) else negative
     if not isinstance(texts, Sequence) or any(not isinstance(one, str) for one in texts) or len(texts) != prompts:
         raise ValueError(f"negative_prompt is {negative!r}, expected a text, or a list of {prompts} of them")
+    for one in texts:
+        arguments.check_text("negative_prompt", one)
     if marked := next((one for one in texts if placeholders(one)), None):
         raise ValueError(f"negative_prompt is {marked!r}, but a negative prompt has no images: write words alone")
     return [one for one in texts for _ in range(each)]
@@ -151,13 +159,26 @@ def _repeat(context: Context, times: int) -> Context:
     return Context(context.context_BLC.repeat_interleave(times, 0), context.mask_BL.repeat_interleave(times, 0))
 
 
-def _size(height: Any, width: Any, latents: Any, grid: SizeGrid) -> tuple[int, int]:
-    """Height and width of the images, px: as given, else those of the latents, else the native ones."""
-    height, width = arguments.sides_of(height, width)
-    if isinstance(latents, Tensor) and latents.ndim == 4:
-        height = latents.shape[2] * grid.cell if height is None else height
-        width = latents.shape[3] * grid.cell if width is None else width
-    return grid.resolve(height, width)
+def _shape_of(given: dict[str, Any], samples: Sequence[Sample], grid: SizeGrid) -> Shape:
+    """The shape of all outputs: as asked for, else that of the latents, else the source's, else the native one."""
+    height, width = arguments.sides_of(given["height"], given["width"])
+    long_side = arguments.optional("long_side", given["long_side"], whole=True, least=1)
+    latents, follows = given["latents"], wish_of(given["size"], height, width, long_side)
+    shapes = [follows.of_task(grid, one.task, one.source and one.source.size) for one in samples]
+    if isinstance(latents, Tensor) and latents.ndim == 4 and given["size"] is None and long_side is None:
+        own = tuple(side * grid.cell for side in latents.shape[2:])
+        if shapes[0].size != own:
+            return Shape(*grid.resolve(own[0] if height is None else height, own[1] if width is None else width))
+    if other := next((one for one in shapes if one != shapes[0]), None):
+        both = " and ".join(f"{one.width} x {one.height} px" for one in (shapes[0], other))
+        raise ValueError(f"the sources ask for outputs of {both}: give a size such as 'native', or a call each")
+    return shapes[0]
+
+
+def _paste_back(given: dict[str, Any], sample: Sample) -> bool:
+    if given["paste_back"] and (sample.source is None or given["output_type"] != "pil"):
+        raise ValueError("paste_back is True, which needs a source and output_type 'pil': leave it out")
+    return bool(given["paste_back"])
 
 
 def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -96,6 +96,7 @@ class ReplayedEncoder(MultimodalEncoder):
     def __init__(self, encoder: MultimodalEncoder):
         super().__init__(encoder.image_encoder, encoder.qformer, encoder.fusion, encoder.text_encoder)
         self.pad_to, self.addresses = WIDTH, addresses(_parts(encoder))
+        self.training = False  # its parts keep theirs
         pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._images = Replayed(super().encode_images, pool)
         self._text = Replayed(super().encode_text, pool)

@@ -4,15 +4,20 @@ Letters: B samples of one task, R references of all samples, S places for images
 edit mentions its image again).
 """
 
+import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mige.data.checks import check_instruction
+from mige.data.records import Record
 from mige.inference.samples import Sample, SampleNoise
 from mige.models.instruction import MAX_WORDS, Instruction, read_prompt
 from mige.tasks import PLACEHOLDER, TASKS, Task, can_pair
@@ -77,11 +82,14 @@ def prepare(
     instructions = [instruct(sample, tokenizer) for sample in samples] if read else []
     references = [image for sample in samples for image in sample.references if read or task is Task.EDIT]
     vision = _each(lambda image: images.vision_levels(image, vision_size), references) if read else []
-    fit = images.letterbox if TASKS[task].letterbox else images.center_crop
+    by_task = images.letterbox if TASKS[task].letterbox else images.center_crop
+    fit = [images.squeeze if s.whole and image is s.source and task is Task.EDIT else by_task
+           for s in samples for image in s.references]  # fmt: skip
     draws = [draw for sample_noise in noise for draw in sample_noise.references if references]
     sources = None
     if task is Task.SUBJECT_EDIT:
-        sources = _fit([s.source for s in samples], images.center_crop, noise[0].source, cell)
+        whole = [images.squeeze if sample.whole else images.center_crop for sample in samples]
+        sources = _fit([sample.source for sample in samples], whole, noise[0].source, cell)
     return Inputs(
         task=task,
         instructions=instructions,
@@ -90,6 +98,30 @@ def prepare(
         sources_BHWC=sources,
         noise=noise,
     )
+
+
+def read_prompts(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
+) -> list[Sample]:
+    """The samples of a call with their prompts tokenised; a UserWarning tells what of a prompt is not read as written.
+
+    num_queries: positions of an image in the context. max_tokens: the most of a context.
+    Raises ValueError if markers don't pair with references, or an image would be cut off.
+    """
+    read: dict[int, Sample] = {}  # the images of a prompt share one sample
+    for sample in samples:
+        if id(sample) in read:
+            continue
+        instruction = instruct(sample, tokenizer)
+        places = tuple(Path(str(number)) for number in range(len(sample.references)))
+        where = f"prompt {reprlib.repr(sample.prompt)}"
+        record = Record("call", sample.task, sample.prompt, places, None, None, sample.edit_type, where)
+        for issue in check_instruction(record, instruction, tokenizer, num_queries, max_tokens):
+            if issue.fatal:
+                raise ValueError(str(issue))
+            warnings.warn(f"{issue.where}: {issue.message}; {issue.hint}", stacklevel=4)  # where the pipeline is called
+        read[id(sample)] = replace(sample, instruction=instruction)
+    return [read[id(sample)] for sample in samples]
 
 
 def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
@@ -108,14 +140,17 @@ def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:
 
 
 def _fit(
-    originals: Sequence[Image.Image], fit: Callable[[Image.Image, int, int], Image.Image], draw: Tensor, cell: int
+    originals: Sequence[Image.Image],
+    fits: Sequence[Callable[[Image.Image, int, int], Image.Image]],
+    draw: Tensor,
+    cell: int,
 ) -> Tensor:
-    """Images fitted to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
+    """Images, each fitted in its way to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    return torch.stack(_each(lambda image: images.to_levels(fit(image, height, width)), originals))
+    return torch.stack(_each(lambda image, fit: images.to_levels(fit(image, height, width)), originals, fits))
 
 
-def _each(function: Callable[[Image.Image], Tensor], originals: Sequence[Image.Image]) -> list[Tensor]:
+def _each(function: Callable[..., Tensor], originals: Sequence[Image.Image], *others: Sequence) -> list[Tensor]:
     """The function of every image, in threads: resizing leaves the interpreter free, and the GPU waits for it."""
     with ThreadPoolExecutor(min(8, max(1, len(originals)))) as pool:
-        return list(pool.map(function, originals))
+        return list(pool.map(function, originals, *others))

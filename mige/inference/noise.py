@@ -1,8 +1,9 @@
 """The noise that each record of a run starts from: its own generator's, or the released scripts'."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -10,10 +11,11 @@ from mige.data.records import Record
 from mige.inference.pipeline import MIGEPipeline
 from mige.inference.samples import SampleNoise
 from mige.inference.settings import Settings
+from mige.inference.shapes import Shape
 from mige.tasks import TASKS, Task
 
 Drawn = tuple[list[Record], list[SampleNoise]]
-"""A chunk of records of one task, and the noise of each."""
+"""A chunk of records of one task and shape, and the noise of each."""
 
 
 def record_generator(seed: int, record_id: str) -> torch.Generator:
@@ -28,19 +30,24 @@ def draw_noise(
     records: Sequence[Record],
     todo: Sequence[Record],
     batch_size: int | None,
-    size: tuple[int, int],
+    shapes: Mapping[Record, Shape],
 ) -> Iterator[Drawn]:
-    """The records of `todo` in chunks of one task, task by task, each record with its noise.
+    """The records of `todo` in chunks of one task and shape, task by task, each record with its noise.
 
     Args:
         records: of the whole run: the official noise is drawn for them all, whatever is finished.
         todo: those that have no image yet.
         batch_size: records of a chunk; None: the official one of each task.
-        size: height and width of the images, px.
+        shapes: of the images; one for all with the official noise.
     """
     for task in Task:
-        every, pending = ([record for record in some if record.task is task] for some in (records, todo))
-        yield from _draw(pipeline, settings, every, pending, batch_size or TASKS[task].batch_size, size)
+        of_task = [record for record in records if record.task is task]
+        order = {shape: place for place, shape in enumerate(dict.fromkeys(shapes[record] for record in of_task))}
+        pending = sorted((r for r in todo if r.task is task), key=lambda record: order[shapes[record]])
+        batch = batch_size or TASKS[task].batch_size
+        for shape, alike in groupby(pending, lambda record: shapes[record]):
+            every = [record for record in of_task if shapes[record] == shape]
+            yield from _draw(pipeline, settings, every, list(alike), batch, shape.size)
 
 
 def _draw(
@@ -51,7 +58,7 @@ def _draw(
     batch: int,
     size: tuple[int, int],
 ) -> Iterator[Drawn]:
-    """Chunks of records of one task with their noise."""
+    """Chunks of records of one task and size with their noise."""
     if settings.noise == "official":
         yield from _draw_official(pipeline, settings.seed, every, pending, batch, size)
         return

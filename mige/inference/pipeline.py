@@ -11,6 +11,7 @@ images 8 h high.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from mige.checkpoints import folder as checkpoint
 from mige.diffusion import few_step, solver  # noqa: F401 - diffusers opens a scheduler's imported module
 from mige.diffusion.conditioning import Context
 from mige.inference import loading
+from mige.inference.adapters import Adapters
 from mige.inference.call import Call, read_call
 from mige.inference.denoising import OnStepEnd
 from mige.inference.encoding import encode_text
+from mige.inference.inputs import read_prompts
 from mige.inference.modes import Modes
+from mige.inference.saving import Saving
 from mige.inference.steps import Steps
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
 from mige.models.fusion import MIGEFusion
@@ -37,7 +41,7 @@ from mige.models.mige import MIGEModel
 from mige.models.vae import downscale
 
 
-class MIGEPipeline(Steps, Modes, DiffusionPipeline):
+class MIGEPipeline(Saving, Steps, Modes, Adapters, DiffusionPipeline):
     """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
 
     The scheduler may be replaced by any diffusers scheduler that predicts epsilon. `image_processor` makes the outputs
@@ -143,8 +147,12 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
         source: Any = None,
         *,
         image: Any = None,
+        mask: Any = None,
+        size: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        long_side: int | None = None,
+        paste_back: bool = False,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         source_guidance_scale: float | None = None,
@@ -173,7 +181,14 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
             references: the images of the prompt, or the only one; a list with that for each of several prompts.
             source, image: the image to edit; a list for several prompts. Images are paths, PIL images, arrays or
                 tensors (`as_image`); a source that equals a reference is that reference.
-            height, width: of the output in pixels, multiples of 16; the native size by default.
+            mask: white where the source may change: an image, array or path of the source's size, upright, or an array
+                of truth values. Outside it the result equals the source bit for bit: as it was fitted to the output,
+                or, with `paste_back`, as it is.
+            size: "source" (the default): an edit has its source's aspect ratio, all of it and the native area, anything
+                else the native square; "native": that square, cut from the source's centre; "3:2"; "768x512".
+            height, width: of the output in pixels, multiples of 16, in place of `size`; the source is cut to it.
+            long_side: most pixels of the longer side, in place of the native area.
+            paste_back: the result of an edit at its source's own resolution, what was cut off as it was.
             num_inference_steps, guidance_scale, source_guidance_scale: by default the official ones of the task; a
                 few-step student has its own, and no guidance beside the one in its weights.
             image_guidance_scale: another name of `source_guidance_scale`.
@@ -209,7 +224,11 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
         if unknown := sorted(given.keys() - DEFAULTS.keys()):
             raise TypeError(f"a call has no argument {unknown[0]!r}, expected some of {', '.join(DEFAULTS)}")
         text = self.fusion.config.max_tokens, self.fusion.config.text_width
-        return read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        call = read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        if prompt is None:  # its context is given
+            return call
+        read = read_prompts(call.samples, self.tokenizer, self.fusion.config.num_queries, text[0])
+        return replace(call, samples=read)
 
     @torch.no_grad()
     def encode_prompt(
@@ -222,8 +241,10 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        size: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        long_side: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The context of prompts with their images, as a call with the same arguments makes it.
 
@@ -247,7 +268,7 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
     def _noise(self, call: Call) -> list:
         """The random numbers of a call's samples, drawn in their order."""
         drawn = [
-            self.draw_noise(sample.task, len(sample.references), generator, *call.size)
+            self.draw_noise(sample.task, len(sample.references), generator, *call.shape.size)
             for sample, generator in zip(call.samples, call.generators, strict=True)
         ]
         return call.with_latents(drawn)

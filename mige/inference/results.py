@@ -20,7 +20,7 @@ _NUMBERS = ("seed", "steps", "guidance", "source_guidance", "seconds")
 
 @dataclass
 class Finished:
-    """What a run folder has finished: lines by id; and what stood there that counts as nothing, a sentence each."""
+    """What a run folder has finished: lines by id; and what is there but does not count, a sentence each."""
 
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -73,6 +73,8 @@ def line_error(row: Mapping[str, Any]) -> str | None:
     references, source = record.get("references"), record.get("source")
     if not _is_list_of(str, references) or not (source is None or isinstance(source, str)):
         return "its record has no paths of references and source"
+    if not isinstance(record.get("mask", ""), str):
+        return f"its mask is {record['mask']!r}, expected a path"
     resolved = record.get("resolved", references)
     if not _is_list_of(str, resolved) or len(resolved) != len(references):
         return f"its record has {len(references)} references that lay at {resolved!r}"
@@ -142,6 +144,7 @@ def identity(record: Record) -> dict[str, Any]:
         "references": [str(path) for path in record.references],
         "source": None if record.source is None else str(record.source),
         "resolved": [os.path.realpath(path) for path in record.references],
+        **({} if record.mask is None else {"mask": str(record.mask)}),
     }
 
 
@@ -153,7 +156,10 @@ def is_of(line: Mapping[str, Any], record: Record) -> bool:
         return False
     if len(references) != len(record.references) or (there["source"] is None) != (record.source is None):
         return False
+    if (there.get("mask") is None) != (record.mask is None):
+        return False
     resolved = dict(zip(references, there.get("resolved", [None] * len(references)), strict=True))
     pairs = [*zip(references, record.references, strict=True)]
     pairs += [] if record.source is None else [(there["source"], record.source)]
+    pairs += [] if record.mask is None else [(there["mask"], record.mask)]
     return all(is_same_file(known, resolved.get(known), path) for known, path in pairs)

@@ -31,6 +31,7 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.inference.results import ResultsWriter, read_finished
 from mige.inference.samples import Sample, SampleNoise
 from mige.inference.settings import Settings
+from mige.inference.shapes import NATIVE, Shape
 from mige.inference.sizes import SizeGrid
 from mige.models.fusion import MIGEFusion
 from mige.models.instruction import read_prompt
@@ -51,7 +52,7 @@ __all__ = [
 
 
 Ahead = tuple[list[Record], list[SampleNoise], Future[list[Sample]]]
-"""A chunk of records of one task, their noise, and their samples to come."""
+"""A chunk of records of one task and shape, their noise, and their samples to come."""
 
 
 def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords | None = None) -> Report:
@@ -63,8 +64,8 @@ def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords
     guidance that it does not take.
     """
     checkpoint.verify(model)
-    size = SizeGrid.of_folder(model).resolve(settings.height, settings.width)
-    scheduler = scheduler_config(model, settings.lora and Path(settings.lora))
+    size = settings.wish.shape(SizeGrid.of_folder(model), None).size  # of what follows a source, the native one
+    scheduler = scheduler_config(model, [path for path, _ in settings.adapters])
     resolve(scheduler, Task.EDIT, settings.steps, settings.guidance, settings.source_guidance)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
@@ -107,8 +108,9 @@ def run(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    size = pipeline.output_size(settings.height, settings.width)
     opened = opened or OpenedRecords(ignore_profiles=settings.ignore_profiles)
+    shapes = _shapes(records, pipeline, settings, opened)
+    opened.whole = {record for record in records if shapes[record].whole}
     process, processes = (state.process_index, state.num_processes) if state else (0, 1)
     with claim(folder) if process == 0 else nullcontext():
         if process == 0:
@@ -120,7 +122,7 @@ def run(
         todo = [record for task in Task for record in [r for r in todo if r.task is task][process::processes]]
         pipeline.set_progress_bar_config(disable=True)
         with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo or process > 0) as bar:
-            chunks = draw_noise(pipeline, settings, records, todo, batch_size, size)
+            chunks = draw_noise(pipeline, settings, records, todo, batch_size, shapes)
             _make(pipeline, settings, chunks, opened, results, bar)
         _wait_for_everyone(state)
         if process == 0:
@@ -130,6 +132,16 @@ def run(
                     f"{folder}: {', '.join(lost[:20])} made, and gone again; does something else write there?"
                 )
             write_pages(records, lines, settings, folder, note, sheets)
+
+
+def _shapes(
+    records: Sequence[Record], pipeline: MIGEPipeline, settings: Settings, opened: OpenedRecords
+) -> dict[Record, Shape]:
+    """The shape of each record's image."""
+    if settings.size == NATIVE:
+        return dict.fromkeys(records, Shape(*pipeline.output_size(settings.height, settings.width)))
+    grid, wish = pipeline.sizes, settings.wish
+    return {r: wish.of_task(grid, r.task, None if r.source is None else opened.size(r.source)) for r in records}
 
 
 def _make(
@@ -193,6 +205,7 @@ def _run_chunk(
             on_step=lambda *_: bar.update(len(chunk) / how.steps),
             reuse=settings.reuse,
             output_type="pil",
+            paste_back=settings.paste_back,
         )
     except torch.OutOfMemoryError as error:
         most = max(len(record.references) for record in chunk)

@@ -21,6 +21,10 @@ class Sample:
     source: Image.Image | None = None
     edit_type: str | None = None  # Emu Edit's kind of edit: chooses "of" or "in" where the prompt has no marker
     instruction: Instruction | None = None  # of the prompt, where it has been tokenised before
+    whole: bool = (
+        False  # the whole source is fitted to the output; else its centre is cut out, as the official code does
+    )
+    mask: Image.Image | None = None  # of the source's size, mode "L": 255 where it may change, else 0
 
 
 @dataclass(frozen=True)

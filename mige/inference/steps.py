@@ -15,6 +15,7 @@ from torch import Tensor
 from mige.diffusion import settings, solver
 from mige.diffusion.conditioning import Condition, Context
 from mige.diffusion.guidance import Branch, Guidance, stack
+from mige.inference.compositing import finish, hold, mask_of_latent
 from mige.inference.denoising import TENSORS, Denoising, Interrupted, OnStepEnd, guided_estimate
 from mige.inference.encoding import encode_inputs, encode_text
 from mige.inference.inputs import Inputs, prepare
@@ -67,6 +68,7 @@ class Steps:
         on_step: solver.OnStep | None = None,
         reuse: int = 1,
         output_type: str = "latent",
+        paste_back: bool = False,
         context: Context | None = None,
         negative: Sequence[str] | Context | None = None,
         on_step_end: OnStepEnd | None = None,
@@ -75,27 +77,41 @@ class Steps:
         """B samples of one task, with the noise of each -> latents or images; the settings default as in the call.
 
         Args:
+            paste_back: put edits back into their sources, at the sources' own resolution, which needs "pil".
             context: of `encode_prompt`, in place of the prompts, which are not read then.
             negative: B negative prompts, or their context.
             on_step_end, tensor_inputs: `callback_on_step_end` and what it is given, of `TENSORS`.
 
         Returns float32 [B, 4, h, w] for the output type "latent", float32 [B, 3, H, W] in [0, 1] for "pt", float32
-        [B, H, W, 3] for "np", else B RGB images. Raises ValueError for samples of several tasks and for markers that
-        don't match the references.
+        [B, H, W, 3] for "np", else B RGB images. With a mask or `paste_back`, as `compositing.finish` makes them.
+        Raises ValueError for samples of several tasks and for markers that don't match the references.
         """
         inputs = self.prepare(samples, noise, read=context is None)  # token ids; images [R, 224, 224, 3], [R, H, W, 3]
         condition = self.encode(inputs, context)  # context [B, L, 4096], source [B, 4, h, w]; the same for all steps
         if negative is not None and not isinstance(negative, Context):
             negative = encode_text(self.model, self.tokenizer, inputs.task, negative, self._execution_device)
         guidance = Guidance(inputs.task, text_guidance, source_guidance)
-        latents = self.denoise(condition, noise, guidance, steps=steps, on_step=on_step, reuse=reuse,
+        mask = self._mask(samples, noise)  # [B, 1, h, w]
+        latents = self.denoise(condition, noise, guidance, steps=steps, on_step=on_step, reuse=reuse, mask_B1HW=mask,
                                negative=negative, on_step_end=on_step_end, tensor_inputs=tensor_inputs)  # fmt: skip
+        _require_finite(latents)
         if output_type == "latent":
             return latents
         pixels = self.decode(latents)  # [B, 3, H, W]
         if output_type == "pil":
-            return images.to_pil(pixels)
+            made = images.to_pil(pixels)
+            return [finish(image, sample, paste_back) for image, sample in zip(made, samples, strict=True)]
+        if mask is not None:  # the source's 8 bits outside it
+            made = [finish(*one, False) for one in zip(images.to_pil(pixels), samples, strict=True)]
+            pixels = torch.stack([images.to_pixels(image) for image in made])
         return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _mask(self, samples: Sequence[Sample], noise: Sequence[SampleNoise]) -> Tensor | None:
+        """Where latents may differ from their source, on the pipeline's device; None where nothing is held."""
+        if all(sample.mask is None for sample in samples):
+            return None
+        parts = [mask_of_latent(s, n.latent.shape, self.sizes.cell) for s, n in zip(samples, noise, strict=True)]
+        return torch.stack(parts).to(self._execution_device)
 
     def prepare(self, samples: Sequence[Sample], noise: Sequence[SampleNoise], *, read: bool = True) -> Inputs:
         """Tokenise prompts and fit images, on the CPU; arguments and errors as `inputs.prepare`."""
@@ -119,6 +135,7 @@ class Steps:
         steps: int | None = None,
         on_step: solver.OnStep | None = None,
         reuse: int = 1,
+        mask_B1HW: Tensor | None = None,
         negative: Context | None = None,
         on_step_end: OnStepEnd | None = None,
         tensor_inputs: Sequence[str] = ("latents",),
@@ -128,11 +145,15 @@ class Steps:
         Args:
             guidance: decides which branches the DiT is evaluated for, and how they are summed.
             steps: of the scheduler; None: as `settings.resolve` says.
+            mask_B1HW: float [B, 1, h, w]; where it is 0, every step leads to the source.
             on_step, reuse: as in the call. negative, on_step_end, tensor_inputs: as in `run`.
 
-        Raises ValueError for steps below 1, `reuse` without `compile`, guidance beside one that is in the weights.
+        Raises ValueError for steps below 1, `reuse` without `compile`, guidance beside one that is in the weights, and
+        for a mask with a scheduler that has no betas.
         """
         config, task = self.scheduler.config, guidance.task
+        if mask_B1HW is not None and not isinstance(getattr(self.scheduler, "betas", None), Tensor):
+            raise ValueError(f"{type(self.scheduler).__name__} has no betas, which a mask needs: use another scheduler")
         how = settings.resolve(config, task, steps, guidance.text, guidance.source)
         start = torch.stack([n.latent for n in noise]).to(self._execution_device)
         times = solver.model_times(self.scheduler, how.steps)
@@ -141,7 +162,10 @@ class Steps:
 
         def build(condition: Condition, negative: Context | None, branches: list[Branch]) -> solver.Denoise:
             stacked = stack(condition, branches, null_LC, negative).drop_full_mask()
-            return self._estimate(stacked, branches, times, reuse)
+            estimate = self._estimate(stacked, branches, times, reuse)
+            if mask_B1HW is None:
+                return estimate
+            return hold(estimate, mask_B1HW, condition.source_BCHW, solver.log_alphas(self.scheduler.betas))
 
         estimate = Denoising(build, condition, negative, how)
         self._guidance_scale, self._image_guidance_scale = how.guidance, how.source_guidance
@@ -220,3 +244,13 @@ def _alike(condition: Condition, negative: Context | None) -> tuple[Condition, C
     like = condition.context_BLC
     negative = Context(negative.context_BLC.to(like), negative.mask_BL.to(like.device)).pad(length)
     return replace(condition, context_BLC=read.context_BLC, mask_BL=read.mask_BL), negative
+
+
+def _require_finite(latents_BCHW: Tensor) -> None:
+    """Raise ValueError naming the samples that came out as NaN or infinite."""
+    finite_B = latents_BCHW.isfinite().flatten(1).all(1)
+    if not finite_B.all():
+        bad = (~finite_B).nonzero().flatten().tolist()
+        raise ValueError(
+            f"samples {bad} of {len(finite_B)} came out as NaN or infinite: give less guidance or a wider dtype"
+        )

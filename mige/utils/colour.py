@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from mige.utils.bad_image import BadImageError
 
 EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel"
+MAX_PROFILE = 4 * 2**20  # bytes: those of presses have some two million; the ones in use are kept in memory
 STRIP_PIXELS = 1 << 20  # of what is worked on in strips: the memory it takes beside the image
 _PROFILE_OF = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab "}
 
@@ -24,6 +25,9 @@ def to_rgb(name: Path | str, image: Image.Image, ignore_profiles: bool = False) 
     for pixels without a fixed range (float, signed, integers of 32 bits beyond 65535).
     """
     profile = None if ignore_profiles else image.info.get("icc_profile")
+    if profile is not None and len(profile) > MAX_PROFILE:
+        _warn(name, f"has {len(profile):,} bytes, expected at most {MAX_PROFILE:,}")
+        profile = None
     _check_samples(name, image)
     if image.mode.startswith("I"):  # I;16, I;16B, I: integers of more than 8 bits
         return _opaque(name, _eight_bits(name, image), profile)
@@ -123,16 +127,20 @@ def _transform(name: Path | str, profile: bytes, mode: str) -> ImageCms.ImageCms
             reason = f"is for {_opened(profile).profile.xcolor_space.strip()}, the pixels are {mode}"
         except (OSError, ImageCms.PyCMSError) as error:
             reason = f"cannot be read ({error})"
-    warnings.warn(f"{name}: the colour profile {reason}; the colours are taken as sRGB", stacklevel=2)
+    _warn(name, reason)
     return None
 
 
-@lru_cache(maxsize=32)
+def _warn(name: Path | str, reason: str) -> None:
+    warnings.warn(f"{name}: the colour profile {reason}; the colours are taken as sRGB", stacklevel=3)
+
+
+@lru_cache(maxsize=8)
 def _opened(profile: bytes) -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(io.BytesIO(profile))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _built(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     transform = ImageCms.buildTransform(

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from mige.utils.arrays import from_array, from_tensor, is_tensor
 from mige.utils.bad_image import MAX_PIXELS, BadImageError, check_size
 from mige.utils.colour import to_rgb
+from mige.utils.decode_effort import check_effort
 from mige.utils.files import sync_folder
 from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
 from mige.utils.path_hints import path_hint
@@ -30,8 +31,10 @@ from mige.utils.pixels import (
     CLIP_STD,
     center_crop,
     check_shape,
+    covering,
     letterbox,
     pixels_of,
+    squeeze,
     to_levels,
     to_pil,
     to_pixels,
@@ -52,12 +55,14 @@ __all__ = [
     "as_image",
     "center_crop",
     "check_shape",
+    "covering",
     "image_key",
     "image_size",
     "letterbox",
     "open_image",
     "pixels_of",
     "save_image",
+    "squeeze",
     "to_levels",
     "to_pil",
     "to_pixels",
@@ -112,6 +117,7 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
     _check_file(path)
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a global that other libraries switch on; it would turn loss into grey
     try:
+        check_effort(path)
         with Image.open(path, formats=_formats(path)) as image:
             check_size(path, image.size, max_pixels)
             with _decoding(image.width * image.height):
@@ -131,11 +137,12 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image in `path`, px, by its header; the same as `open_image(path).size`.
 
-    A PNG is decoded for it where it is not square, as its orientation may stand behind the pixels. Raises BadImageError
+    A PNG is decoded for it where it is not square, as its orientation may come after the pixels. Raises BadImageError
     for what is no image.
     """
     _check_file(path)
     try:
+        check_effort(path)
         with Image.open(path, formats=_formats(path)) as image:
             check_size(path, image.size)
             if image.format == "PNG" and image.width != image.height:
@@ -234,7 +241,7 @@ def _check_file(path: Path) -> None:
 def save_image(image: Image.Image, path: Path, **params: Any) -> None:
     """Write `image` whole or not at all, in the format of the suffix; `params` go to PIL's encoder.
 
-    A file that stood there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
+    A file that was there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
     path in its message, where writing fails.
     """
     formats = Image.registered_extensions()

@@ -19,7 +19,7 @@ from mige.web import theme
 from mige.web.components import Job, Tab
 from mige.web.examples import Example
 from mige.web.fields import read_images, read_request, read_text, show
-from mige.web.file_store import FileStore, Results
+from mige.web.file_store import FileStore, Results, StoreFullError
 from mige.web.instructions import RefusedError
 from mige.web.layout import values_of
 from mige.web.provenance import save_with_settings
@@ -80,6 +80,7 @@ class Events:
     def begin(self, values: Sequence[Any]) -> list[Any]:
         """Refuse at once what cannot run; else clear the stage. An earlier result stays until there is a new one."""
         with as_messages():
+            self.store.require_room()
             self.service.check(read_request(self.tab.job.task, values, self.store))
         return [gr.update(visible=False), gr.update(visible=True), theme.WAITING]
 
@@ -105,6 +106,7 @@ class Events:
     def make(self, values: Sequence[Any]) -> Iterator[tuple[Any, Any, str]]:
         """Run a request; yields gallery, token and stage after every step and at the end."""
         with as_messages():
+            self.store.require_room()
             started, previews = time.perf_counter(), []
             for event in self.service.run(read_request(self.tab.job.task, values, self.store)):
                 if isinstance(event, Step):
@@ -197,6 +199,9 @@ def as_messages() -> Iterator[None]:
         yield
     except RefusedError as refusal:
         raise gr.Error(str(refusal), title="This cannot run", print_exception=False) from refusal
+    except StoreFullError as error:
+        message = "The server holds too many files: try again in an hour."
+        raise gr.Error(message, title="This cannot run", print_exception=False) from error
     except torch.OutOfMemoryError as error:
         raise gr.Error(
             "The model ran out of memory: ask for fewer pictures at once, a smaller size, or name fewer pictures.",

@@ -5,6 +5,7 @@ up on the disk before it was found among those. Folders have names of `secrets.t
 to whoever it was given to and to nobody else.
 """
 
+import errno
 import logging
 import os
 import secrets
@@ -12,11 +13,13 @@ import shutil
 import stat
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 MAX_STORED_BYTES = 4 * 2**30
+MAX_STORED_FILES = 50_000  # empty ones take room too
 SUFFIXES = {
     ".avif": "image/avif",
     ".bmp": "image/bmp",
@@ -55,7 +58,9 @@ class FileStore:
         self.folder = folder.resolve(strict=True)
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # every path handed out -> bytes
+        self._num_bytes = 0
         self._results: dict[str, Results] = {}  # token -> results
+        self._below: dict[Path, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))  # entry -> paths, tokens
         self._permanent: set[Path] = set()
 
     def new_folder(self) -> Path:
@@ -66,17 +71,30 @@ class FileStore:
 
     def add_upload(self, name: str, content: bytes) -> str:
         """Keep an upload; gives back the path by which its owner names it. Raises StoreFullError."""
-        with self._lock:
-            if sum(self._sizes.values()) + len(content) > MAX_STORED_BYTES:
-                raise StoreFullError
+        self.require_room(len(content))
         path = self.new_folder() / _safe_name(name)
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            shutil.rmtree(path.parent)
+            raise StoreFullError from error
         return self.hand_out(path)
 
-    def hand_out(self, path: Path) -> str:
-        """Let clients name and fetch a file of this folder."""
+    def require_room(self, num_bytes: int = 1) -> None:
+        """Raise StoreFullError where there is no room for a file of so many bytes."""
         with self._lock:
-            self._sizes[str(path)] = path.stat().st_size
+            if self._num_bytes + num_bytes > MAX_STORED_BYTES or len(self._sizes) >= MAX_STORED_FILES:
+                raise StoreFullError
+
+    def hand_out(self, path: Path) -> str:
+        """Let clients name and fetch a new file of this folder."""
+        size = path.stat().st_size
+        with self._lock:
+            self._sizes[str(path)] = size
+            self._num_bytes += size
+            self._below[self._entry(path)][0].append(str(path))
         return str(path)
 
     def add_example(self, image: Path) -> str:
@@ -90,6 +108,7 @@ class FileStore:
         token = secrets.token_urlsafe(16)
         with self._lock:
             self._results[token] = results
+            self._below[self._entry(Path(results.images[0][0]))][1].append(token)
         return token
 
     def results(self, token: Any) -> Results | None:
@@ -141,12 +160,15 @@ class FileStore:
         else:
             entry.unlink(missing_ok=True)
 
+    def _entry(self, path: Path) -> Path:
+        """What lies in this folder and holds a path: the unit that is swept."""
+        return self.folder / path.relative_to(self.folder).parts[0]
+
     def _forget(self, entry: Path) -> None:
-        below = {path for path in self._sizes if Path(path).is_relative_to(entry)}
-        for path in below:
-            del self._sizes[path]
-        gone = [token for token, kept in self._results.items() if any(path in below for path, _ in kept.images)]
-        for token in gone:
+        paths, tokens = self._below.pop(entry, ((), ()))
+        for path in paths:
+            self._num_bytes -= self._sizes.pop(path)
+        for token in tokens:
             del self._results[token]
 
 

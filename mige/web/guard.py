@@ -19,16 +19,19 @@ from urllib.parse import quote
 import gradio as gr
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mige.web import event_body
 from mige.web.event_body import BadRequestError
 from mige.web.file_store import SUFFIXES, FileStore, StoreFullError
+from mige.web.origin import OwnNames
 
 UPLOAD_MB = 20  # of one file
 MAX_FILES = 4  # of one upload
+MAX_UPLOAD = (MAX_FILES * UPLOAD_MB + 1) * 2**20  # bytes of one with what stands between its files
+MAX_ARRIVING = 8 * MAX_UPLOAD  # of all uploads that arrive at the same time
 MAX_BODY = 256 * 1024  # bytes of an event
 MAX_IN_FLIGHT = 64  # requests that send something, at the same time; finished ones wait in the queue instead
 CHUNK = 256 * 1024  # bytes of a file that is sent at once
@@ -46,7 +49,7 @@ _READ = re.compile(
 _FILE = f"{API}/file="
 _EVENT = re.compile(rf"{API}/(queue/join|run|api|call/v2|call)(?:/(\w{{1,80}}))?/?", re.ASCII)
 _RESULT = re.compile(rf"{API}/call/(?:v2/)?\w{{1,80}}/({event_body.ID.pattern})", re.ASCII)
-_HOST = re.compile(r"(?:[\w.-]{1,253}|\[[\da-f:.]{2,45}\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+_ALL = "all_endpoints=true"
 _FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 
 _log = logging.getLogger(__name__)
@@ -57,11 +60,13 @@ class Guard:
 
     Args:
         page: gives the blocks that are served, once they are there.
+        names: of the server, to which a request may be sent.
     """
 
-    def __init__(self, app: ASGIApp, store: FileStore, page: Callable[[], gr.Blocks]):
-        self.app, self.store, self.page = app, store, page
-        self.in_flight = 0
+    def __init__(self, app: ASGIApp, store: FileStore, page: Callable[[], gr.Blocks], names: OwnNames):
+        self.app, self.store, self.page, self.names = app, store, page, names
+        self.in_flight = 0  # requests
+        self.arriving = 0  # bytes of uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; whatever goes wrong ends in a sentence, and in the log if it is a fault of ours."""
@@ -82,6 +87,8 @@ class Guard:
             await self._answer(scope, receive, watched)
         except BadRequestError as refusal:
             await _refusal(str(refusal), refusal.status)(scope, receive, watched)
+        except ClientDisconnect:  # nobody is there to be answered, and nothing is wrong here
+            return
         except Exception:
             _log.exception("%s %s failed", scope["method"], ascii(scope["path"]))
             if not started:
@@ -90,7 +97,9 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]
-        scope = scope | {"headers": _checked_headers(scope)}
+        self.names.check(scope["headers"])
+        headers = [(name, value) for name, value in scope["headers"] if not name.startswith(b"x-gradio-")]
+        scope = scope | {"headers": headers}
         if method in ("GET", "HEAD"):
             await self._read(path, scope, receive, send)
         elif method == "POST":
@@ -112,19 +121,19 @@ class Guard:
         elif path == f"{API}/upload_progress":  # what Gradio would measure is an upload it receives itself
             await Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")(scope, receive, send)
         elif path == f"{API}/queue/data":
-            self._require_session(Request(scope).query_params.get("session_hash"))
-            await self.app(scope, receive, send)
+            session = self._require_session(Request(scope).query_params.get("session_hash"))
+            await self.app(_asking(scope, f"session_hash={session}"), receive, send)
         elif match := _RESULT.fullmatch(path):
             self._require_event(match[1])
-            await self.app(scope, receive, send)
-        elif _READ.fullmatch(path):
-            await self.app(scope, receive, send)
+            await self.app(_asking(scope), receive, send)
+        elif _READ.fullmatch(path):  # of what Gradio lets a reader ask for, the page needs the list of its events
+            await self.app(_asking(scope, _ALL if scope["query_string"] == _ALL.encode() else ""), receive, send)
         else:
             raise _NOTHING_HERE
 
     async def _write(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path == f"{API}/upload":
-            answer = await self._upload(Request(scope, _limited(receive, MAX_FILES * UPLOAD_MB * 2**20)))
+            answer = await self._arriving(scope, receive)
             await answer(scope, receive, send)
             return
         match = _EVENT.fullmatch(path)
@@ -139,7 +148,7 @@ class Guard:
             body = event_body.of_event(self.page(), self.store, route, name, sent)
             if route == "call/v2":  # parameters by name: now in their order
                 scope = scope | {"path": f"{API}/call/{name}", "raw_path": f"{API}/call/{name}".encode()}
-        await self.app(*_with_body(scope, receive, body), send)
+        await self.app(*_with_body(_asking(scope), receive, body), send)
 
     def _file(self, path: str) -> Response:
         """A file that was handed out. For any other path one answer, be there a file or not."""
@@ -154,18 +163,37 @@ class Guard:
         }
         return StreamingResponse(_chunks(file), headers=headers, media_type=shown_as or "application/octet-stream")
 
+    async def _arriving(self, scope: Scope, receive: Receive) -> Response:
+        """The answer to an upload, whose bytes count until it is kept: they lie on the disk all the while."""
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            taken += num_bytes
+            self.arriving += num_bytes
+            if self.arriving > MAX_ARRIVING:
+                raise BadRequestError("The server receives too many uploads at once: try again in a moment.", 503)
+
+        try:
+            return await self._upload(Request(scope, _limited(receive, MAX_UPLOAD, take)))
+        finally:
+            self.arriving -= taken
+
     async def _upload(self, request: Request) -> Response:
         """Keep the files of a form; answers with the paths by which the sender, and nobody else, may name them."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return PlainTextResponse("An upload is a form of type multipart/form-data, its files named “files”.", 400)
         try:
             form = await asyncio.wait_for(request.form(max_files=MAX_FILES, max_fields=8), BODY_SECONDS)
         except BadRequestError as refusal:
             return PlainTextResponse(str(refusal), refusal.status)
         except (HTTPException, TimeoutError, UnicodeError, ValueError) as error:
-            return PlainTextResponse(f"The upload cannot be read: {getattr(error, 'detail', '') or 'cut short'}.", 400)
+            reason = getattr(error, "detail", "") or "cut short"
+            return PlainTextResponse(f"The upload cannot be read: {reason.rstrip('.')}.", 400)
         try:
             files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
+            if not files:
+                return PlainTextResponse("The upload holds no whole file: send the form again.", 400)
             if too_large := [file for file in files if (file.size or 0) > UPLOAD_MB * 2**20]:
                 size = (too_large[0].size or 0) / 2**20
                 return PlainTextResponse(f"The file has a size of {size:.1f} MB: send at most {UPLOAD_MB} MB.", 413)
@@ -180,10 +208,11 @@ class Guard:
         if queue.max_size is not None and len(queue) >= queue.max_size:
             raise BadRequestError(f"{queue.max_size} requests wait already: try again in some minutes.", 503)
 
-    def _require_session(self, session: str | None) -> None:
+    def _require_session(self, session: str | None) -> str:
         """Gradio would open a stream and fail within."""
-        if session not in self.page()._queue.pending_messages_per_session:
+        if session is None or session not in self.page()._queue.pending_messages_per_session:
             raise _NO_SESSION
+        return session
 
     def _require_event(self, event: str) -> None:
         queue = self.page()._queue
@@ -196,13 +225,9 @@ _NOTHING_HERE = BadRequestError("There is nothing at this address.", 404)
 _NO_SESSION = BadRequestError("There is no such request: it has ended, or was never sent.", 404)
 
 
-def _checked_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
-    """The headers of a request, of which Gradio makes the addresses of its answer; without those of its own servers."""
-    for name, value in scope["headers"]:
-        hosts = value.decode("latin-1").split(",") if name in (b"host", b"x-forwarded-host") else []
-        if not all(_HOST.fullmatch(host.strip()) for host in hosts):
-            raise BadRequestError(f"The header “{name.decode()}” names no host: send one as in “example.org:7860”.")
-    return [(name, value) for name, value in scope["headers"] if not name.startswith(b"x-gradio-")]
+def _asking(scope: Scope, query: str = "") -> Scope:
+    """The request with that query and no other."""
+    return scope | {"query_string": query.encode()}
 
 
 def _refusal(sentence: str, status: int) -> Response:
@@ -215,14 +240,16 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
             yield chunk
 
 
-def _limited(receive: Receive, most: int) -> Receive:
-    """The same messages, refused once their bodies come to more than that many bytes."""
+def _limited(receive: Receive, most: int, take: Callable[[int], None] = lambda num_bytes: None) -> Receive:
+    """The same messages, refused once their bodies come to more than that many bytes; `take` is told of each."""
     total = 0
 
     async def limited() -> Message:
         nonlocal total
         message = await receive()
-        total += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        take(size)
+        total += size
         if total > most:
             raise BadRequestError(f"The request has a size of more than {most / 2**20:g} MB: send less.", 413)
         return message

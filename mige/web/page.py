@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mige.web.examples import Example, of_records, of_the_world
 from mige.web.file_store import FileStore
 from mige.web.guard import UPLOAD_MB, Guard
 from mige.web.layout import lay_out
+from mige.web.origin import OwnNames
 from mige.web.service import GenerationService
 
 EXAMPLE_DATA = Path(__file__).parents[2] / "example_data"  # of the checkout this runs from
@@ -34,16 +35,20 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def serving(service: GenerationService, *, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
+def serving(
+    service: GenerationService, *, host: str = "127.0.0.1", port: int | None = None, public_hosts: Sequence[str] = ()
+) -> Iterator[str]:
     """Serve the page while the context lasts, and yield its address; closes the service in the end.
 
     Args:
+        host: the address to listen at.
+        public_hosts: names by which visitors reach the page, as "mige.example.org"; requests to others are refused.
         port: None for the first free one from 7860. Raises OSError if it is taken.
     """
     with tempfile.TemporaryDirectory(prefix="mige-web-", ignore_cleanup_errors=True) as folder:
         store = FileStore(Path(folder))
         with _environment(GRADIO_TEMP_DIR=str(store.folder), GRADIO_ANALYTICS_ENABLED="False"), _sweeping(store):
-            page = build(service, store)
+            page, names = build(service, store), OwnNames(host, public_hosts)
             try:
                 _, address, _ = page.launch(
                     server_name=host,
@@ -59,7 +64,7 @@ def serving(service: GenerationService, *, host: str = "127.0.0.1", port: int | 
                     mcp_server=False,
                     theme=theme.THEME,
                     css=theme.CSS,
-                    app_kwargs={"middleware": [Middleware(Guard, store=store, page=lambda: page)]},
+                    app_kwargs={"middleware": [Middleware(Guard, store=store, page=lambda: page, names=names)]},
                 )
                 yield address
             finally:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_page import edit, events, http, tiny_service, upload
+from tiny_page import PUBLIC, edit, events, http, tiny_service, upload
 
 from mige.web.service import GenerationService
 
@@ -166,6 +166,89 @@ def test_no_header_ends_in_an_error_or_makes_an_address_of_its_own(http):
     for host in ("example.org", "a.example:8443, b", "[2001:db8::1]:8080"):
         root = http.get("/config", headers={"X-Forwarded-Host": host, "X-Forwarded-Proto": "https"}).json()["root"]
         assert root == f"https://{host.split(',')[0]}"
+
+
+ROUTES = (  # method, path and what is sent: a page, its list of events, a file, an event, an upload
+    ("GET", "/", {}),
+    ("GET", "/config", {}),
+    ("GET", "/gradio_api/file=/a", {}),
+    ("POST", "/gradio_api/run/predict", {"content": b"{}"}),
+    ("POST", "/gradio_api/cancel", {"content": b"{}"}),
+    ("POST", "/gradio_api/upload", {"files": {"files": ("a.png", b"a")}}),
+)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "rebound.example"},
+        {"Host": "rebound.example:7860", "Origin": "http://rebound.example:7860"},
+        {"Host": "127.0.0.1.rebound.example"},
+        {"Host": "localhost.rebound.example"},
+        {"Host": f"{PUBLIC}.rebound.example"},
+        {"Host": "2130706433"},
+        {"Origin": "https://foreign.example"},
+        {"Origin": "https://foreign.example", "X-Forwarded-Host": "foreign.example"},
+        {"Origin": f"https://foreign.example/{PUBLIC}"},
+        {"Origin": f"https://{PUBLIC}@foreign.example"},
+        {"Origin": f"https://{PUBLIC}:1:foreign.example"},
+        {"Origin": f"https://{PUBLIC}", "Host": "foreign.example"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://localhost"},
+        {"Origin": "null"},
+        {"Origin": "file://"},
+        {"Origin": "http://[::1"},
+    ],
+    ids=str,
+)
+def test_no_other_web_page_reaches_this_one(http, headers):
+    """Neither from its own address nor by a name of its owner's that leads here: no page, no list, no upload kept."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    before = set(folder.iterdir())
+    for method, path, sent in ROUTES:
+        answer = http.request(method, path, headers=headers, **sent)
+        assert answer.status_code == 403, (path, answer.text)
+        assert answer.json()["error"].startswith(
+            f"This page is not served as “{headers['Host'].removesuffix(':7860')}”: start it with --public-host "
+            if "Host" in headers
+            else "This request comes from another web page"
+        )
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Host": "LOCALHOST:99"},
+        {"Host": "page.localhost"},
+        {"Host": "localhost."},
+        {"Host": "192.0.2.7"},
+        {"Host": "[2001:db8::1]:80", "Origin": "http://[2001:db8::1]:80"},
+        {"Host": PUBLIC, "Origin": f"https://{PUBLIC}"},
+        {"Origin": f"https://{PUBLIC}"},  # of a proxy that sends its own address
+        {"Host": socket.gethostname()},
+    ],
+    ids=str,
+)
+def test_its_own_names_and_every_address_reach_the_page(http, headers):
+    for method, path, sent in ROUTES:
+        assert http.request(method, path, headers=headers, **sent).status_code in (200, 400, 404), path
+
+
+def test_what_follows_the_address_of_a_page_changes_nothing(http):
+    """Gradio reads parameters there that the page has no use for: one was an error of the server."""
+    for path, queries in {
+        "/": ("page=x", "page=x&page=", "deep_link=..%2f.."),
+        "/config": ("page=x", "deep_link=a&page=%00", "%ff=%fe"),
+        "/gradio_api/info": ("page=x", "all_endpoints=true&page=x"),
+    }.items():
+        plain = http.get(path)
+        for query in queries:
+            answer = http.get(f"{path}?{query}")
+            assert (answer.status_code, answer.text) == (200, plain.text), (path, query)
+    private = http.get("/gradio_api/info/?all_endpoints=true").json()
+    assert private != plain.json()  # this one the page asks for
 
 
 def test_an_upload_is_its_senders_and_lies_in_a_private_folder(http):

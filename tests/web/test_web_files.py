@@ -1,5 +1,6 @@
 """Files and limits of the served page: old ones go, links and races give nothing away, too much is refused."""
 
+import errno
 import io
 import os
 import shutil
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import bombs
 import httpx
 import pytest
 from PIL import Image
@@ -98,6 +100,82 @@ def test_more_pixels_than_the_page_takes_are_refused_to_a_client(http, monkeypat
     assert "Picture 1: 169,000,000 pixels, expected at most 65,000,000" in said
 
 
+@pytest.mark.parametrize("kind", ["progressive JPEG", "GIF comments", "PPM comments", "TIFF strips", "EXIF in WebP"])
+def test_a_file_of_much_work_is_refused_to_a_client(http, kind):
+    make, words = bombs.BOMBS[kind]
+    said = edit(http, picture_1={"path": upload(http, make())})
+    assert "Picture 1: " in said and words in said
+
+
+def form(http: httpx.Client, body: bytes, kind: str = "multipart/form-data; boundary=B") -> httpx.Response:
+    return http.post("/gradio_api/upload", content=body, headers={"Content-Type": kind})
+
+
+FILE = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"--B--\r\n", FILE % b"a", b'--B\r\nContent-Disposition: form-data; name="files"\r\n\r\na\r\n--B--\r\n'],
+    ids=["nothing", "no part", "cut short", "no file name"],
+)
+def test_a_form_without_a_whole_file_is_refused(http, body):
+    answer = form(http, body)
+    assert (answer.status_code, answer.text) == (400, "The upload holds no whole file: send the form again.")
+
+
+def test_as_many_files_as_an_upload_takes_may_each_have_its_most_bytes(http):
+    answer = form(
+        http, FILE % bytes(guard.UPLOAD_MB * 2**20) * guard.MAX_FILES + b"--B--\r\n", "Multipart/Form-Data; boundary=B"
+    )
+    assert [Path(path).stat().st_size for path in answer.json()] == [guard.UPLOAD_MB * 2**20] * guard.MAX_FILES
+    for path in answer.json():
+        shutil.rmtree(Path(path).parent)
+    answer = form(http, FILE % b"a" * (guard.MAX_FILES + 1) + b"--B--\r\n")
+    assert answer.text == "The upload cannot be read: Too many files. Maximum number of files is 4."
+
+
+def slow_upload(http: httpx.Client, sent: int, announced: int = 10**6) -> socket.socket:
+    """An upload that has begun: so many bytes of its form have been sent, and no more come."""
+    host, port = http.base_url.host, http.base_url.port
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {announced}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=B\r\n\r\n"
+    connection = socket.create_connection((host, port))
+    connection.sendall(head.encode() + (FILE % bytes(announced))[:sent])
+    return connection
+
+
+def test_uploads_that_arrive_count_and_who_leaves_is_no_fault(http, monkeypatch, caplog):
+    """Their bytes lie on the disk before they are kept."""
+    monkeypatch.setattr(guard, "MAX_ARRIVING", 1000)
+    slow = slow_upload(http, 900)
+    wait_until(lambda: form(http, FILE % bytes(200) + b"--B--\r\n").status_code == 503)
+    said = form(http, FILE % bytes(200) + b"--B--\r\n").text
+    assert said == "The server receives too many uploads at once: try again in a moment."
+    slow.close()
+    wait_until(lambda: form(http, FILE % bytes(200) + b"--B--\r\n").status_code == 200)
+    assert caplog.records == []
+
+
+def test_a_full_folder_takes_no_file_and_starts_no_run(http, monkeypatch):
+    """Empty files fill it too, and a disk without room is as good as full."""
+    path = upload(http)
+    with monkeypatch.context() as patch:
+        patch.setattr(file_store, "MAX_STORED_FILES", 1)
+        answer = form(http, FILE % b"" + b"--B--\r\n")
+        assert (answer.status_code, answer.text) == (507, "The server holds too many files: try again in an hour.")
+        assert "The server holds too many files: try again in an hour." in edit(http, picture_1={"path": path})
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    before = set(folder.iterdir())
+
+    def no_room(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    assert form(http, FILE % b"a" + b"--B--\r\n").status_code == 507
+    assert set(folder.iterdir()) == before
+
+
 def test_requests_in_flight_are_limited(http, monkeypatch):
     """Two that never finish sending take the places; once they leave there is room again."""
     monkeypatch.setattr(guard, "MAX_IN_FLIGHT", 2)
@@ -108,12 +186,7 @@ def test_requests_in_flight_are_limited(http, monkeypatch):
         return await receive(self, request)
 
     monkeypatch.setattr(guard.Guard, "_upload", upload)
-    host, port = http.base_url.host, http.base_url.port
-    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n"
-    head += "Content-Type: multipart/form-data; boundary=a\r\n\r\n"
-    slow = [socket.create_connection((host, port)) for _ in range(2)]
-    for connection in slow:
-        connection.sendall(head.encode())
+    slow = [slow_upload(http, 0) for _ in range(2)]
 
     def answer() -> httpx.Response:
         return http.post("/gradio_api/call/v2/edit", json={"instruction": "a"})

@@ -297,7 +297,14 @@ def test_the_script_serves_and_leaves_nothing_behind_when_it_is_ended(lively, tm
     assert not list((ROOT / "mige" / "web").glob("*.pyi"))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--port", "0"], "--port is 0"), (["--device", "q"], "--device q")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "0"], "--port is 0"),
+        (["--device", "q"], "--device q"),
+        (["--public-host", "https://a.example"], "--public-host is 'https://a.example'; expected a name alone"),
+    ],
+)
 def test_the_script_explains_what_it_cannot_do(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         web_demo.main(arguments)

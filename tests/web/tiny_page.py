@@ -11,6 +11,8 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.web import page
 from mige.web.service import GenerationService
 
+PUBLIC = "mige.example.org"
+
 
 @pytest.fixture(scope="module")
 def tiny_service(tiny_model) -> GenerationService:
@@ -19,8 +21,11 @@ def tiny_service(tiny_model) -> GenerationService:
 
 @pytest.fixture(scope="module")
 def http(tiny_service) -> Iterator[httpx.Client]:
-    """A client of a page over a tiny model."""
-    with page.serving(tiny_service) as address, httpx.Client(base_url=address.rstrip("/"), timeout=60) as client:
+    """A client of a page over a tiny model, which visitors reach as `PUBLIC` too."""
+    with (
+        page.serving(tiny_service, public_hosts=[PUBLIC]) as address,
+        httpx.Client(base_url=address.rstrip("/"), timeout=60) as client,
+    ):
         yield client
 
 

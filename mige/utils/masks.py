@@ -1,0 +1,37 @@
+"""Masks: which pixels of an image may change. White (128 and above) may, black stays."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mige.utils.arrays import is_tensor
+from mige.utils.bad_image import BadImageError
+from mige.utils.images import as_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def as_mask(value: "Image.Image | np.ndarray | Tensor | Any", size: tuple[int, int], **options: Any) -> Image.Image:
+    """`value` as an image of mode "L" that holds 0 and 255 only.
+
+    Args:
+        value: what `as_image` takes, or an array or tensor of truth values [H, W]. Transparency counts as black.
+        size: width and height of the image that it belongs to, px, upright.
+        options: as of `as_image`.
+
+    Raises BadImageError for another size, for a mask without a white pixel, and as `as_image`.
+    """
+    if is_tensor(value):
+        value = value.detach().cpu().numpy() if value.ndim == 2 else value
+    if isinstance(value, np.ndarray) and value.dtype == bool:
+        value = value.astype(np.uint8) * 255
+    mask = as_image(value, **options).convert("L").point([0] * 128 + [255] * 128)
+    name = f"mask {value}" if isinstance(value, str) or hasattr(value, "is_file") else "mask"
+    if mask.size != size:
+        problem = f"{mask.width} x {mask.height} px, but its source has {size[0]} x {size[1]} px"
+        raise BadImageError(name, problem, "make it as large as the source, upright")
+    if mask.getbbox() is None:
+        raise BadImageError(name, "has no white pixel, so nothing may change", "paint white what may change")
+    return mask
