@@ -95,7 +95,10 @@ class TrainingState:
 
 
 def share(state: Mapping[str, Tensor], rank: int, processes: int) -> dict[str, Tensor]:
-    """What one process saves: its shards, and of the tensors that all hold about as many bytes as the others."""
+    """What one process saves: its shards, and of the tensors that all hold about as many bytes as the others.
+
+    state: tensors by name, [...] each, alike in all processes but for the shards.
+    """
     loads, mine = [0] * processes, {}
     for name in sorted(state):
         tensor = state[name]
