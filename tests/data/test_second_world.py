@@ -228,9 +228,9 @@ def test_the_stream_has_a_shape_a_block_and_latents_to_fit(tiny_model):
     assert batch.vision_RCHW.shape[1:] == (3, 28, 28)
     one = stream.case(first)
     expected = image(one.target, *one.references, side=(192, 336))
-    torch.testing.assert_close(batch.pixels_PCHW[: len(expected)].sort(0)[0], expected.sort(0)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.pixels_PCHW[: len(expected)], expected, rtol=0, atol=1e-5)
     other = next(index for index in range(0, 80, 2) if shapes[index] != (192, 336))
-    with pytest.raises(ValueError, match=r"must have one shape, got .*\(192, 336\)"):
+    with pytest.raises(ValueError, match=r"have one shape, got .*\(192, 336\)"):
         collate_world([stream[first], stream[other]])
     square = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, **common)
     assert {square.shape(index) for index in range(80)} == {(256, 256)}

@@ -23,7 +23,7 @@ from mige.utils.images import CLIP_MEAN, CLIP_STD
 _EPOCH = 1_000_000  # samples called an epoch; none is ever shown twice
 
 Drawn = tuple[TrainingSample, tuple[Scene, ...], tuple[int, int], int, World]
-"""A sample, its scenes (the target, then the references), height and width of images, side of the vision tower's, world."""
+"""A sample, its scenes (the target, then the references), images' height and width, the tower's side, the world."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,6 @@ def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
     """Samples of a `WorldDataset` -> batch. Raises ValueError if their images differ in shape."""
     samples, scenes, shapes, vision_sizes, worlds = zip(*drawn, strict=True)
     if len(set(shapes)) > 1:
-        raise ValueError(
-            f"a batch's images must have one shape, got {sorted(set(shapes))}: make `block` a multiple of it"
-        )
+        raise ValueError(f"a batch's images have one shape, got {sorted(set(shapes))}: block must be a multiple of it")
     stacked = Scenes.stack([scene for images in scenes for scene in images])
     return WorldBatch(collate(samples), stacked, shapes[0], vision_sizes[0], worlds[0])
