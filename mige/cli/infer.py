@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
     )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
-    parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
+    command.add_lora(parser)
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
     parser.add_argument(
         "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
@@ -147,15 +147,17 @@ def run(args: argparse.Namespace) -> int:
     args.device = command.check_device(command.parser(None), args.device)
     command.quiet_libraries()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
+    one = args.lora[0][0] if [scale for _, scale in args.lora] == [1.0] else None
+    given = vars(args) | {"lora": one, "loras": [list(pair) for pair in args.lora] if args.lora and not one else None}
+    settings = inference.Settings(**{field.name: given[field.name] for field in fields(inference.Settings)})
     state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
     opened = inference.OpenedRecords(ignore_profiles=settings.ignore_profiles)
     report = inference.check(read(args), model, settings, opened)
-    if args.lora:
-        check_lora(model, Path(args.lora))
+    for path, _ in args.lora:
+        check_lora(model, Path(path))
     if report.issues and main_process:
         print(report.text(), file=sys.stderr)
     if report.errors and not (args.keep_going and report.records):
@@ -191,8 +193,7 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     from mige.inference.pipeline import MIGEPipeline
 
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
-    if args.lora:
-        add_adapters(pipeline, Path(args.lora))
+    add_adapters(pipeline, args.lora)
     if args.vae_dtype == "bfloat16":
         pipeline.vae_to_bfloat16()
     if args.t5_bits:

@@ -43,7 +43,7 @@ def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        hint = "transpose it: channels stand last" if array.ndim == 3 else "take one image of it"
+        hint = "transpose it: channels come last" if array.ndim == 3 else "take one image of it"
         raise BadImageError(name, "expected [H, W] or [H, W, C] with C of 1, 3 or 4", hint)
     return _from_values(name, array, max_pixels)
 

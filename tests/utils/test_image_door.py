@@ -86,7 +86,7 @@ def test_one_and_four_channels(kind):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels stand last"),
+        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels come last"),
         (np.zeros((1, 8, 8, 3), np.uint8), r"expected \[H, W\] or \[H, W, C\] with C of 1, 3 or 4"),
         (np.zeros((8, 8, 2), np.uint8), "C of 1, 3 or 4"),
         (np.zeros((8, 8), np.int64), "int64: expected uint8, uint16 or float"),
