@@ -1,8 +1,15 @@
-"""Values that are none of a field's, in every field and through every route."""
+"""Values that are none of a field's, in every field and through every route; any bytes at all as a request."""
 
+import json
+import os
 import secrets
+import socket
+from http.client import HTTPResponse
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_page import edit, events, http, tiny_service, upload
 
 from mige.web.service import GenerationService
@@ -10,6 +17,7 @@ from mige.web.service import GenerationService
 __all__ = ["events", "http", "tiny_service"]  # fixtures
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+FORM = "multipart/form-data; boundary=B"
 NUMBERS = {  # of the API -> in sentences, least and most, whether a fraction is one
     "seed": ("seed", 0, 2**32 - 1, False),
     "pictures": ("number of pictures", 1, 8, False),
@@ -70,3 +78,66 @@ def test_a_list_of_another_length_starts_no_event(http, events):
     for data in (None, {}, "data", 3, True):
         answer = http.post("/gradio_api/call/edit", json={"data": data})
         assert answer.status_code == 400 and answer.json()["error"].startswith("“data” is ")
+
+
+OF_PATHS = """. .. %2e%2e %252e%252e / // %2f %5c %00 %0d%0aX: %ff ; # ~ é * gradio_api file= file proxy= static assets
+svelte config theme.css queue join data call v2 run api predict edit pick upload upload_progress cancel reset heartbeat
+stream component_server etc passwd pyproject.toml info pwa_icon http: planted.example"""
+OF_HEADERS = """Host Origin Referer Cookie Range Content-Type Content-Encoding X-Forwarded-Host X-Forwarded-Proto
+X-Gradio-Server X-Gradio-User If-None-Match Upgrade Accept-Encoding"""
+PIECES = st.sampled_from(OF_PATHS.split())
+PATHS = st.tuples(st.sampled_from(["/", ""]), st.lists(PIECES, max_size=8)).map(
+    lambda path: "/" + path[0].join(path[1])
+)
+QUERIES = st.dictionaries(
+    st.sampled_from(["page", "deep_link", "session_hash", "upload_id", "all_endpoints", "__theme", "view"]),
+    st.text("ab/.%&=é", max_size=6),
+).map(lambda query: "&".join(f"{key}={value}" for key, value in query.items()))
+HEADERS = st.dictionaries(
+    st.sampled_from(OF_HEADERS.split()),
+    st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=12)
+    | st.sampled_from(["localhost", "evil.example", "http://evil.example", FORM, "gzip", "null"]),
+    max_size=3,
+)
+FORMS = st.lists(
+    st.sampled_from([b"--B", b"--B--", b"\r\n", b"\r\n\r\n", b"\0", b'Content-Disposition: form-data; name="files"'])
+    | st.sampled_from([b'; filename="../../a.png"', b'; filename="\xff\0.png"', b"; filename*=utf-8''%2fetc%2fpasswd"])
+    | st.binary(max_size=8),
+    max_size=12,
+).map(b"".join)
+BODIES = FORMS | st.binary(max_size=30) | st.sampled_from([b"{}", b"[]", b"null", b'{"data":[],"fn_index":0}', b"NaN"])
+
+
+def answered(client, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+    """Sent as it is: httpx would tidy up the address."""
+    address = client.base_url.host, client.base_url.port
+    sent = {"Host": address[0], **headers, "Content-Length": str(len(body)), "Connection": "close"}
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in sent.items()) + "\r\n"
+    with socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(head.encode("latin-1") + body)
+        answer = HTTPResponse(connection, method=method)
+        answer.begin()
+        return answer.status, b"" if "event-stream" in answer.getheader("content-type", "") else answer.read()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    method=st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "PUT"]),
+    path=PATHS
+    | st.sampled_from(["/", "/config", "/gradio_api/upload", "/gradio_api/call/edit", "/gradio_api/queue/join"]),
+    query=QUERIES,
+    headers=HEADERS,
+    body=BODIES,
+)
+def test_no_bytes_at_all_end_in_an_error_of_ours(http, caplog, method, path, query, headers, body):
+    """No address, header or form reads a file or fails inside; an upload lands in a folder of its own."""
+    if path == "/gradio_api/upload" and len(headers) < 2:
+        headers = headers | {"Content-Type": FORM}
+    target = (path + "?" + query if query else path).encode("utf-8").decode("latin-1")
+    status, content = answered(http, method, target, headers, body)
+    assert status < 500, (status, content[:200])
+    assert b"root:" not in content and b"[project]" not in content and b"Traceback" not in content
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+    if path == "/gradio_api/upload" and method == "POST" and status == 200:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert all(Path(kept).parent.parent == folder for kept in json.loads(content))
