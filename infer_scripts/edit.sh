@@ -1,5 +1,6 @@
 #!/bin/sh
 # Instruction-based editing with the official settings: sh infer_scripts/edit.sh [MODEL [RECORDS [OUTPUT]]]
+# LORA=PATH[:SCALE] before it: with these adapters.
 set -eu
 cd "$(dirname "$0")/.."
 python infer_scripts/infer.py \
@@ -7,4 +8,4 @@ python infer_scripts/infer.py \
     --records "${2:-example_data/edit.json}" \
     --output "${3:-output/edit}" \
     --task edit \
-    --size native
+    --size native ${LORA:+--lora "$LORA"}

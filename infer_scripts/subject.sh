@@ -1,5 +1,6 @@
 #!/bin/sh
 # Subject-driven generation with the official settings: sh infer_scripts/subject.sh [MODEL [RECORDS [OUTPUT]]]
+# LORA=PATH[:SCALE] before it: with these adapters.
 set -eu
 cd "$(dirname "$0")/.."
 python infer_scripts/infer.py \
@@ -7,4 +8,4 @@ python infer_scripts/infer.py \
     --records "${2:-example_data/subject.json}" \
     --output "${3:-output/subject}" \
     --task subject \
-    --size native
+    --size native ${LORA:+--lora "$LORA"}

@@ -94,8 +94,7 @@ class DataConfig:
         within("data.drop_text + drop_source + drop_both", self.drop_text + self.drop_source + self.drop_both, 0, 1)
         at_least("data.size", self.size, 1)
         at_least("data.workers", self.workers, 0)
-        if self.world_name not in (worlds := ("first", "second")):
-            raise ConfigError(f"data.world_name is {self.world_name!r}, expected one of {', '.join(worlds)}")
+        one_of("data.world_name", self.world_name, ("first", "second"))
         for kind, weight in self.world.items():
             positive(f"data.world.{kind}", weight)
         if self.world and (self.sets or self.features is not None):
@@ -180,12 +179,8 @@ class TrainConfig:
         return "bf16" if self.precision == "mixed" or adapters else "no"
 
     def _check_names(self) -> None:
-        if self.optimizer == "adamw_bf16":
-            raise ConfigError("train.optimizer: 'adamw_bf16' is now 'adamw' with train.precision=bfloat16")
         one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         one_of("train.precision", self.precision, ("auto", "float32", "mixed", "bfloat16"))
-        if self.trainable == "scratch":
-            raise ConfigError("train.trainable: 'scratch' is now 'all'")
         one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "dit", "lora", "all"))
         for part in self.gradient_checkpointing:
             one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))

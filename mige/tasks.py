@@ -22,9 +22,9 @@ class Task(StrEnum):
 class TaskSettings:
     """How the official code runs one task; all but `training_prefix` is about inference."""
 
-    prefix: str  # stands before the prompt
+    prefix: str  # put before the prompt
     clean_prefix: bool  # whether the prefix goes through the caption cleaner together with the prompt
-    training_prefix: str  # stands before the cleaned prompt in training, as it is
+    training_prefix: str  # put before the cleaned prompt in training, as it is
     steps: int  # solver steps
     guidance: float  # text guidance
     source_guidance: float  # guidance towards the source image

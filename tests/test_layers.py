@@ -1,4 +1,4 @@
-"""Imports point only downwards (docs/architecture.md, "Layers"), over the syntax trees of all files of the package."""
+"""Over all syntax trees: imports point only downwards (docs/architecture.md, "Layers"), and budgets are kept."""
 
 import ast
 import functools
@@ -80,3 +80,41 @@ def test_every_unit_has_a_layer():
     assert {unit(path) for path in FILES} - FORMER_PLACES - {"__init__"} == LAYER.keys() - (
         set() if (ROOT / "mige" / "cli").is_dir() else {"cli"}
     )
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+FILE, CLASS, FUNCTION = 300, 200, 50  # lines; of classes and functions without their docstrings
+OVER = {  # what is longer, and why
+    "cli/infer.py: _parser": "a line an option",
+    "inference/steps.py: denoise": "what a step may change, in one place with the steps",
+    "training/trainer.py: Trainer": "one training step is read from top to bottom, with all that it keeps",
+}
+
+
+def lengths(text: str) -> dict[str, tuple[int, int]]:
+    """Name -> lines and budget, of every class and function of a file; "" is the file."""
+    found = {"": (text.count("\n"), FILE)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = [one for one in ast.walk(node) if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+            said = [one.body[0] for one in inside if ast.get_docstring(one) is not None]
+            lines = node.end_lineno - node.lineno + 1 - sum(one.end_lineno - one.lineno + 1 for one in said)
+            budget = CLASS if isinstance(node, ast.ClassDef) else FUNCTION
+            found[node.name] = max(found.get(node.name, (0, 0)), (lines, budget))
+    return found
+
+
+def test_files_classes_and_functions_keep_their_budgets():
+    over = {}
+    for path in FILES:
+        for name, (lines, budget) in lengths(path.read_text()).items():
+            if lines > budget:
+                where = f"{path.relative_to(ROOT / 'mige')}: {name}".removesuffix(": ")
+                over[where] = f"{lines} lines, {budget} at most"
+    assert not over.keys() - OVER.keys(), {name: over[name] for name in over.keys() - OVER.keys()}
+
+
+def test_lengths_are_without_docstrings():
+    text = 'class A:\n    """One.\n\n    Two.\n    """\n\n    def f(self):\n        """Three."""\n        return 1\n'
+    assert lengths(text) == {"": (9, FILE), "A": (4, CLASS), "f": (2, FUNCTION)}

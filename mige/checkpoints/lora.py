@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from mige.checkpoints.weight_files import files_to_read, read_json
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
 _ADAPTER = "default"
-_PEFT, _DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
-_PREFIXES = {_PEFT: "base_model.model.", _DIFFUSERS: "transformer."}
+_PEFT, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+_PREFIXES = {_PEFT: "base_model.model.", DIFFUSERS_FILE: "transformer."}
 _FOREIGN = {
     "lora_unet_": "kohya's",
     "lora_transformer_": "kohya's",
@@ -53,9 +54,13 @@ def save_lora(transformer: PixArtTransformer2DModel, folder: Path) -> None:
     transformer.peft_config[_ADAPTER].save_pretrained(folder)
 
 
-def fingerprint(transformer: PixArtTransformer2DModel) -> str:
-    """A digest of the DiT's weights in and out, as bfloat16: the same in whatever precision they were loaded."""
-    return _digest([transformer.get_parameter(key) for key in _BASE_KEYS])
+def fingerprint(transformer: PixArtTransformer2DModel, before: Mapping[str, Tensor] | None = None) -> str:
+    """A digest of the DiT's weights in and out, as bfloat16: the same in whatever precision they were loaded.
+
+    before: weights of any shape, by parameter, in place of the DiT's own, which adapters have changed.
+    """
+    before = before or {}
+    return _digest([before.get(key, transformer.get_parameter(key)) for key in _BASE_KEYS])
 
 
 def _digest(tensors: list[Tensor]) -> str:
@@ -70,14 +75,14 @@ def check_lora(model: Path, path: Path) -> None:
     part = model / "transformer"
     with torch.device("meta"):
         transformer = PixArtTransformer2DModel.from_config(read_json(part / "config.json"))
-    file, state, metadata = _open(path)
+    file, state, metadata = open_lora(path)
     if "base" in metadata:
         tensors = {}
         for weights in files_to_read(part, "diffusion_pytorch_model", None)[0]:
             with safe_open(weights, framework="pt") as stored:
                 tensors |= {key: stored.get_tensor(key) for key in stored.keys() if key in _BASE_KEYS}  # noqa: SIM118
-        _check_base(file, metadata, _digest([tensors[key] for key in _BASE_KEYS]))
-    _fit(transformer, file, state, metadata)
+        check_base(file, metadata, _digest([tensors[key] for key in _BASE_KEYS]))
+    fit(transformer, file, state, metadata)
 
 
 def merge_lora(transformer: PixArtTransformer2DModel, path: Path) -> PixArtTransformer2DModel:
@@ -90,30 +95,39 @@ def merge_lora(transformer: PixArtTransformer2DModel, path: Path) -> PixArtTrans
     Raises CheckpointError if nothing of the kind lies there, a file is damaged, the layout is another program's, or
     the adapters and the model do not match: a key too many, a module without its adapter, sizes, the base.
     """
-    file, state, metadata = _open(path)
+    file, state, metadata = open_lora(path)
     if "base" in metadata:
-        _check_base(file, metadata, fingerprint(transformer))
-    model, own = _fit(transformer, file, state, metadata)
+        check_base(file, metadata, fingerprint(transformer))
+    model, own = fit(transformer, file, state, metadata)
     set_peft_model_state_dict(model, own, adapter_name=_ADAPTER)
     return model.merge_and_unload()
 
 
-def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+def open_lora(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The file of adapters, its tensors by the layer of the DiT they belong to, and its metadata.
+
+    Tensors are of any shape; raises CheckpointError for what is none of the two layouts.
+    """
     file = _find(Path(path))
     return file, *_read(file)
 
 
-def _check_base(file: Path, metadata: dict[str, str], digest: str) -> None:
+def check_base(file: Path, metadata: dict[str, str], digest: str) -> None:
+    """Raise CheckpointError for adapters of another base than the one with this `fingerprint`."""
     if metadata["base"] != digest:
         raise CheckpointError(f"{file}: trained on another base model; load the one it was trained on")
 
 
-def _fit(
+def fit(
     transformer: PixArtTransformer2DModel, file: Path, state: dict[str, Tensor], metadata: dict[str, str]
 ) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The model with the places for these adapters, and their tensors by PEFT's names, compared with each other."""
+    """The model with the places for these adapters, and their tensors by PEFT's names, compared with each other.
+
+    Tensors are [rank, in] and [out, rank]; raises CheckpointError where they do not fit the model or the config.
+    """
     config = _peft_config(file.parent) if file.name == _PEFT else _diffusers_config(file, state, metadata)
-    state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
+    if file.name != _PEFT:  # read into the config; PEFT's layout has no such tensors
+        state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
     _check_modules(file, state, transformer)
     try:
         model = get_peft_model(transformer, config, adapter_name=_ADAPTER)
@@ -128,8 +142,7 @@ def _fit(
 
 def _check_config(file: Path, config: LoraConfig, model: PeftModel) -> None:
     """Every target that the config names has adapters, and none is multiplied by nothing."""
-    scales = {name.removeprefix("base_model.model."): module.scaling[_ADAPTER]
-              for name, module in model.named_modules() if _ADAPTER in getattr(module, "scaling", {})}  # fmt: skip
+    scales = scales_of(model)
     for target in config.target_modules if not isinstance(config.target_modules, str) else ():
         if not any(name == target or name.endswith(f".{target}") for name in scales):
             raise CheckpointError(f"{file}: its config names the target {target!r}, but the model has no such layer")
@@ -138,18 +151,24 @@ def _check_config(file: Path, config: LoraConfig, model: PeftModel) -> None:
             raise CheckpointError(f"{file}: alpha / rank of {name} is {scale}, expected a number above 0")
 
 
+def scales_of(model: PeftModel) -> dict[str, float]:
+    """alpha / rank of every layer that has adapters, by its path."""
+    return {name.removeprefix("base_model.model."): module.scaling[_ADAPTER]
+            for name, module in model.named_modules() if _ADAPTER in getattr(module, "scaling", {})}  # fmt: skip
+
+
 def _find(path: Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    if (path / _PEFT).is_file() and (path / _DIFFUSERS).is_file():
-        raise CheckpointError(f"{path}: holds both {_PEFT} and {_DIFFUSERS}; remove one, or name the file")
+    if (path / _PEFT).is_file() and (path / DIFFUSERS_FILE).is_file():
+        raise CheckpointError(f"{path}: holds both {_PEFT} and {DIFFUSERS_FILE}; remove one, or name the file")
     if (path / _PEFT).is_file() and (path / "adapter_config.json").is_file():
         return path / _PEFT
-    if (path / _DIFFUSERS).is_file():
-        return path / _DIFFUSERS
+    if (path / DIFFUSERS_FILE).is_file():
+        return path / DIFFUSERS_FILE
     there = f"it holds {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}" if path.is_dir() else \
         "no such folder"  # fmt: skip
-    raise CheckpointError(f"{path}: expected {_PEFT} and adapter_config.json, or {_DIFFUSERS}; {there}")
+    raise CheckpointError(f"{path}: expected {_PEFT} and adapter_config.json, or {DIFFUSERS_FILE}; {there}")
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,6 +179,14 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or cut off: {error}; copy it again") from error
+    return without_prefix(file, state), metadata
+
+
+def without_prefix(file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of either layout, of any shape, by the layer of the DiT they belong to.
+
+    Raises CheckpointError for another layout, and for tensors that are no adapters.
+    """
     if not state:
         raise CheckpointError(f"{file}: holds no tensor, so it would change nothing")
     for key, value in state.items():
@@ -175,7 +202,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         layout = next((name for start, name in _FOREIGN.items() if key.startswith(start)), "an unknown one")
         raise CheckpointError(f"{file}: its layout is {layout} ({key}); expected PEFT's (base_model.model.*) or "
                               "diffusers' (transformer.*)")  # fmt: skip
-    return {key.removeprefix(prefix): value for key, value in state.items()}, metadata
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def _peft_config(folder: Path) -> LoraConfig:
@@ -184,9 +211,18 @@ def _peft_config(folder: Path) -> LoraConfig:
     if kind != "LORA":
         raise CheckpointError(f'{path}: its "peft_type" is {kind!r}, expected "LORA"')
     try:
-        return LoraConfig.from_pretrained(folder)
+        config = LoraConfig.from_pretrained(folder)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: PEFT refuses it: {error}") from error
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, with which PEFT changes the model's own "
+            "weights: convert the adapters to plain LoRA when you save them"
+        )
+    base = (config.auto_mapping or {}).get("base_model_class", PixArtTransformer2DModel.__name__)
+    if base != PixArtTransformer2DModel.__name__:
+        raise CheckpointError(f"{path}: adapters of a {base}, expected those of a {PixArtTransformer2DModel.__name__}")
+    return config
 
 
 def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> LoraConfig:
@@ -196,6 +232,8 @@ def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, 
     if not ranks:
         raise CheckpointError(f"{file}: no key ends in .lora_A.weight ({next(iter(state))} is another layout, such as "
                               "diffusers' of before PEFT); expected PEFT's or diffusers' of today")  # fmt: skip
+    if foreign := sorted(alphas.keys() - ranks.keys()):
+        raise CheckpointError(f"{file}: unexpected {foreign[0]}.alpha, without {foreign[0]}.lora_A.weight")
     told = {}
     if "lora_adapter_metadata" in metadata:
         try:
@@ -204,6 +242,10 @@ def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, 
             own = dict(told.get("alpha_pattern") or {})
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file}: its metadata is not a JSON object of a LoRA config: {error}") from error
+        if other := [key for key in told if key.startswith(("unet.", "text_encoder."))]:
+            raise CheckpointError(f"{file}: its metadata is of another part ({other[0]}), expected transformer.*")
+        if told.get("use_dora"):
+            raise CheckpointError(f"{file}: its metadata says use_dora, but there are plain LoRA tensors alone")
         alphas = {m: own[key] for m in ranks if (key := get_pattern_key(own, m)) in own} | alphas
     pattern = {module: alphas.get(module, told.get("lora_alpha", rank)) for module, rank in ranks.items()}
     return LoraConfig(
@@ -222,12 +264,14 @@ def _check_modules(file: Path, state: dict[str, Tensor], transformer: PixArtTran
     modules, halves = dict(transformer.named_modules()), defaultdict(set)
     for key in state:
         module, _, half = key.rpartition(".lora_")
-        if module not in modules:
+        if not module or module not in modules:
             raise CheckpointError(f"{file}: unexpected {key}: the model has no layer {module or key!r}")
         halves[module].add(half)
     for module, found in halves.items():
         if not {"A.weight", "B.weight"} <= found:
             raise CheckpointError(f"{file}: {module} has only {sorted(found)}, expected lora_A and lora_B")
+    if not any(all(state[f"{module}.lora_{half}.weight"].any() for half in "AB") for module in halves):
+        raise CheckpointError(f"{file}: every lora_A or lora_B is zero, so it would change nothing; are they trained?")
 
 
 def _compare(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What all scripts share: arguments that are checked before anything heavy is imported, errors as one line."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -52,6 +53,35 @@ def guarded(
         return INTERRUPTED
     except (UserError, OSError, *known) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """The option `--lora`, given once for each folder: a list of (folder, scale)."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=lora,
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapters, in diffusers' or PEFT's layout (of a training run: checkpoints/step-.../lora); may be repeated",
+    )
+
+
+def lora(text: str) -> tuple[str, float]:
+    """The type of `--lora`: a folder or file, and its scale behind a colon, 1 without.
+
+    Raises argparse.ArgumentTypeError for a scale that is not finite.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not (colon and path) or Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(scale)
+    except ValueError:  # a colon of the path
+        return text, 1.0
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"the scale is {scale}, expected a finite number")
+    return path, value
 
 
 def folder_to_write(text: str) -> Path:

@@ -20,7 +20,7 @@ from mige.cli.places import MINI, MINI_STUDENT
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder (%(default)s)")
-    parser.add_argument("--student", help=f"a few-step student, shown beside it ({MINI_STUDENT}, where it is)")
+    parser.add_argument("--student", help=f"a few-step student, a model or adapters, shown beside it ({MINI_STUDENT})")
     parser.add_argument(
         "--output", type=command.folder_to_write, default=Path("output/demo"), help="folder to make (%(default)s)"
     )
@@ -40,17 +40,13 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from mige.inference.pipeline import MIGEPipeline
-    from mige.mini.demo import answer, chosen, faster_dtype, pages
+    from mige.mini.demo import answer, chosen, faster_dtype, load, pages
     from mige.utils.files import write_text
 
     command.quiet_libraries()
     dtype = args.dtype or faster_dtype()
     print(f"{dtype} weights; the fresh case has --seed {args.seed}")
-    models = [args.model, args.student] if args.student else [args.model]
-    pipelines = [MIGEPipeline.from_pretrained(model, dtype=getattr(torch, dtype)) for model in models]
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)
+    pipelines = load(args, getattr(torch, dtype))
     for folder in ("images", "inputs"):
         (args.output / folder).mkdir(parents=True, exist_ok=True)
     cards = [answer(pipeline, one, args) for one in tqdm(chosen(args.seed), unit="case") for pipeline in pipelines]

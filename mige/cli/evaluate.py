@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
     group = parser.add_argument_group("mini")
     group.add_argument("--model", help="checkpoint folder")
-    group.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
+    command.add_lora(group)
     group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
     group.add_argument("--steps", type=int, help="of the sampler (default: the few-step student's own, else 20)")
     group.add_argument("--guidance", type=float, help="towards the instruction (default: 2; a student's is inside it)")
@@ -71,10 +71,9 @@ def mini(args: argparse.Namespace) -> None:
 
     chosen = make_cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32)
-    if args.lora:
-        add_adapters(pipeline, Path(args.lora))
+    add_adapters(pipeline, args.lora)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
-    model = args.model if args.lora is None else f"{args.model} + {args.lora}"
+    model = " + ".join([args.model, *(path if scale == 1 else f"{scale:g} {path}" for path, scale in args.lora)])
     bench.run(pipeline.to(args.device), chosen, args.results, model=model, batch=args.batch, **settings)
     chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
     written = bench_report.write(chosen, rows, args.results)

@@ -33,6 +33,31 @@ SOME_FAILED = 3
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line; ends with a message for those that make no run."""
+    parser = _parser()
+    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
+    if (args.records is None) == (args.prompt is None):
+        parser.error("give either --records or --prompt")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    sides = args.height is not None or args.width is not None
+    if args.size is not None and sides:
+        parser.error(f"--size is {args.size}, but --height or --width is given too: leave one of them out")
+    if args.size is None:
+        args.size = "native" if sides or args.noise == "official" else "source"
+    if args.mask is not None and args.prompt is None:
+        parser.error('--mask belongs to the one case of --prompt; records have a "mask_path" of their own')
+    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
+        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
+    files = [file.resolve() for file in args.records or []]
+    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
+        parser.error(f"--records: {twice} is given twice; its records would be made once")
+    if args.prompt is None and args.id != parser.get_default("id"):
+        parser.error("--id names the one case of --prompt; records have ids of their own")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command.parser(__doc__)
     parser.add_argument(
         "--model",
@@ -79,32 +104,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
     )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
-    parser.add_argument("--lora", help="adapters of a training run: checkpoints/step-.../lora")
+    command.add_lora(parser)
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
     parser.add_argument(
         "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
     )
     parser.add_argument("--note", default="", help="a line on top of the result pages")
-    args = parser.parse_args(join_text(sys.argv[1:] if argv is None else argv))
-    if (args.records is None) == (args.prompt is None):
-        parser.error("give either --records or --prompt")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    sides = args.height is not None or args.width is not None
-    if args.size is not None and sides:
-        parser.error(f"--size is {args.size}, but --height or --width is given too: leave one of them out")
-    if args.size is None:
-        args.size = "native" if sides or args.noise == "official" else "source"
-    if args.mask is not None and args.prompt is None:
-        parser.error('--mask belongs to the one case of --prompt; records have a "mask_path" of their own')
-    if args.reuse < 1 or (args.reuse > 1 and not args.compile):
-        parser.error(f"--reuse must be at least 1, and more only with --compile, got {args.reuse}")
-    files = [file.resolve() for file in args.records or []]
-    if twice := next((file for n, file in enumerate(files) if file in files[:n]), None):
-        parser.error(f"--records: {twice} is given twice; its records would be made once")
-    if args.prompt is None and args.id != parser.get_default("id"):
-        parser.error("--id names the one case of --prompt; records have ids of their own")
-    return args
+    return parser
 
 
 def join_text(argv: Sequence[str]) -> list[str]:
@@ -141,15 +147,17 @@ def run(args: argparse.Namespace) -> int:
     args.device = command.check_device(command.parser(None), args.device)
     command.quiet_libraries()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    settings = inference.Settings(**{field.name: getattr(args, field.name) for field in fields(inference.Settings)})
+    one = args.lora[0][0] if [scale for _, scale in args.lora] == [1.0] else None
+    given = vars(args) | {"lora": one, "loras": [list(pair) for pair in args.lora] if args.lora and not one else None}
+    settings = inference.Settings(**{field.name: given[field.name] for field in fields(inference.Settings)})
     state = PartialState(cpu=args.device == "cpu") if "WORLD_SIZE" in os.environ else None
     main_process = state is None or state.is_main_process
     device = args.device if state is None else state.device
     model = MIGEPipeline.locate(args.model)
     opened = inference.OpenedRecords(ignore_profiles=settings.ignore_profiles)
     report = inference.check(read(args), model, settings, opened)
-    if args.lora:
-        check_lora(model, Path(args.lora))
+    for path, _ in args.lora:
+        check_lora(model, Path(path))
     if report.issues and main_process:
         print(report.text(), file=sys.stderr)
     if report.errors and not (args.keep_going and report.records):
@@ -185,8 +193,7 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     from mige.inference.pipeline import MIGEPipeline
 
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
-    if args.lora:
-        add_adapters(pipeline, Path(args.lora))
+    add_adapters(pipeline, args.lora)
     if args.vae_dtype == "bfloat16":
         pipeline.vae_to_bfloat16()
     if args.t5_bits:

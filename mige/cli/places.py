@@ -13,4 +13,4 @@ def _named(path: str) -> Path:
 CONFIGS = _named("configs")
 MODELS = _named("output/pretrained_models")
 MINI = MODELS / "mige-mini"
-MINI_STUDENT = MODELS / "mige-mini-student"
+MINI_STUDENT = MODELS / "mige-mini-turbo"

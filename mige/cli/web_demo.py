@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from mige.cli import command
 from mige.cli.places import MINI
@@ -28,6 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    command.add_lora(parser)
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")
@@ -40,6 +42,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
     from mige.web.page import serving
     from mige.web.service import GenerationService
@@ -50,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    service = GenerationService(pipeline, folder.resolve().name)
+    add_adapters(pipeline, args.lora)
+    name = " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
+    service = GenerationService(pipeline, name)
     with serving(service, host=args.host, port=args.port, public_hosts=args.public_host) as address:
         print(f"Open {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -58,5 +63,5 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, then import, then run; the exit code."""
-    code = command.guarded(run, parse(argv))
+    code = command.guarded(run, parse(argv), ValueError)
     return 0 if code == command.INTERRUPTED else code  # Ctrl-C is how it ends

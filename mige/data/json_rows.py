@@ -66,7 +66,7 @@ class _Decoder:
         if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            self.problems.append(f"the field {reprlib.repr(twice)} stands twice in one object")
+            self.problems.append(f"the field {reprlib.repr(twice)} appears twice in one object")
         return fields
 
     def _integer(self, digits: str) -> int:

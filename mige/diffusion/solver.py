@@ -17,6 +17,11 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, C, h, w], model time as a 0-dim float tensor in 0..999) -> noise estimate like x."""
 
+TRAINED_STEPS, TRAINED_BETAS = 1000, (1e-4, 0.02)
+"""The noise schedule that MIGE models are trained on: so many betas, linear from the first to the last."""
+
+FROM_CONFIG = "with from_config(pipeline.scheduler.config)"
+
 OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 """(finished step 0..steps-1, x after it, its estimate of x0): for progress, previews; an exception stops sampling.
 
@@ -104,9 +109,9 @@ class DPMSolver2M(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
+        num_train_timesteps: int = TRAINED_STEPS,
+        beta_start: float = TRAINED_BETAS[0],
+        beta_end: float = TRAINED_BETAS[1],
         beta_schedule: str = "linear",
         prediction_type: str = "epsilon",
         clip_sample: bool = False,
@@ -151,9 +156,9 @@ def run_scheduler(
     Returns the final latents, float32 [B, C, h, w]. Raises ValueError for a scheduler that cannot sample (`why_not`)
     and for steps < 1.
     """
+    _require_steps(steps)
     if reason := why_not(scheduler):
         raise ValueError(reason)
-    _require_steps(steps)
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in accepted else {}
     scheduler.set_timesteps(steps, device=noise.device)
@@ -197,12 +202,15 @@ def model_times(scheduler: SchedulerMixin, steps: int) -> Tensor:
 
 
 def why_not(scheduler: SchedulerMixin) -> str | None:
-    """Why `run_scheduler` cannot sample with it; None if it can: a diffusion of epsilon, stepped by (eps, t, x)."""
+    """Why MIGE's latents cannot be sampled with it; None if they can.
+
+    They can with a diffusion of epsilon on the noise schedule of training, stepped by (eps, t, x), that clips nothing.
+    """
     name, wanted = type(scheduler).__name__, scheduler.config.get("prediction_type")
     if wanted != "epsilon":
         return f"MIGE predicts epsilon, {name} expects {wanted}"
     if isinstance(scheduler, DPMSolver2M):
-        return None
+        return _why_not_its_schedule(scheduler)
     lacks = [part for part in ("set_timesteps", "scale_model_input", "step", "init_noise_sigma")
              if not hasattr(scheduler, part)]  # fmt: skip
     if lacks:
@@ -211,6 +219,32 @@ def why_not(scheduler: SchedulerMixin) -> str | None:
                 if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip
     if len(required) > 3:
         return f"{name}.step also asks for {', '.join(required[3:])}: expected one stepped by estimate, time and sample"
+    if "Inverse" in name:
+        return f"{name} goes from images to noise: expected one that goes from noise, such as EulerDiscreteScheduler"
+    for option in ("clip_sample", "thresholding"):
+        if scheduler.config.get(option):
+            return f"{name} has {option}, which clips latents as if they were pixels: make it {FROM_CONFIG}"
+    return _why_not_its_schedule(scheduler)
+
+
+def _why_not_its_schedule(scheduler: SchedulerMixin) -> str | None:
+    """What is wrong with a scheduler's noise schedule."""
+    betas = getattr(scheduler, "betas", None)
+    if not isinstance(betas, Tensor):
+        return f"{type(scheduler).__name__} has no betas: its noise is not that which MIGE models are trained on"
+    if len(betas) < 2:
+        return f"its num_train_timesteps is {len(betas)}, expected at least 2"
+    first, last = float(betas[0]), float(betas[-1])
+    if not bool(((betas > 0) & (betas < 1)).all()):
+        return f"its betas run from {float(betas.min()):g} to {float(betas.max()):g}, expected within 0 and 1"
+    if last < first:
+        return f"its betas fall from {first:g} to {last:g}, expected that noise grows"
+    trained = torch.linspace(*TRAINED_BETAS, TRAINED_STEPS, dtype=torch.float64)
+    if len(betas) != len(trained) or not torch.allclose(betas.double().cpu(), trained, rtol=1e-3):
+        return (
+            f"its noise schedule, {len(betas)} betas from {first:g} to {last:g}, is not the one that MIGE models are "
+            f"trained on, 1000 linear betas from 0.0001 to 0.02: make it {FROM_CONFIG}"
+        )
     return None
 
 

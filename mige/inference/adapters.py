@@ -1,32 +1,259 @@
-"""Adapters onto a pipeline, with the sampler they were trained for where they bring one."""
+"""Low-rank adapters on a pipeline: several, each with a scale, loaded, exchanged and taken off again.
 
+Adapters are added into the DiT's weights, in place, and the weights as they were are kept in host memory: a step is no
+slower than without, `compile` needs no other layers, and taking adapters off gives back every bit.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mige.checkpoints.lora import merge_lora
+import torch
+from diffusers import SchedulerMixin
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.lora_state import Lora, read_lora, write_lora
 from mige.checkpoints.weight_files import read_json
 from mige.diffusion.few_step import FewStepSolver
-from mige.inference.pipeline import MIGEPipeline
+from mige.inference import loading
 
 _CONFIG = "scheduler_config.json"
+_FILES = ["*.safetensors", "adapter_config.json", _CONFIG]
 
 
-def add_adapters(pipeline: MIGEPipeline, path: Path) -> None:
-    """Merge adapters into the pipeline's DiT (`merge_lora`); a few-step student's bring their `FewStepSolver`.
+@dataclass
+class Stack:
+    """The adapters of a pipeline.
 
-    Raises CheckpointError if they do not fit or their scheduler cannot be read.
+    Attributes:
+        loaded: by name. schedulers: of those that bring one, a few-step student's.
+        scales: of the active ones. off: none counts, though some are active.
+        fused: they stay when the adapters are unloaded.
+        before: weights [out, in] without adapters, on the CPU, by parameter. scheduler: the pipeline's own.
     """
-    pipeline.transformer = merge_lora(pipeline.transformer, path)
-    if (config := _own_config(path)) is not None:
-        pipeline.scheduler = FewStepSolver.from_config(config)
+
+    loaded: dict[str, Lora] = field(default_factory=dict)
+    schedulers: dict[str, SchedulerMixin] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    off: bool = False
+    fused: bool = False
+    before: dict[str, Tensor] = field(default_factory=dict)
+    scheduler: SchedulerMixin | None = None
 
 
-def scheduler_config(model: Path, lora: Path | None) -> dict[str, Any]:
-    """What decides how a checkpoint folder is sampled, under adapters if there are any; reads no weights."""
-    own = None if lora is None else _own_config(lora)
-    return read_json(model / "scheduler" / _CONFIG) if own is None else own
+class Adapters:
+    """The methods of diffusers' LoRA loaders, for the DiT; the names and meanings are theirs."""
+
+    _stack: Stack | None = None
+
+    def load_lora_weights(
+        self,
+        path: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Load adapters; they alone are active then, with scale 1.
+
+        Args:
+            path: a folder or file in diffusers' or PEFT's layout, a model of the hub, or a state dict of any shapes.
+            adapter_name: for `set_adapters`; "default_0", "default_1", ... without one.
+            weight_name: a file of the folder. subfolder: of the folder. hub: `loading.HUB`.
+
+        A few-step student's bring their sampler. Raises CheckpointError if they do not fit the model, ValueError for a
+        name that is taken, and while adapters are fused.
+        """
+        stack = self._stack or Stack(scheduler=self.scheduler)
+        name = adapter_name or f"default_{len(stack.loaded)}"
+        if name in stack.loaded:
+            raise ValueError(f"adapter_name is {name!r}, which is loaded: give another, or delete_adapters({name!r})")
+        _refuse_fused(stack)
+        if unknown := sorted(hub.keys() - set(loading.HUB)):
+            raise TypeError(f"load_lora_weights() got the unknown option {unknown[0]!r}")
+        place = path if isinstance(path, Mapping) else _locate(path, weight_name, subfolder, hub)
+        adapters = read_lora(self.transformer, place, stack.before)
+        _keep(stack, adapters, self.transformer)
+        stack.loaded[name] = adapters
+        if not isinstance(place, Mapping) and (config := own_config(place)) is not None:
+            stack.schedulers[name] = FewStepSolver.from_config(config)
+        self._stack = stack
+        self.set_adapters(name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make these adapters the active ones, with a scale each (1 without any); all others count nothing.
+
+        Raises ValueError for a name that is not loaded, a scale that is no number, while adapters are fused, and for
+        two that bring different samplers.
+        """
+        stack = self._loaded()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        if missing := [name for name in names if name not in stack.loaded]:
+            raise ValueError(f"adapter {missing[0]!r} is not loaded; loaded are {', '.join(stack.loaded)}")
+        if len(given) != len(names):
+            raise ValueError(f"{len(names)} adapters, {len(given)} weights; give one each")
+        scales = [1.0 if value is None else value for value in given]
+        for value in scales:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"the weight of an adapter is {value!r}, expected a number")
+        own = {id(stack.schedulers[name]): stack.schedulers[name] for name in names if name in stack.schedulers}
+        if len({str(scheduler.config) for scheduler in own.values()}) > 1:
+            raise ValueError(f"{', '.join(names)} bring different samplers: make one of them active")
+        _refuse_fused(stack)
+        stack.scales, stack.off = dict(zip(names, map(float, scales), strict=True)), False
+        self._apply()
+        self.scheduler = next(iter(own.values()), stack.scheduler)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return [] if self._stack is None or self._stack.off else list(self._stack.scales)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of all loaded adapters, by part."""
+        return {"transformer": list(self._stack.loaded)} if self._stack and self._stack.loaded else {}
+
+    def disable_lora(self) -> None:
+        """The model without its adapters, until `enable_lora`."""
+        self._switch(off=True)
+
+    def enable_lora(self) -> None:
+        """The active adapters count again."""
+        self._switch(off=False)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget adapters; the others that are active stay so. Raises ValueError for a name that is not loaded."""
+        stack = self._loaded()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        kept = {name: scale for name, scale in stack.scales.items() if name not in names}
+        if missing := [name for name in names if name not in stack.loaded]:
+            raise ValueError(f"adapter {missing[0]!r} is not loaded; loaded are {', '.join(stack.loaded)}")
+        self.set_adapters(list(kept), list(kept.values()))
+        for name in names:
+            del stack.loaded[name]
+            stack.schedulers.pop(name, None)
+
+    def fuse_lora(self, *, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+        """Make adapters part of the model, so that `unload_lora_weights` leaves them in.
+
+        Args:
+            lora_scale: a factor of all their scales.
+            adapter_names: those to fuse; the active ones by default.
+
+        Raises ValueError as `set_adapters`, and where none is loaded.
+        """
+        stack = self._loaded()
+        names = list(stack.scales) if adapter_names is None else list(adapter_names)
+        self.set_adapters(names, [stack.scales.get(name, 1.0) * lora_scale for name in names])
+        stack.fused = True
+
+    def unfuse_lora(self) -> None:
+        """Adapters can be exchanged again; they stay active."""
+        self._loaded().fused = False
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters: the model as it was before, bit for bit, or with what was fused."""
+        stack, self._stack = self._stack, None
+        if stack is not None and not stack.fused:
+            for name, before in stack.before.items():
+                self.transformer.get_parameter(name).data.copy_(before)
+            if self._fast is not None:
+                self._fast.refresh()
+            self.scheduler = stack.scheduler
+
+    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+        """Write adapters as diffusers does: pytorch_lora_weights.safetensors, with rank, alpha and base.
+
+        adapter_name: which; the only active one by default. A few-step student's sampler goes along. Raises ValueError
+        where it is not loaded, or several are active.
+        """
+        stack, folder = self._loaded(), Path(save_directory)
+        if adapter_name is None and len(stack.scales) != 1:
+            raise ValueError(f"{len(stack.scales)} adapters are active: name the one to save")
+        name = next(iter(stack.scales)) if adapter_name is None else adapter_name
+        if name not in stack.loaded:
+            raise ValueError(f"adapter {name!r} is not loaded; loaded are {', '.join(stack.loaded)}")
+        write_lora(stack.loaded[name], folder)
+        if name in stack.schedulers:
+            stack.schedulers[name].save_config(folder)
+
+    def _loaded(self) -> Stack:
+        if self._stack is None or not self._stack.loaded:
+            raise ValueError("no adapters are loaded: call load_lora_weights first")
+        return self._stack
+
+    def _switch(self, *, off: bool) -> None:
+        stack = self._loaded()
+        _refuse_fused(stack)
+        stack.off = off
+        self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Weights of all layers that any adapters change: as they were, and what the active ones add."""
+        stack = self._stack
+        active = [] if stack.off else [(stack.loaded[name], scale) for name, scale in stack.scales.items() if scale]
+        for name, total in stack.before.items():
+            layer, weight = name.removesuffix(".weight"), self.transformer.get_parameter(name)
+            for adapters, scale in active:
+                if layer in adapters.scale:
+                    total = total.to(weight.device, torch.float32) + adapters.delta(layer, weight.device) * scale
+            weight.data.copy_(total)
+        if self._fast is not None:
+            self._fast.refresh()
 
 
-def _own_config(path: Path) -> dict[str, Any] | None:
+def _keep(stack: Stack, adapters: Lora, transformer: nn.Module) -> None:
+    """Keep the weights that adapters change; raises ValueError for a layer that none can be added to."""
+    layers = dict(transformer.named_modules())
+    for layer in adapters.scale:
+        kind = type(layers[layer])
+        if kind is not nn.Linear or layers[layer].weight.is_meta:
+            raise ValueError(f"transformer.{layer} is a {kind.__name__}, quantised or off-loaded: load adapters first")
+    for layer in adapters.scale:
+        stack.before.setdefault(f"{layer}.weight", layers[layer].weight.detach().cpu().clone())
+
+
+def _refuse_fused(stack: Stack) -> None:
+    if stack.fused:
+        raise ValueError("adapters are fused: call unfuse_lora, or unload_lora_weights to keep them in, first")
+
+
+def _locate(path: str | Path, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    """The folder or file of adapters; raises CheckpointError where there is none."""
+    folder = loading.locate(path, lambda name, **how: snapshot_download(name, allow_patterns=_FILES, **how), **hub)
+    folder = folder / subfolder if subfolder else folder
+    return folder / weight_name if weight_name else folder
+
+
+def add_adapters(pipeline: Adapters, given: Sequence[tuple[str, float]]) -> None:
+    """Load adapters onto a pipeline, all of them active, each with its scale; errors as of the two methods."""
+    names = [f"{number}: {path}" for number, (path, _) in enumerate(given)]
+    for name, (path, _) in zip(names, given, strict=True):
+        pipeline.load_lora_weights(path, name)
+    if given:
+        pipeline.set_adapters(names, [scale for _, scale in given])
+
+
+def scheduler_config(model: Path, loras: Sequence[str | Path]) -> dict[str, Any]:
+    """What decides how a checkpoint folder is sampled, under adapters if there are any; reads no weights.
+
+    Raises CheckpointError for adapters that bring different samplers.
+    """
+    own = [config for path in loras if (config := own_config(Path(path))) is not None]
+    if any(config != own[0] for config in own):
+        raise CheckpointError(f"{', '.join(map(str, loras))}: they bring different samplers: leave all but one out")
+    return own[0] if own else read_json(model / "scheduler" / _CONFIG)
+
+
+def own_config(path: Path) -> dict[str, Any] | None:
+    """The config of the sampler that adapters bring, None without one."""
     folder = path if path.is_dir() else path.parent
     return read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else None

@@ -1,6 +1,7 @@
 """The arguments of a call, checked and made plain before anything runs: numbers, seeds, prompts and their images."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mige.data.records import UNSTORABLE
 from mige.diffusion.solver import why_not
 from mige.inference.samples import Sample, make_sample
 from mige.utils.images import as_image, image_key
@@ -31,14 +33,27 @@ def number(name: str, value: Any, *, whole: bool = False, least: float | None = 
     expected = kind if least is None else f"{kind} of at least {least:g}"
     if isinstance(plain, bool) or not isinstance(plain, Number) or isinstance(plain, complex):
         raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if not math.isfinite(plain) or (whole and plain != int(plain)) or (least is not None and plain < least):
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+    if not _is_finite(plain) or (whole and plain != int(plain)) or (least is not None and plain < least):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}")
     return int(plain) if whole else float(plain)
+
+
+def _is_finite(plain: Number) -> bool:
+    try:
+        return math.isfinite(plain)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def optional(name: str, value: Any, **how: Any) -> int | float | None:
     """The same, or None."""
     return None if value is None else number(name, value, **how)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for half a surrogate pair or a NUL in a text, which no tokenizer takes."""
+    if character := UNSTORABLE.search(text):
+        raise ValueError(f"{name} holds {character.group()!r}, which is no character of a text; remove it")
 
 
 def numbers_of(steps: Any, guidance: Any, source_guidance: Any) -> tuple[int | None, float | None, float | None]:
@@ -126,6 +141,7 @@ def samples_of(prompt: Any, references: Any, source: Any, count: int | None = No
         for one in prompts:
             if not isinstance(one, str) or not one.strip():
                 raise ValueError(f"prompt is {one!r}, expected a text")
+            check_text("prompt", one)
         if not prompts:
             raise ValueError("prompt is an empty list, expected at least one text")
     lists = [references] if is_one else _each("references", references, len(prompts))

@@ -148,6 +148,8 @@ def _negative(
     texts = [negative] * prompts if isinstance(negative, str) else negative
     if not isinstance(texts, Sequence) or any(not isinstance(one, str) for one in texts) or len(texts) != prompts:
         raise ValueError(f"negative_prompt is {negative!r}, expected a text, or a list of {prompts} of them")
+    for one in texts:
+        arguments.check_text("negative_prompt", one)
     if marked := next((one for one in texts if placeholders(one)), None):
         raise ValueError(f"negative_prompt is {marked!r}, but a negative prompt has no images: write words alone")
     return [one for one in texts for _ in range(each)]

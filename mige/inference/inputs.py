@@ -4,15 +4,20 @@ Letters: B samples of one task, R references of all samples, S places for images
 edit mentions its image again).
 """
 
+import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mige.data.checks import check_instruction
+from mige.data.records import Record
 from mige.inference.samples import Sample, SampleNoise
 from mige.models.instruction import MAX_WORDS, Instruction, read_prompt
 from mige.tasks import PLACEHOLDER, TASKS, Task, can_pair
@@ -93,6 +98,30 @@ def prepare(
         sources_BHWC=sources,
         noise=noise,
     )
+
+
+def read_prompts(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, num_queries: int, max_tokens: int
+) -> list[Sample]:
+    """The samples of a call with their prompts tokenised; a UserWarning tells what of a prompt is not read as written.
+
+    num_queries: positions of an image in the context. max_tokens: the most of a context.
+    Raises ValueError if markers don't pair with references, or an image would be cut off.
+    """
+    read: dict[int, Sample] = {}  # the images of a prompt share one sample
+    for sample in samples:
+        if id(sample) in read:
+            continue
+        instruction = instruct(sample, tokenizer)
+        places = tuple(Path(str(number)) for number in range(len(sample.references)))
+        where = f"prompt {reprlib.repr(sample.prompt)}"
+        record = Record("call", sample.task, sample.prompt, places, None, None, sample.edit_type, where)
+        for issue in check_instruction(record, instruction, tokenizer, num_queries, max_tokens):
+            if issue.fatal:
+                raise ValueError(str(issue))
+            warnings.warn(f"{issue.where}: {issue.message}; {issue.hint}", stacklevel=4)  # where the pipeline is called
+        read[id(sample)] = replace(sample, instruction=instruction)
+    return [read[id(sample)] for sample in samples]
 
 
 def instruct(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Instruction:

@@ -56,7 +56,10 @@ def check_dtype(dtype: Any, parts: Iterable[str]) -> None:
     for name, value in by_part.items():
         if name not in (None, "default", *parts):
             raise TypeError(f"dtype names {name!r}, expected 'default' or one of {', '.join(sorted(parts))}")
-        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        # Of one byte are the float8 formats, in which nothing is computed.
+        if value is not None and not (
+            isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
+        ):
             place = "dtype" if name is None else f"dtype[{name!r}]"
             raise TypeError(f"{place} is {value!r}, expected a float dtype such as torch.bfloat16")
 

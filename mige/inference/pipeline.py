@@ -11,6 +11,7 @@ images 8 h high.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from mige.checkpoints import folder as checkpoint
 from mige.diffusion import few_step, solver  # noqa: F401 - diffusers opens a scheduler's imported module
 from mige.diffusion.conditioning import Context
 from mige.inference import loading
+from mige.inference.adapters import Adapters
 from mige.inference.call import Call, read_call
 from mige.inference.denoising import OnStepEnd
 from mige.inference.encoding import encode_text
+from mige.inference.inputs import read_prompts
 from mige.inference.modes import Modes
+from mige.inference.saving import Saving
 from mige.inference.steps import Steps
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
 from mige.models.fusion import MIGEFusion
@@ -37,7 +41,7 @@ from mige.models.mige import MIGEModel
 from mige.models.vae import downscale
 
 
-class MIGEPipeline(Steps, Modes, DiffusionPipeline):
+class MIGEPipeline(Saving, Steps, Modes, Adapters, DiffusionPipeline):
     """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
 
     The scheduler may be replaced by any diffusers scheduler that predicts epsilon. `image_processor` makes the outputs
@@ -220,7 +224,11 @@ class MIGEPipeline(Steps, Modes, DiffusionPipeline):
         if unknown := sorted(given.keys() - DEFAULTS.keys()):
             raise TypeError(f"a call has no argument {unknown[0]!r}, expected some of {', '.join(DEFAULTS)}")
         text = self.fusion.config.max_tokens, self.fusion.config.text_width
-        return read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        call = read_call(DEFAULTS | given | {"prompt": prompt}, self.sizes, self.scheduler, self.is_compiled, text)
+        if prompt is None:  # its context is given
+            return call
+        read = read_prompts(call.samples, self.tokenizer, self.fusion.config.num_queries, text[0])
+        return replace(call, samples=read)
 
     @torch.no_grad()
     def encode_prompt(

@@ -65,7 +65,7 @@ def check(report: Report, model: Path, settings: Settings, opened: OpenedRecords
     """
     checkpoint.verify(model)
     size = settings.wish.shape(SizeGrid.of_folder(model), None).size  # of what follows a source, the native one
-    scheduler = scheduler_config(model, settings.lora and Path(settings.lora))
+    scheduler = scheduler_config(model, [path for path, _ in settings.adapters])
     resolve(scheduler, Task.EDIT, settings.steps, settings.guidance, settings.source_guidance)
     fusion = MIGEFusion.load_config(model / "fusion")
     tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")

@@ -24,7 +24,8 @@ class Settings:
     size: str = "native"  # of the images: see `SizeWish`; version 0.1 knew the native one alone
     long_side: int | None = None  # pixels
     paste_back: bool = False  # edits at their sources' own resolution
-    lora: str | None = None  # folder of adapters added to the model
+    lora: str | None = None  # folder of adapters added to the model, with a scale of 1
+    loras: list[list] | None = None  # several of them, or one of another scale: [folder, scale] each
     vae_dtype: str = "float32"  # or bfloat16
     t5_bits: int | None = None  # 8 or 4: the text encoder's matrices rounded to so many bits
     reuse: int = 1  # the DiT's middle blocks are computed every so many steps (above 1 an approximation)
@@ -40,9 +41,16 @@ class Settings:
             raise ValueError(f"vae_dtype must be 'float32' or 'bfloat16', got {self.vae_dtype!r}")
         if self.noise == "official" and self.wish.follows_source:
             raise ValueError("the official noise is drawn for a whole chunk of one size: give --size native")
+        if self.loras is not None:
+            object.__setattr__(self, "loras", [[os.path.normpath(path), float(scale)] for path, scale in self.loras])
         for name in FOLDERS:  # one folder, one spelling: "x/" and "./x" are "x"
             if (folder := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.normpath(folder))
+
+    @property
+    def adapters(self) -> list[tuple[str, float]]:
+        """Folders of adapters, each with its scale."""
+        return [(self.lora, 1.0)] if self.lora else [(path, scale) for path, scale in self.loras or []]
 
     @property
     def wish(self) -> SizeWish:

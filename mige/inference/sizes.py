@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
 from mige.models.vae import downscale_of
 from mige.tasks import Task
+from mige.utils.images import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class SizeGrid:
     def resolve(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width, px, with the native side for None.
 
-        Raises ValueError for a size off the grid.
+        Raises ValueError for a size off the grid, or of more pixels than any image may have.
         """
         sides = self.native if height is None else height, self.native if width is None else width
         if any(side < self.step or side % self.step for side in sides):
             raise ValueError(f"height and width must be multiples of {self.step} px, got {sides[0]} x {sides[1]}")
+        if sides[0] * sides[1] > MAX_PIXELS:
+            raise ValueError(f"height x width is {sides[0]} x {sides[1]}, expected at most {MAX_PIXELS:,} pixels")
         return sides
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -94,6 +94,7 @@ class Steps:
         mask = self._mask(samples, noise)  # [B, 1, h, w]
         latents = self.denoise(condition, noise, guidance, steps=steps, on_step=on_step, reuse=reuse, mask_B1HW=mask,
                                negative=negative, on_step_end=on_step_end, tensor_inputs=tensor_inputs)  # fmt: skip
+        _require_finite(latents)
         if output_type == "latent":
             return latents
         pixels = self.decode(latents)  # [B, 3, H, W]
@@ -243,3 +244,13 @@ def _alike(condition: Condition, negative: Context | None) -> tuple[Condition, C
     like = condition.context_BLC
     negative = Context(negative.context_BLC.to(like), negative.mask_BL.to(like.device)).pad(length)
     return replace(condition, context_BLC=read.context_BLC, mask_BL=read.mask_BL), negative
+
+
+def _require_finite(latents_BCHW: Tensor) -> None:
+    """Raise ValueError naming the samples that came out as NaN or infinite."""
+    finite_B = latents_BCHW.isfinite().flatten(1).all(1)
+    if not finite_B.all():
+        bad = (~finite_B).nonzero().flatten().tolist()
+        raise ValueError(
+            f"samples {bad} of {len(finite_B)} came out as NaN or infinite: give less guidance or a wider dtype"
+        )

@@ -1,7 +1,7 @@
 """What an answer to a case of the mini-bench is worth.
 
 Every case has one right answer, so the measures need no other network: how far the image is from the answer inside
-and outside what the instruction changes, which of 64 subjects stands at the asked place, which of 24 backgrounds it is.
+and outside what the instruction changes, which of 64 subjects is at the requested place, which of 24 backgrounds it is.
 
 Letters: N images, K candidates, P pixels of a square, H and W pixels.
 """

@@ -4,6 +4,7 @@ import time
 import timeit
 from argparse import Namespace
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.cases import BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.diffusion.settings import WORLD, resolve
+from mige.inference.adapters import add_adapters
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import bench_report
 from mige.mini.bench_measures import measure
 from mige.mini.bench_report import Card
 from mige.reports.cases import TASK_NAMES
 from mige.reports.page import write_page
+from mige.reports.sheet import contact_sheet
 from mige.utils import images
 
 
@@ -36,6 +39,21 @@ def chosen(seed: int) -> list[BenchCase]:
     fresh = tasks.sample(np.random.default_rng(seed), sprites.split()[1])
     prepared = [one for one in make_cases(2) if one.split == "unseen"]
     return [BenchCase(f"{fresh.kind}-fresh-{seed}", "unseen", seed, fresh), *prepared]
+
+
+def load(args: Namespace, dtype: torch.dtype) -> list[MIGEPipeline]:
+    """The teacher and its student, if `args.student` names one: a model folder, or adapters for the teacher."""
+    teacher = MIGEPipeline.from_pretrained(args.model, dtype=dtype)
+    pipelines = [teacher]
+    if args.student:
+        is_lora = (Path(args.student) / "adapter_config.json").is_file()
+        student = MIGEPipeline.from_pretrained(args.model if is_lora else args.student, dtype=dtype)
+        if is_lora:
+            add_adapters(student, Path(args.student))
+        pipelines.append(student)
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
 
 
 def answer(pipeline: MIGEPipeline, one: BenchCase, args: Namespace) -> Card:
@@ -76,5 +94,5 @@ def pages(cards: list[Card], args: Namespace, dtype: str) -> None:
     draw = bench_report.drawing(args.output)
     sections = [bench_report.section(name, len(same), [("", same)], draw) for name, same in groups]
     page = write_page(args.output / "index.html", "MIGE-mini", sections, note=note)
-    sheet = bench_report.sheet(cards, args.output / "contact_sheet.png", note=note)
+    sheet, *_ = contact_sheet([card.case() for card in cards], args.output / "contact_sheet.png", note=note, tile=160)
     print(f"{len(cards)} images: open {page} or {sheet}")

@@ -130,6 +130,12 @@ class Block:
             down=Linear.of(mlp[2]),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All weights [out, in] and biases [out], in one order."""
+        products = [self.qkv, self.out, self.cross.q, self.cross.out, self.cross_padded.q, self.cross_padded.out]
+        products += [self.cross_kv, self.up, self.down]
+        return [tensor for product in products for tensor in (product.weight, product.bias)]
+
 
 def check_transformer(transformer: PixArtTransformer2DModel) -> None:
     """Raise ValueError for a transformer with parts that this forward pass lacks, naming all of them."""

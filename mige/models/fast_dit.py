@@ -87,6 +87,14 @@ class FastDenoiser:
         return transformer is self.transformer and self.addresses == addresses(_parts(transformer))
 
     @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the transformer's weights again, which were changed in place: captured steps stay as they are."""
+        for own, block in zip(self.blocks, self.transformer.transformer_blocks, strict=True):
+            for kept, now in zip(own.tensors(), Block.of(block).tensors(), strict=True):
+                if kept.data_ptr() != now.data_ptr():  # not shared: joined, or padded
+                    kept.copy_(now)
+
+    @torch.no_grad()
     def start(self, condition: Condition, chosen: Sequence[Branch], times_S: Tensor, reuse: int = 1) -> "Sampling":
         """Everything that all steps share.
 
@@ -269,10 +277,7 @@ class Sampling:
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
         since = self.calls % self.reuse
-        skip_middle, first = (
-            since > 0,
-            self.calls < self.reuse,
-        )  # at first there is nothing to extrapolate
+        skip_middle, first = since > 0, self.calls < self.reuse  # at first there is nothing to extrapolate
         inputs.extrapolation.fill_(0.0 if first else since / self.reuse)
         self.calls += 1
         if not self.step.recordings:

@@ -23,8 +23,9 @@ TASK_NAMES = {
 class Case:
     """One row of a report: what went in, what was asked for, what came out.
 
-    `inputs` are (label, image) pairs. An image labelled "source" stands outside the text; the others are the
-    references, and the k-th `<imagehere>` of the instruction means the k-th of them.
+    `inputs` are (label, image) pairs. An image labelled "source" is not part of the text; the others are the
+    references, and the k-th `<imagehere>` of the instruction means the k-th of them. `beside` are shown beside the
+    output, such as ("truth", image).
     """
 
     title: str
@@ -33,6 +34,7 @@ class Case:
     inputs: tuple[tuple[str, ImageSource], ...]
     output: ImageSource
     detail: str
+    beside: tuple[tuple[str, ImageSource], ...] = ()
 
 
 def require_cases(cases: Sequence[Case]) -> None:

@@ -25,7 +25,7 @@ def contact_sheet(cases: Sequence[Case], path: Path, *, note: str = "", tile: in
     require_cases(cases)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = _Columns(tile, most_inputs=max(len(case.inputs) for case in cases))
+    columns = _Columns(tile, max(len(case.inputs) for case in cases), max(len(case.beside) for case in cases))
     per_sheet = max(1, min(ROWS_PER_SHEET, SHEET_HEIGHT // (columns.row_height + GAP)))
     sheets = [cases[start : start + per_sheet] for start in range(0, len(cases), per_sheet)]
     paths = [path] + [path.with_stem(f"{path.stem}_{number}") for number in range(2, len(sheets) + 1)]
@@ -36,16 +36,16 @@ def contact_sheet(cases: Sequence[Case], path: Path, *, note: str = "", tile: in
 
 
 class _Columns:
-    """Where things stand on a sheet: inputs in an area at most two tiles wide, then the text, then the output."""
+    """Where things are on a sheet: inputs in an area at most two tiles wide, text, output, what is beside it."""
 
-    def __init__(self, tile: int, most_inputs: int):
+    def __init__(self, tile: int, most_inputs: int, most_beside: int):
         self.tile = tile
         self.row_height = max(tile, 160)  # a title, the task, three lines of text, two of small print
         self.input_tiles = min(2, most_inputs)
         self.text_width = max(320, round(1.4 * tile))
         self.text_x = MARGIN + self.input_tiles * (tile + TILE_GAP) + (GAP if self.input_tiles else 0)
         self.output_x = self.text_x + self.text_width + GAP
-        self.width = self.output_x + tile + MARGIN
+        self.width = self.output_x + (1 + most_beside) * (tile + TILE_GAP) - TILE_GAP + MARGIN
         self.heading, self.body, self.small = (ImageFont.load_default(size=size) for size in (18, 16, 13))
 
 
@@ -72,6 +72,9 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
         _draw_inputs(sheet, case.inputs, y, columns)
         _draw_text(draw, case, y, columns)
         paste(sheet, case.output, (columns.output_x, y), columns.tile)
+        for place, (label, image) in enumerate(case.beside, start=1):
+            corner = (columns.output_x + place * (columns.tile + TILE_GAP), y)
+            _paste_labelled(sheet, label, image, corner, columns.tile, columns.small)
     return sheet
 
 
@@ -79,15 +82,20 @@ def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, ImageSource]], 
     # Two inputs fill the area at full size; more of them share it in a finer grid of 2k columns and k rows.
     split = max(1, math.ceil(math.sqrt(len(inputs) / 2)))
     pitch = (columns.tile + TILE_GAP) // split
-    draw = ImageDraw.Draw(sheet)
     for index, (label, image) in enumerate(inputs):
         row, column = divmod(index, 2 * split)
         corner = (MARGIN + column * pitch, y + row * pitch)
-        paste(sheet, image, corner, pitch - TILE_GAP)
-        for line in wrap(label, columns.small, pitch - TILE_GAP - 16, lines=1):
-            width = columns.small.getlength(line) + 12
-            draw.rounded_rectangle((*corner, corner[0] + width, corner[1] + 20), radius=5, fill=INK)
-            draw.text((corner[0] + 6, corner[1] + 10), line, fill=PAPER, font=columns.small, anchor="lm")
+        _paste_labelled(sheet, label, image, corner, pitch - TILE_GAP, columns.small)
+
+
+def _paste_labelled(
+    sheet: Image.Image, label: str, image: ImageSource, corner: tuple[int, int], side: int, font: ImageFont.FreeTypeFont
+) -> None:
+    paste(sheet, image, corner, side)
+    draw = ImageDraw.Draw(sheet)
+    for line in wrap(label, font, side - 16, lines=1):
+        draw.rounded_rectangle((*corner, corner[0] + font.getlength(line) + 12, corner[1] + 20), radius=5, fill=INK)
+        draw.text((corner[0] + 6, corner[1] + 10), line, fill=PAPER, font=font, anchor="lm")
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, case: Case, y: int, columns: _Columns) -> None:

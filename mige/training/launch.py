@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import psutil  # accelerate brings it; by hand: pip install 'mige[launch]'
 
 from mige.training.signals import OUTCOME, PREEMPTED
 from mige.utils.errors import UserError

@@ -32,6 +32,9 @@ def from_tensor(tensor: "Tensor", max_pixels: int) -> Image.Image:
         raise BadImageError(name, "expected [C, H, W] or [1, C, H, W] with C of 1, 3 or 4", "permute it, or take one")
     if not tensor.is_floating_point() and tensor.dtype not in (torch.uint8, torch.uint16):
         raise BadImageError(name, "expected uint8, uint16 or float in [0, 1]", "convert it")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        kind = "without data (meta)" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise BadImageError(name, f"a tensor {kind}, expected a plain one", "use .to_dense(), or load its data")
     plain = tensor.detach().cpu()
     plain = plain.float() if plain.is_floating_point() else plain  # NumPy knows no bfloat16
     return _from_values(name, plain.permute(1, 2, 0).numpy(), max_pixels)
@@ -46,7 +49,7 @@ def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        hint = "transpose it: channels stand last" if array.ndim == 3 else "take one image of it"
+        hint = "transpose it: channels come last" if array.ndim == 3 else "take one image of it"
         raise BadImageError(name, "expected [H, W] or [H, W, C] with C of 1, 3 or 4", hint)
     return _from_values(name, array, max_pixels)
 
@@ -54,6 +57,7 @@ def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 def _from_values(name: str, values: np.ndarray, max_pixels: int) -> Image.Image:
     """[H, W, C] -> an 8-bit image."""
     check_size(name, (values.shape[1], values.shape[0]), max_pixels)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if np.issubdtype(values.dtype, np.floating):
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 1):  # NaN fails both

@@ -137,7 +137,7 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image in `path`, px, by its header; the same as `open_image(path).size`.
 
-    A PNG is decoded for it where it is not square, as its orientation may stand behind the pixels. Raises BadImageError
+    A PNG is decoded for it where it is not square, as its orientation may come after the pixels. Raises BadImageError
     for what is no image.
     """
     _check_file(path)
@@ -242,7 +242,7 @@ def _check_file(path: Path) -> None:
 def save_image(image: Image.Image, path: Path, **params: Any) -> None:
     """Write `image` whole or not at all, in the format of the suffix; `params` go to PIL's encoder.
 
-    A file that stood there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
+    A file that was there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
     path in its message, where writing fails.
     """
     formats = Image.registered_extensions()

@@ -22,6 +22,8 @@ def path_hint(path: Path) -> str | None:
         return "~ is not expanded here: write the home folder out"
     if not text.isascii() and sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         return f"Python reads paths as {sys.getfilesystemencoding()} here: set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+    if os.path.islink(text):  # noqa: PTH114 - it raises nothing, whatever the text
+        return f"it is a link to {path.readlink()}, which is not there"
     for name, other in _other_spellings(text).items():
         if other != text and Path(other).exists():
             return f"{name}: write {other}"

@@ -1,6 +1,6 @@
 """What a value of a config must be: types, ranges, names; each refusal says key, value and what was expected."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, get_args, get_origin, get_type_hints
@@ -28,7 +28,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     plain, or_none = options[0], ", or None" if len(options) > 1 else ""
     kind = get_origin(plain) or plain
     if kind in _EXPECTED:
-        number = type(value) in (int, float) and math.isfinite(value)
+        number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither NaN nor infinite
         if not (number if kind is float else type(value) is kind):
             raise ConfigError(f"{name} is {value!r}, expected {_EXPECTED[kind]}{or_none}")
         return

@@ -96,6 +96,7 @@ SMALL = {
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
                           "full/eager/fused", "text_encoder_frozen/eager/stochastic", "lora/eager/fused/none"],
     "bench_vae.py": [*TINY, "--size", 32, "--batch", 1, "--repeats", 1, "--variants", "plain", "fused norms"],
+    "bench_world.py": ["--images", 2, "--repeats", 1, "--worlds", "first"],
 }  # fmt: skip
 ELSEWHERE = {
     "bench_inference.py": "test_cases_of_the_speed_benchmark_may_have_their_own_steps",

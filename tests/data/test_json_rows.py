@@ -26,8 +26,8 @@ ODD = {
     "digits": (GOOD[:-1] + ', "n": ' + "9" * 5000 + "}", "a number of 5000 digits"),
     "nan": (GOOD[:-1] + ', "n": NaN}', "NaN, which is no JSON"),
     "infinity": (GOOD[:-1] + ', "n": [-Infinity]}', "-Infinity, which is no JSON"),
-    "twice": (GOOD[:-1] + ', "multi_prompt": "other<imagehere>"}', "the field 'multi_prompt' stands twice"),
-    "inner": (GOOD[:-1] + ', "x": {"a": 1, "a": 2}}', "the field 'a' stands twice"),
+    "twice": (GOOD[:-1] + ', "multi_prompt": "other<imagehere>"}', "the field 'multi_prompt' appears twice"),
+    "inner": (GOOD[:-1] + ', "x": {"a": 1, "a": 2}}', "the field 'a' appears twice"),
 }
 
 

@@ -125,6 +125,17 @@ def test_shadows_darken_the_ground_at_the_foot_and_the_wall_behind():
         assert torch.equal(before[:, :70], after[:, :70]) and torch.equal(before[:, 215:], after[:, 215:])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_draws_what_a_cpu_draws():
+    scenes = [case(kind, 1, augment=True).target for kind in tasks.KINDS]
+    scenes += [Scene(kind, MIDDLE) for kind in range(len(SECOND.phrases))]
+    there = draw(Scenes.stack(scenes), "cuda", world=SECOND).cpu()
+    apart = (there - image(*scenes)).abs()
+    assert apart.mean(dim=(1, 2, 3)).max() < 1e-3  # a few pixels lie on an edge that rounding decides
+    assert (apart > 0.02).float().mean() < 1e-3
+
+
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 

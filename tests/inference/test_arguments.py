@@ -44,6 +44,13 @@ def pipe(lively):
         ({"seed": 0.5}, "seed is 0.5"),
         ({"seed": 2**64}, "below 2"),
         ({"seed": [1, 2]}, "1 prompts, 2 seeds"),
+        ({"seed": 10**400}, r"seed is 10+\.\.\.0+, expected"),
+        ({"guidance_scale": 10**400}, r"guidance_scale is 10+\.\.\.0+, expected"),
+        ({"height": 16 * 10**9}, "height x width is 16000000000 x 128, expected at most 178,956,970 pixels"),
+        ({"prompt": "a \ud800<imagehere>"}, r"prompt holds '\\ud800', which is no character of a text"),
+        ({"prompt": "a \0<imagehere>"}, r"prompt holds '\\x00'"),
+        ({"prompt": "very " * 70 + "<imagehere>"}, r"the instruction takes .* with them a whole image"),
+        ({"references": [Image.new("RGB", (65000, 1))]}, "image of 65000 x 1: fitted into 128 x 128 its short side"),
         ({"prompt": ""}, "prompt is '', expected a text"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": [None]}, "prompt is None"),
@@ -57,6 +64,28 @@ def test_a_bad_argument_is_named_before_anything_runs(pipe, monkeypatch, changes
     given = {"prompt": "a<imagehere>", "references": [CAT], **ONCE} | changes
     with pytest.raises(ValueError, match=said):
         pipe(**given)
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("a<imagehere> and <image here>", "'<image here>' looks like the marker and is read as words"),
+        ("\u96ea\u4e2d<imagehere>", "1 token of the prompt are unknown"),
+        ("a </s><imagehere>", "</s> in the prompt are special tokens of the model, read as text here"),
+        ("a<imagehere>" + " very" * 150, r"the instruction takes \d+ tokens, the last \d+ are cut"),
+    ],
+)
+def test_what_is_not_read_as_written_is_a_warning(pipe, prompt, said):
+    """As infer.py tells it of records, and the page of what is typed; where the pipeline was called."""
+    with pytest.warns(UserWarning, match=f"prompt .*: {said}") as told:
+        pipe(prompt, [CAT], num_images_per_prompt=2, **ONCE)
+    assert {warning.filename for warning in told} == {__file__}
+    assert len({str(warning.message) for warning in told}) == len(told)
+
+
+def test_latents_that_are_not_finite_are_an_error(pipe):
+    with pytest.raises(ValueError, match=r"samples \[0\] of 1 came out as NaN or infinite"):
+        pipe("a<imagehere>", [CAT], guidance_scale=1e30, num_inference_steps=2, output_type="latent")
 
 
 def test_numbers_of_numpy_and_torch_are_taken(pipe):
@@ -194,6 +223,8 @@ def test_how_it_runs_is_checked_before_it_runs(pipe, monkeypatch, changes, said)
         ("FlowMatchEulerDiscreteScheduler", "has no scale_model_input"),
         ("RePaintScheduler", "step also asks for original_image, mask"),
         ("KarrasVeScheduler", "step also asks for"),
+        ("DDIMInverseScheduler", "goes from images to noise"),
+        ("EDMEulerScheduler", "has no betas"),
     ],
 )
 def test_a_scheduler_that_cannot_sample_is_named_before_it_runs(pipe, monkeypatch, name, said):
@@ -205,11 +236,31 @@ def test_a_scheduler_that_cannot_sample_is_named_before_it_runs(pipe, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "own, said",
+    [
+        ({"beta_end": 0.012}, "1000 betas from 0.0001 to 0.012, is not the one that MIGE models are trained on"),
+        ({"num_train_timesteps": 500}, "500 betas"),
+        ({"rescale_betas_zero_snr": True}, "its betas run from"),
+        ({"clip_sample": True}, "DDIMScheduler has clip_sample, which clips latents as if they were pixels"),
+        ({"thresholding": True}, "DDIMScheduler has thresholding"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_of_another_model_is_refused(pipe, monkeypatch, own, said):
+    """As in a checkpoint folder: with another schedule every image would be noise, and nothing would say so."""
+    scheduler = diffusers.DDIMScheduler.from_config({**pipe.scheduler.config, **own})
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    with pytest.raises(ValueError, match=said):
+        pipe("a<imagehere>", [CAT], **ONCE)
+
+
+@pytest.mark.parametrize(
     "dtype, said",
     [
         ("float16", "dtype is 'float16', expected a float dtype"),
         ("auto", "dtype is 'auto'"),
         (torch.int8, "dtype is torch.int8"),
+        (torch.float8_e4m3fn, "dtype is torch.float8_e4m3fn"),
         (torch.complex64, "dtype is torch.complex64"),
         ({"transformer": "bfloat16"}, r"dtype\['transformer'\] is 'bfloat16'"),
         ({"unet": torch.bfloat16}, "dtype names 'unet', expected 'default' or one of"),

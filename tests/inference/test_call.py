@@ -13,7 +13,7 @@ from mige.models.instruction import tokenize
 from mige.tasks import TASKS, Task
 from mige.utils.images import as_image, center_crop
 
-PICTURES = ROOT / "example_data" / "images"
+PHOTOS = ROOT / "example_data" / "images"
 LATENT = {"num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -26,12 +26,12 @@ def pipe(lively):
 
 @pytest.fixture(scope="module")
 def cat():
-    return center_crop(as_image(PICTURES / "cat.jpg"), 160, 160)
+    return center_crop(as_image(PHOTOS / "cat.jpg"), 160, 160)
 
 
 @pytest.fixture(scope="module")
 def cup():
-    return center_crop(as_image(PICTURES / "cup_on_black.jpg"), 160, 160)
+    return center_crop(as_image(PHOTOS / "cup_on_black.jpg"), 160, 160)
 
 
 def calls(cat, cup):
@@ -152,7 +152,7 @@ def test_the_context_of_encode_prompt_gives_the_same_image(pipe, cat, cup):
 
 
 def test_contexts_of_several_prompts_and_images(pipe, cat):
-    given = dict(prompt=["a<imagehere>", "a long-haired<imagehere>on a table"], references=[[cat]] * 2, seed=[1, 7])
+    given = dict(prompt=["a<imagehere>", "a long haired<imagehere>on a table"], references=[[cat]] * 2, seed=[1, 7])
     want = pipe(**given, num_images_per_prompt=2, **LATENT).images
     context, mask, *_ = pipe.encode_prompt(**given, num_images_per_prompt=2)
     assert len(context) == 4 and mask[0].sum() < mask.shape[1] == mask[2].sum()
@@ -305,9 +305,9 @@ def test_outputs(pipe):
     given = dict(prompt=["a cat", "a dog"], num_inference_steps=1)
     tensor, array = (pipe(**given, output_type=kind).images for kind in ("pt", "np"))
     assert array.shape == (2, 128, 128, 3) and np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    pictures = pipe(**given, return_dict=False)
-    assert type(pictures) is tuple and len(pictures) == 1 and len(pictures[0]) == 2
-    levels = np.stack([np.asarray(image) for image in pictures[0]]).astype(int)
+    made = pipe(**given, return_dict=False)
+    assert type(made) is tuple and len(made) == 1 and len(made[0]) == 2
+    levels = np.stack([np.asarray(image) for image in made[0]]).astype(int)
     assert np.abs(levels - (array * 255).round()).max() <= 1
     assert pipe.vae_scale_factor == 8 and isinstance(pipe.image_processor, VaeImageProcessor)
 

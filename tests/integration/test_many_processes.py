@@ -228,7 +228,7 @@ def test_sharded_processes_equal_one_and_resume_as_four(tiny_model, tmp_path):
     """FSDP2, with averaged weights, which are what a checkpoint's model holds, and samples on the way."""
     more = ("train.ema=0.9", "train.sample_every=4", "train.sample_steps=2",
             "train.sample_records=['example_data/edit.json']")  # fmt: skip
-    train(tiny_model, tmp_path / "one", 1, 4, *more)
+    assert build(tiny_model, tmp_path / "one", *STEPS, "train.batch_size=4", *more).run() == 0
     finish(shard(tiny_model, tmp_path / "two", 2, 2, *more))
     checkpoints = tmp_path / "four" / "checkpoints"
     shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000002", checkpoints / "step-00000002")

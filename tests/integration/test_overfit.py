@@ -33,22 +33,25 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 SIZE = 16  # pixels; latents are 4 x 4 x 4
 MODEL = [
     "model.transformer.sample_size=4",
+    "model.image_encoder.num_hidden_layers=1",
+    "model.qformer.num_hidden_layers=2",
+    "model.text_encoder.num_layers=1",
     "model.vae.block_out_channels=[16,16,16]",
     f"model.vae.down_block_types={['DownEncoderBlock2D'] * 3}",
     f"model.vae.up_block_types={['UpDecoderBlock2D'] * 3}",
 ]
 TRAINING = {
-    "train.steps": 400,
+    "train.steps": 360,
     "train.batch_size": 6,  # every record once
     "train.noise_levels": 8,
     "train.snr_gamma": 1.0,  # or fine detail at low noise drowns what tells the records apart at high noise
     "train.learning_rate": 4e-3,
     "train.lr_reference_batch": 6,
     "train.warmup": 20,
-    "train.cooldown": 150,
+    "train.cooldown": 180,
     "train.weight_decay": 0.0,
     "train.ema": 0.98,
-    "train.checkpoint_every": 400,
+    "train.checkpoint_every": 360,
     "train.log_every": 100,
     "train.sample_every": 0,
     "data.size": SIZE,
@@ -131,7 +134,7 @@ def train_vae(vae: AutoencoderKL, pixels: Tensor, steps: int = 300) -> None:
     """Fit the means; the standard deviation is set to e^-4, small as a real VAE's, and latents to unit scale."""
     with torch.no_grad():
         vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0.0, -8.0
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
         loss = F.mse_loss(vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels)

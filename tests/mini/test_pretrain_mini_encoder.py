@@ -149,7 +149,7 @@ def test_it_matters_what_the_head_is_queried_for():
 @pytest.mark.slow
 def test_the_encoder_learns_and_the_rest_stays(tiny_model, few_unseen, tmp_path):
     few = ("--steps", 40, "--batch", 4, "--workers", 0, "--device", "cpu", "--rate", 3e-3)
-    world = ("data.sets=[]", "data.world={'one_reference': 1, 'remove': 1, 'add_by_reference': 1}")
+    world = ("data.sets=[]", "data.size=64", "data.world={'one_reference': 1, 'remove': 1, 'add_by_reference': 1}")
     run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
     before, after = (MIGEPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "on"))
     for part in ("transformer", "vae", "image_encoder", "qformer", "fusion", "text_encoder"):

@@ -68,6 +68,16 @@ def test_sheet_shows_images_undistorted_and_in_columns(tmp_path):
     assert blue[2] == 80 and blue[0] > red[0] + red[2]
 
 
+def test_what_is_beside_an_output_is_right_of_it_on_sheet_and_page(tmp_path):
+    shown = case(output=image(BLUE), beside=(("truth", image(GREEN)),))
+    (path,) = contact_sheet([shown, case(output=image(BLUE))], tmp_path / "sheet.png", tile=160)
+    _, (x, _, *size) = (box_of(Image.open(path), colour) for colour in (BLUE, GREEN))
+    assert size == [160, 160] and x == Image.open(path).width - 24 - 160
+    html_page([shown], tmp_path / "page", title="t")
+    drawn = [one["alt"].split(" of ")[0] for one in Page(tmp_path / "page" / "index.html").all("img")]
+    assert drawn[-2:] == ["output", "truth"]
+
+
 def test_a_very_thin_image_can_be_drawn(tmp_path):
     (path,) = contact_sheet([case(output=image(BLUE, (3000, 1)))], tmp_path / "sheet.png", tile=160)
     assert box_of(Image.open(path), BLUE)[2:] == (160, 1)

@@ -80,12 +80,13 @@ def test_one_and_four_channels(kind):
     rgba = np.array([[[255, 0, 0, 255], [255, 255, 255, 0], [255, 255, 0, 128]]], dtype=np.uint8)
     assert np.asarray(as_image(given(rgba))).tolist() == [[[255, 0, 0], [0, 0, 0], [128, 128, 0]]]
     assert np.asarray(as_image(grey[..., 0])).tolist() == [[[7] * 3, [250] * 3]]
+    assert np.asarray(as_image((grey[..., 0].astype(">u2") * 257).astype(">u2"))).tolist() == [[[7] * 3, [250] * 3]]
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels stand last"),
+        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels come last"),
         (np.zeros((1, 8, 8, 3), np.uint8), r"expected \[H, W\] or \[H, W, C\] with C of 1, 3 or 4"),
         (np.zeros((8, 8, 2), np.uint8), "C of 1, 3 or 4"),
         (np.zeros((8, 8), np.int64), "int64: expected uint8, uint16 or float"),
@@ -102,6 +103,8 @@ def test_one_and_four_channels(kind):
         (torch.zeros(3, 8, 8, dtype=torch.int32), "torch.int32: expected uint8"),
         (torch.full((3, 8, 8), -1.0), "values from -1 to -1, expected 0 to 1"),
         (torch.zeros(3, 8, 13).bfloat16(), "104 pixels"),
+        (torch.zeros(3, 8, 8, device="meta"), r"a tensor without data \(meta\)"),
+        (torch.zeros(3, 8, 8).to_sparse(), "a tensor of layout torch.sparse_coo, expected a plain one"),
         (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         (Image.new("F", (3, 3)), "PIL image of mode F: 32-bit float pixels have no fixed range"),
     ],
@@ -331,11 +334,13 @@ def test_heic_with_and_without_its_library(tmp_path, monkeypatch):
         ("https://example.org/a.jpg", r"an address \(https:\): addresses are not fetched"),
         ("file:///tmp/a.jpg", "a file:// address: write the plain path"),
         ("none/a.jpg", r"the folder .*none does not exist"),
+        ("dangling.jpg", "it is a link to gone.jpg, which is not there"),
     ],
 )
 def test_a_path_that_leads_nowhere_gets_the_right_hint(tmp_path, name, message):
     (tmp_path / "sub").mkdir()
     saved(Image.new("RGB", (2, 2)), tmp_path / "sub" / "a.jpg")
+    (tmp_path / "dangling.jpg").symlink_to("gone.jpg")
     with pytest.raises(BadImageError, match=f"no such file; .*{message}"):
         open_image(tmp_path / name)
 

@@ -1,0 +1,21 @@
+"""MIGE-mini 2: MIGE-mini for the second miniature world at 256 px, with an f8 VAE; see docs/mini.md."""
+
+_base_ = "mini.py"
+
+model = dict(
+    transformer=dict(num_layers=8, in_channels=32, out_channels=32, sample_size=32),
+    image_encoder=dict(num_hidden_layers=4, image_size=112, patch_size=14),
+    text_encoder=dict(vocab_size=1408),
+    vae=dict(
+        latent_channels=16,
+        block_out_channels=[32, 64, 128, 128],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        mid_block_add_attention=False,  # what it learns from crops must hold for every shape
+        sample_size=256,
+    ),
+)
+
+data = dict(size=256, world_name="second")
+
+train = dict(pretrained="output/mini2/start")
