@@ -23,6 +23,9 @@ def from_tensor(tensor: "Tensor", max_pixels: int) -> Image.Image:
     import torch
 
     name = f"tensor of shape {list(tensor.shape)}, {tensor.dtype}"
+    if tensor.is_meta:
+        raise BadImageError(name, "a meta tensor holds no values", "give one on a device")
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     if tensor.ndim == 4 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
@@ -40,6 +43,9 @@ def from_tensor(tensor: "Tensor", max_pixels: int) -> Image.Image:
 def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     """[H, W] or [H, W, C], C of 1, 3 or 4; uint8, uint16, or float in [0, 1] -> an 8-bit image (L, RGB or RGBA)."""
     name = f"array of shape {list(array.shape)}, {array.dtype}"
+    if np.ma.is_masked(array):
+        raise BadImageError(name, "masked values", "fill them, as with array.filled(0)")
+    array = np.asarray(array)  # of a subclass the plain array: a matrix has two axes whatever is asked of it
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
@@ -58,7 +64,7 @@ def _from_values(name: str, values: np.ndarray, max_pixels: int) -> Image.Image:
             hint = "scale it; [-1, 1] becomes [0, 1] by x / 2 + 0.5"
             raise BadImageError(name, f"values from {low:g} to {high:g}, expected 0 to 1", hint)
         values = (values * 255).round()
-    elif values.dtype == np.uint16:
+    elif (values.dtype.kind, values.dtype.itemsize) == ("u", 2):  # of either byte order
         values = (values.astype(np.uint32) + 128) // 257  # the inverse of v * 257
     elif values.dtype != np.uint8:
         raise BadImageError(name, "expected uint8, uint16 or float in [0, 1]", "convert it")

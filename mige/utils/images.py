@@ -165,6 +165,7 @@ def _from_pil(image: Image.Image, ignore_profiles: bool, max_pixels: int) -> Ima
     filename = getattr(image, "filename", "")
     name = f"PIL image of mode {image.mode}" + (f" ({filename})" if filename else "")
     check_size(name, image.size, max_pixels)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # as in `open_image`
     try:
         image.load()
         return _upright_rgb(name, image, ignore_profiles)
