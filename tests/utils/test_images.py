@@ -299,8 +299,10 @@ def test_letterbox():
     assert not tall[:, :16].any() and not tall[:, 48:].any() and tall[:, 16:48].any(axis=(1, 2)).all()
     assert np.array_equal(letterbox(image, 20, 40), image)
     assert letterbox(image, 30, 90).size == (90, 30)
-    line = np.asarray(letterbox(Image.new("RGB", (1, 10000), "white"), 64, 64))
+    line = np.asarray(letterbox(Image.new("RGB", (1, 64), "white"), 64, 64))
     assert (line[:, 31] == 255).all() and line.sum() == 64 * 3 * 255
+    with pytest.raises(BadImageError, match="image of 1 x 65: fitted into 64 x 64 its short side is less than 1 px"):
+        letterbox(Image.new("RGB", (1, 65)), 64, 64)
 
 
 def test_pixels_there_and_back():
