@@ -35,6 +35,20 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(list_checkpoints(run)), None)
 
 
+def checkpoint_to_resume(run: Path, named: Path | None) -> Path | None:
+    """The one that is named, else the newest of the run's line; None for a run that begins.
+
+    Raises TrainingError where none is named and all are abandoned: it had resumed from elsewhere and saved none since.
+    """
+    chosen = named or newest_checkpoint(run)
+    if chosen is None and (others := sorted((run / "checkpoints").glob("abandoned-*/step-*"))):
+        raise TrainingError(
+            f"{run}: it had resumed from a checkpoint of another place and saved none of its own, so it would start "
+            f"anew: name one by --resume, that one again or such as {others[-1]}, or remove the abandoned ones"
+        )
+    return chosen
+
+
 def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Steps done, and what must not change. Raises TrainingError for a folder that is no whole checkpoint."""
     path = checkpoint / "progress.json"

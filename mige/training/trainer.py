@@ -7,6 +7,7 @@ resumed equals one that never stopped, bit for bit.
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
 from mige.training.prepare import prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
-from mige.training.resume import check_invariants, resume_invariants
+from mige.training.resume import check_invariants, frozen_digest, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
 from mige.training.warm_up import warm_up, warm_up_batches
@@ -77,6 +78,7 @@ class Trainer:
         if self.sharding != "none":
             check_shardable(settings, self.sharding)
         self.pipeline = load_pretrained(config, self.device)
+        self.frozen = frozen_digest(self.pipeline, settings.trainable)
         self.dataset = load_dataset(config, self.pipeline)
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
@@ -98,7 +100,7 @@ class Trainer:
         """The config with its precision chosen, and a line that says so; starts the group of processes."""
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         zero2, fsdp2 = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
-        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
+        checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         saved = None if checkpoint is None else checkpointing.read_progress(checkpoint)[1]
         return precision.resolve(config, saved, state, "ZeRO-2" if zero2 else "FSDP2" if fsdp2 else "none")
 
@@ -113,13 +115,13 @@ class Trainer:
 
     def run(self, resume: Path | None = None) -> int:
         """Train to the last step; returns 0, or PREEMPTED after a stop. `resume`: a checkpoint; None: the newest."""
-        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
+        checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         if checkpoint is not None:
             self.step, saved = checkpointing.read_progress(checkpoint)
             check_invariants(saved, self._invariants(), str(checkpoint))
         with self.stop.listening():
-            with open_run_folder(self.accelerator, self.config, self.run_folder, self.step):
-                self._load(checkpoint)
+            load = partial(self._load, checkpoint)
+            with open_run_folder(self.accelerator, self.config, self.run_folder, self.step, load):
                 self._warm_up()
                 code = self._loop()
             # Not after an error: it may wait for the other processes, they for this one, and it would go unheard.
@@ -232,7 +234,7 @@ class Trainer:
             ) from failure
 
     def _invariants(self) -> dict:
-        return resume_invariants(
+        return {"frozen": self.frozen} | resume_invariants(
             self.config,
             self.dataset,
             global_batch_size=self.global_batch_size,
