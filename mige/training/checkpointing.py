@@ -112,7 +112,7 @@ class CheckpointWriter:
 
         Args:
             invariants: facts that must be the same on resume, JSON.
-            state: tensors by name, [...] each, of `TrainingState`; None: accelerate writes what it prepared, at once (ZeRO-2).
+            state: tensors by name, [...] each, of `TrainingState`; None: accelerate writes its own (ZeRO-2).
             export: prepares the inference part for a folder; what it returns writes it, in the main process alone.
 
         Raises TrainingError if writing fails (a full disk); earlier checkpoints are untouched.
