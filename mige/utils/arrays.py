@@ -23,9 +23,6 @@ def from_tensor(tensor: "Tensor", max_pixels: int) -> Image.Image:
     import torch
 
     name = f"tensor of shape {list(tensor.shape)}, {tensor.dtype}"
-    if tensor.is_meta:
-        raise BadImageError(name, "a meta tensor holds no values", "give one on a device")
-    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     if tensor.ndim == 4 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
@@ -64,7 +61,7 @@ def _from_values(name: str, values: np.ndarray, max_pixels: int) -> Image.Image:
             hint = "scale it; [-1, 1] becomes [0, 1] by x / 2 + 0.5"
             raise BadImageError(name, f"values from {low:g} to {high:g}, expected 0 to 1", hint)
         values = (values * 255).round()
-    elif (values.dtype.kind, values.dtype.itemsize) == ("u", 2):  # of either byte order
+    elif values.dtype == np.uint16:
         values = (values.astype(np.uint32) + 128) // 257  # the inverse of v * 257
     elif values.dtype != np.uint8:
         raise BadImageError(name, "expected uint8, uint16 or float in [0, 1]", "convert it")
