@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mige.utils.images import open_image
+from mige.utils.images import as_image
 
 ImageSource = Image.Image | Path
 
@@ -38,12 +38,14 @@ class Case:
 
 
 def require_cases(cases: Sequence[Case]) -> None:
+    """Raise ValueError where there is nothing to show."""
     if not cases:
         raise ValueError("got no cases, expected at least one: a report shows the records of a run that made images")
 
 
 def load(image: ImageSource) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
+    """The image of a case, through the one door; raises BadImageError."""
+    return as_image(image)
 
 
 def fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image:
