@@ -1,5 +1,6 @@
 """The demo: a teacher and its few-step student beside each other, each in its own steps."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -71,3 +72,12 @@ def test_a_model_without_student_stands_alone(lively, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "chosen", lambda seed: one)
     assert not cli_demo.main(["--model", str(lively), "--output", str(tmp_path / "demo"), "--steps", "1"])
     assert len((tmp_path / "demo" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_with_bfloat16_weights_the_vae_is_in_bfloat16_too(lively):
+    given = argparse.Namespace(model=str(lively), student=None)
+    [fast], [plain] = demo.load(given, torch.bfloat16), demo.load(given, torch.float32)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    got, want = fast.decode(latents), plain.decode(latents)
+    assert fast.vae.dtype is torch.bfloat16 and plain.vae.dtype is torch.float32
+    assert 0 < (got - want).norm() < 0.03 * want.norm()
