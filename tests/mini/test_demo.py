@@ -11,7 +11,6 @@ from mige.checkpoints.lora import add_lora, save_lora
 from mige.cli import demo as cli_demo
 from mige.cli.places import MINI_STUDENT
 from mige.diffusion.few_step import FewStepSolver
-from mige.inference.adapters import add_adapters
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import demo
 from mige.utils import images
@@ -61,7 +60,7 @@ def test_adapters_are_a_student_of_the_model(lively, tmp_path, monkeypatch):
     teacher, student = (images.open_image(out / "images" / f"{row['id']}.png") for row in rows)
     assert teacher != student
     pipe = MIGEPipeline.from_pretrained(lively)
-    add_adapters(pipe, tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
     references = [images.open_image(path) for path in sorted((out / "inputs").iterdir())]
     source = None if one[0].case.source is None else references[one[0].case.source]
     assert pipe(one[0].case.prompt, references, source, seed=one[0].seed).images[0] == student
