@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mige.utils.images import open_image
+from mige.utils.images import as_image
 
 ImageSource = Image.Image | Path
 
@@ -43,7 +43,8 @@ def require_cases(cases: Sequence[Case]) -> None:
 
 
 def load(image: ImageSource) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
+    """The image of a case, through the one door; raises BadImageError."""
+    return as_image(image)
 
 
 def fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image:

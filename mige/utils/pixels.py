@@ -58,9 +58,9 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     """
     check_shape(image.size, height, width, letterboxed=True)
     if image.width * height >= image.height * width:
-        fitting = (width, max(1, int(width * image.height / image.width)))
+        fitting = (width, int(width * image.height / image.width))
     else:
-        fitting = (max(1, int(height * image.width / image.height)), height)
+        fitting = (int(height * image.width / image.height), height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(
         _require_rgb(image).resize(fitting, Image.Resampling.BICUBIC),

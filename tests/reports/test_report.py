@@ -186,6 +186,31 @@ def test_outputs_are_copied_without_loss(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(copy)), np.asarray(noise))
 
 
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
+def test_an_output_that_is_turned_has_its_upright_shape(tmp_path, name):
+    """In the page's folder, so that it is linked and not copied; Pillow turns a TIFF itself, but keeps its tag."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image(size=(40, 20)).save(tmp_path / name, exif=exif)
+    page = Page(html_page([case(output=tmp_path / name)], tmp_path, title="t"))
+    [shown] = page.all("img", src=name)
+    assert (shown["width"], shown["height"]) == ("20", "40")
+
+
+def test_an_image_of_any_mode_is_shown_as_it_is_read(tmp_path):
+    """Transparency on black, sixteen bits scaled, turned upright: as when it is read from a file."""
+    clear = Image.new("RGBA", (8, 4), (200, 100, 50, 0))
+    deep = Image.fromarray(np.full((4, 8), 100 * 257, np.uint16))
+    turned = image(size=(8, 4))
+    turned.getexif()[274] = 6
+    for given, size, colour in ((clear, (8, 4), (0, 0, 0)), (deep, (8, 4), (100, 100, 100)), (turned, (4, 8), RED)):
+        folder = tmp_path / str(colour)
+        html_page([case(output=given)], folder, title="t")
+        [copy] = (folder / "outputs").iterdir()
+        shown = Image.open(copy)
+        assert (shown.size, shown.getpixel((0, 0))) == (size, colour)
+
+
 def test_markers_become_chips_of_the_references(tmp_path):
     inputs = (("source", image(RED)), ("image 1", image(GREEN)), ("image 2", image(BLUE)))
     html_page([case("Put <IMAGEHERE>, <imagehere>, <imagehere>.", inputs=inputs)], tmp_path, title="t")
