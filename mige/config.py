@@ -141,6 +141,7 @@ class TrainConfig:
     log_every: int  # steps
     checkpoint_every: int  # steps
     keep_checkpoints: int  # the newest N stay
+    held_out: Sequence[str]  # record files whose loss is measured at every checkpoint; the best of these is kept
     sample_every: int  # steps; 0: never
     sample_records: Sequence[str]  # record files, sampled at these steps
     sample_steps: int | None  # solver steps for them; None: the official ones
