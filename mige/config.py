@@ -135,8 +135,7 @@ class TrainConfig:
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    # Parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae.
-    compile: Sequence[str] | None  # None: the blocks of all four on a GPU, nothing on a CPU
+    compile: Sequence[str] | None  # parts whose blocks are compiled, vae; None: of all four parts on a GPU, else nothing
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
