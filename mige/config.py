@@ -135,7 +135,7 @@ class TrainConfig:
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    compile: Sequence[str] | None  # parts whose blocks are compiled, vae; None: of all four parts on a GPU, else nothing
+    compile: Sequence[str] | None  # parts whose blocks are compiled, vae; None: all four on a GPU, else nothing
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
