@@ -187,9 +187,9 @@ def tiny_model(official_dir, verified_once) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def lively(tiny_model) -> Iterator[Path]:
     """`tiny_model` with weights of which every part does something."""
-    from lively import lively_checkpoint
+    from lively import nontrivial_checkpoint
 
-    yield from made_once("model", lambda folder: lively_checkpoint(tiny_model, folder))
+    yield from made_once("model", lambda folder: nontrivial_checkpoint(tiny_model, folder))
 
 
 def release_arguments(official: Path, output: Path, config: Path = ROOT / "configs" / "tiny.py") -> list[object]:

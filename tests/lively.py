@@ -11,7 +11,7 @@ from mige.inference.pipeline import MIGEPipeline
 torch.set_num_threads(1)  # at these sizes threads only wait for each other, for minutes on a busy machine
 
 
-def lively_checkpoint(tiny_model: Path, folder: Path) -> Path:
+def nontrivial_checkpoint(tiny_model: Path, folder: Path) -> Path:
     """Copy the tiny checkpoint with the weights of the golden rule, so that images, text and noise all matter."""
     pipe = MIGEPipeline.from_pretrained(tiny_model)
     names = ("image_encoder", "qformer", "fusion", "text_encoder", "transformer")

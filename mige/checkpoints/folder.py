@@ -113,7 +113,7 @@ def _stray_errors(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder).parts
         beside_weights = len(place) == 2 and place[0] in CLASSES  # `files_to_read` judges these
-        if path.suffix in SUFFIXES and not beside_weights and not any(name.startswith(".") for name in place):
+        if path.suffix.lower() in SUFFIXES and not beside_weights and not any(name.startswith(".") for name in place):
             errors.append(f"{'/'.join(place)}: a weight file that nothing reads: remove it")
     return errors
 
@@ -148,6 +148,12 @@ def _config_errors(cls: type[nn.Module], config: dict) -> list[str]:
         errors.append(f"config.json is of a {config['model_type']!r} model, expected {kind!r}")
     if "quantization_config" in config:
         errors.append("config.json has a quantization_config, but only plain weights are read: save it unquantised")
+    for name in ("shift_factor", "latents_mean", "latents_std") if cls is AutoencoderKL else ():
+        if config.get(name):
+            errors.append(f"config.json has {name} {config[name]!r}, but MIGE's latents are scaled only")
+    scale = config.get("scaling_factor", 1)
+    if cls is AutoencoderKL and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
+        errors.append(f"config.json has scaling_factor {scale!r}, expected a number above 0")
     for name in ("timestep_dtype", "vision_dtype") if cls is MIGEFusion else ():
         dtype = getattr(torch, str(config.get(name, "float32")), None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -160,7 +160,7 @@ def to_official(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         if len(mapping.official) == 2:
             query_bias, _, value_bias = tensor.chunk(3)
             state |= dict(zip(mapping.official, (query_bias.clone(), value_bias.clone()), strict=True))
-        else:  # the blocks of rows stand in order in the table
+        else:  # the blocks of rows are in order in the table
             name = mapping.official[0]
             state[name] = torch.cat([state[name], tensor]) if name in state else tensor
     shapes = official_shapes(parts)

@@ -126,7 +126,8 @@ def fit(
     Tensors are [rank, in] and [out, rank]; raises CheckpointError where they do not fit the model or the config.
     """
     config = _peft_config(file.parent) if file.name == _PEFT else _diffusers_config(file, state, metadata)
-    state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
+    if file.name != _PEFT:  # read into the config; PEFT's layout has no such tensors
+        state = {key: value for key, value in state.items() if not key.endswith(".alpha")}
     _check_modules(file, state, transformer)
     try:
         model = get_peft_model(transformer, config, adapter_name=_ADAPTER)
@@ -210,9 +211,18 @@ def _peft_config(folder: Path) -> LoraConfig:
     if kind != "LORA":
         raise CheckpointError(f'{path}: its "peft_type" is {kind!r}, expected "LORA"')
     try:
-        return LoraConfig.from_pretrained(folder)
+        config = LoraConfig.from_pretrained(folder)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: PEFT refuses it: {error}") from error
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, with which PEFT changes the model's own "
+            "weights: convert the adapters to plain LoRA when you save them"
+        )
+    base = (config.auto_mapping or {}).get("base_model_class", PixArtTransformer2DModel.__name__)
+    if base != PixArtTransformer2DModel.__name__:
+        raise CheckpointError(f"{path}: adapters of a {base}, expected those of a {PixArtTransformer2DModel.__name__}")
+    return config
 
 
 def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> LoraConfig:
@@ -222,6 +232,8 @@ def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, 
     if not ranks:
         raise CheckpointError(f"{file}: no key ends in .lora_A.weight ({next(iter(state))} is another layout, such as "
                               "diffusers' of before PEFT); expected PEFT's or diffusers' of today")  # fmt: skip
+    if foreign := sorted(alphas.keys() - ranks.keys()):
+        raise CheckpointError(f"{file}: unexpected {foreign[0]}.alpha, without {foreign[0]}.lora_A.weight")
     told = {}
     if "lora_adapter_metadata" in metadata:
         try:
@@ -230,6 +242,10 @@ def _diffusers_config(file: Path, state: dict[str, Tensor], metadata: dict[str, 
             own = dict(told.get("alpha_pattern") or {})
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file}: its metadata is not a JSON object of a LoRA config: {error}") from error
+        if other := [key for key in told if key.startswith(("unet.", "text_encoder."))]:
+            raise CheckpointError(f"{file}: its metadata is of another part ({other[0]}), expected transformer.*")
+        if told.get("use_dora"):
+            raise CheckpointError(f"{file}: its metadata says use_dora, but there are plain LoRA tensors alone")
         alphas = {m: own[key] for m in ranks if (key := get_pattern_key(own, m)) in own} | alphas
     pattern = {module: alphas.get(module, told.get("lora_alpha", rank)) for module, rank in ranks.items()}
     return LoraConfig(
@@ -248,12 +264,14 @@ def _check_modules(file: Path, state: dict[str, Tensor], transformer: PixArtTran
     modules, halves = dict(transformer.named_modules()), defaultdict(set)
     for key in state:
         module, _, half = key.rpartition(".lora_")
-        if module not in modules:
+        if not module or module not in modules:
             raise CheckpointError(f"{file}: unexpected {key}: the model has no layer {module or key!r}")
         halves[module].add(half)
     for module, found in halves.items():
         if not {"A.weight", "B.weight"} <= found:
             raise CheckpointError(f"{file}: {module} has only {sorted(found)}, expected lora_A and lora_B")
+    if not any(all(state[f"{module}.lora_{half}.weight"].any() for half in "AB") for module in halves):
+        raise CheckpointError(f"{file}: every lora_A or lora_B is zero, so it would change nothing; are they trained?")
 
 
 def _compare(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

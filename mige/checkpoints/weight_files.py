@@ -59,7 +59,7 @@ def files_to_read(folder: Path, stem: str, variant: str | None) -> tuple[list[Pa
             known.add(path)
     if variant is not None:
         known |= set(_set(folder, stem, None)[0])
-    stray = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path not in known)
+    stray = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path not in known)
     errors += [f"{name} is in no index and would not be read: remove it" for name in stray]
     return [path for path in own if path.is_file()], errors
 
@@ -86,10 +86,30 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
         if outside:
             return [], [f"{index.name} names {outside[0]!r}, expected files beside it"]
         paths = [folder / name for name in names]
-        return paths, [f"missing file {path.name}" for path in paths if not path.is_file()]
+        missing = [f"missing file {path.name}" for path in paths if not path.is_file()]
+        return paths, missing or _index_mismatches(index, paths)
     if whole.is_file():
         return [whole], []
     return [], [f"expected config.json and *.safetensors files: neither {whole.name} nor {index.name} is there"]
+
+
+def _index_mismatches(index: Path, files: list[Path]) -> list[str]:
+    """Where an index and its files disagree on which file holds a tensor: readers differ in whom they believe."""
+    where = {key: str(name) for key, name in read_json(index, "weight_map").items()}
+    held: dict[str, list[str]] = {}
+    for file in files:
+        for key in header(file):
+            held.setdefault(key, []).append(file.name)
+    errors = [f"{key} is in {' and in '.join(names)}" for key, names in held.items() if len(names) > 1]
+    return (
+        errors
+        + [
+            f"{key} is in {names[0]}, {index.name} says {where.get(key, 'nothing of it')}"
+            for key, names in held.items()
+            if len(names) == 1 and where.get(key) != names[0]
+        ]
+        + [f"{key} is not in {name}, as {index.name} says" for key, name in where.items() if key not in held]
+    )
 
 
 def _index(folder: Path, stem: str, variant: str | None) -> Path:

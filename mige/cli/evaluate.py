@@ -71,7 +71,8 @@ def mini(args: argparse.Namespace) -> None:
 
     chosen = make_cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32)
-    add_adapters(pipeline, args.lora)
+    for path, scale in args.lora:
+        add_adapters(pipeline, path, scale)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
     model = " + ".join([args.model, *(path if scale == 1 else f"{scale:g} {path}" for path, scale in args.lora)])
     bench.run(pipeline.to(args.device), chosen, args.results, model=model, batch=args.batch, **settings)

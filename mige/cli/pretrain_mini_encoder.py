@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=20_000, help="none that a training has (%(default)s)")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", help="default: a GPU where there is one")
-    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+    args = parser.parse_intermixed_args(argv)  # overrides may come before and after the options
     if min(args.steps, args.batch) < 1 or args.seconds <= 0:
         parser.error(f"--steps is {args.steps}, --batch {args.batch}, --seconds {args.seconds}; "
                      "expected >= 1, >= 1 and > 0")  # fmt: skip

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder-steps", type=int, default=1750, help="of the encoder's training (%(default)s)")
     parser.add_argument("--encoder-batch", type=int, default=128, help="cases a step of it (%(default)s)")
     parser.add_argument("--steps", type=int, default=2400, help="of drawing from names (%(default)s)")
-    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+    args = parser.parse_intermixed_args(argv)  # overrides may come before and after the options
     if min(args.encoder_steps, args.encoder_batch, args.steps) < 1:
         parser.error(f"--encoder-steps is {args.encoder_steps}, --encoder-batch {args.encoder_batch}, --steps "
                      f"{args.steps}; expected 1 and more")  # fmt: skip

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", help="default: a GPU where there is one")
-    args = parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+    args = parser.parse_intermixed_args(argv)  # overrides may come before and after the options
     if args.from_model is not None and args.vae is not None:
         parser.error("--from-model takes the model's VAE as it is; give --vae with --finetune, or alone")
     return args

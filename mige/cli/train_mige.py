@@ -20,7 +20,7 @@ def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argpa
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or resumed")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
-    return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+    return parser.parse_intermixed_args(argv)  # overrides may come before and after the options
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Records: JSON in, validated records out, and the official settings of the three tasks.
 
 A record is one multimodal instruction: a prompt in which every `<imagehere>` stands for a reference image, in order.
-Two row layouts are recognised by their fields; both may stand in one file:
+Two row layouts are recognised by their fields; one file may mix them:
 
   multi_prompt, entity_path [], source_path [], image (the true image)      official files, DreamBench, MIGEBench
   instruction, image (the source image), task (the type of edit)            Emu Edit

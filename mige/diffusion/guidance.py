@@ -1,7 +1,7 @@
 """Classifier-free guidance as data: which branches a task needs and what each one weighs.
 
 The guided noise estimate is a weighted sum over the branches "none" (text and source dropped), "source" (text dropped)
-and "full". Rearranged so that each branch stands once, and the weights add up to 1:
+and "full". Rearranged so that each branch occurs once, and the weights add up to 1:
 
 * editing: `none + s_src (source - none) + s_txt (full - source)` (InstructPix2Pix, arXiv 2211.09800, eq. 3);
 * subject-driven: `none + s (full - none)` (Ho & Salimans, arXiv 2207.12598, eq. 6); there is no source to drop.

@@ -144,7 +144,7 @@ def _cut_out_all(
 
 
 def finished(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The lines of out/entities.jsonl by id whose crop opens; and what stands there besides, a sentence each."""
+    """The lines of out/entities.jsonl by id whose crop opens; and what else is there, a sentence each."""
     found, errors = read_json_lines(out / "entities.jsonl")
     lines = {}
     for number, line in found:

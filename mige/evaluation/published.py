@@ -1,6 +1,6 @@
 """Numbers that papers report, each with its source and as much of its protocol as the source states.
 
-A row stands beside a measured one only where backbone and protocol are known to be the same; see `fits`.
+A row is shown beside a measured one only where backbone and protocol are known to be the same; see `fits`.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Published:
     protocol: str  # in words
     scores: Mapping[str, float]
     source: str
-    clip: str | None = None  # CLIP's name where stated, else None: the row never stands beside a measured one
+    clip: str | None = None  # CLIP's name where stated, else None: the row is never shown beside a measured one
     iterative: bool = False  # MagicBrush's final turn
     samples: int = 1  # DreamBench: images a prompt
 

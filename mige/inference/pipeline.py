@@ -33,6 +33,7 @@ from mige.inference.denoising import OnStepEnd
 from mige.inference.encoding import encode_text
 from mige.inference.inputs import read_prompts
 from mige.inference.modes import Modes
+from mige.inference.saving import Saving
 from mige.inference.steps import Steps
 from mige.models.encoder import prepare_vision_tower, set_product_dtype
 from mige.models.fusion import MIGEFusion
@@ -40,7 +41,7 @@ from mige.models.mige import MIGEModel
 from mige.models.vae import downscale
 
 
-class MIGEPipeline(Steps, Modes, Adapters, DiffusionPipeline):
+class MIGEPipeline(Saving, Steps, Modes, Adapters, DiffusionPipeline):
     """The eight parts of a checkpoint folder, run in order. `from_pretrained` and `save_pretrained` are diffusers'.
 
     The scheduler may be replaced by any diffusers scheduler that predicts epsilon. `image_processor` makes the outputs

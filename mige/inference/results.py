@@ -20,7 +20,7 @@ _NUMBERS = ("seed", "steps", "guidance", "source_guidance", "seconds")
 
 @dataclass
 class Finished:
-    """What a run folder has finished: lines by id; and what stood there that counts as nothing, a sentence each."""
+    """What a run folder has finished: lines by id; and what is there but does not count, a sentence each."""
 
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)

@@ -143,7 +143,7 @@ def step_of(scores: Scores, comparison: Comparison) -> int:
 
 
 def compare(scores: Scores, comparison: Comparison, split: str) -> dict | None:
-    """A comparison on the cases of a split, as it stands in report.json; None if a variant has no run."""
+    """A comparison on the cases of a split, as in report.json; None if a variant has no run."""
     c, last = comparison, scores.steps[-1]
     what, higher = (c.task, split, c.measure), c.measure in SHARES
     runs = scores.runs(c.a, last, *what)

@@ -1,12 +1,14 @@
 """Curves of the ablations' scores over samples, drawn with matplotlib (extra "ablation")."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 from mige.mini.ablation import VARIANTS
 from mige.mini.ablation_comparisons import CHANCE, COMPARISONS, LABELS, WORDS, Comparison, Scores, step_of
 from mige.mini.bench_measures import SHARES
 from mige.tasks import Task
+from mige.utils.files import write_bytes
 
 PANELS = ((Task.SUBJECT, "identity"), (Task.EDIT, "success"), (Task.SUBJECT_EDIT, "identity"), (Task.EDIT, "l1_inside"))
 STYLES = {  # colours of Okabe and Ito, told apart by the colour-blind; and by line and mark
@@ -51,9 +53,9 @@ def draw_curves(scores: Scores, entries: Sequence[Mapping], path: Path) -> None:
     most = max(len(seeds) for seeds in scores.seeds.values())
     band = "lines are means over seeds, bands reach from the lowest to the highest" if most > 1 else "1 seed, no band"
     figure.suptitle(f"Unseen subjects; {band}", fontsize=11)
-    tmp = path.with_name(f".{path.name}.part")
-    figure.savefig(tmp, format="png")
-    tmp.replace(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    write_bytes(path, drawn.getbuffer())
 
 
 def _draw_line(axis, name: str, rows: Sequence[Mapping]):

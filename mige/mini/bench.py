@@ -117,7 +117,7 @@ def finished(out: Path) -> dict[str, dict]:
 
 
 def _finished(out: Path) -> tuple[dict[str, dict], list[str]]:
-    """Also what stands there that counts as nothing, a sentence each."""
+    """Also what is there but does not count, a sentence each."""
     found, errors = read_json_lines(out / "cases.jsonl")
     rows = {}
     for number, row in found:

@@ -9,7 +9,6 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
 
 import mige
 from mige.data.synthetic import tasks
@@ -18,9 +17,8 @@ from mige.data.synthetic.scenes import Scenes, draw
 from mige.mini import bench
 from mige.mini.bench import BenchCase
 from mige.mini.bench_measures import MEASURES, SHARES
-from mige.reports.cases import MARKER, Case
-from mige.reports.page import Article, Drawing, Section, Table, write_page
-from mige.reports.sheet import MUTED, PAPER, draw_lines, paste, wrap
+from mige.reports.cases import Case
+from mige.reports.page import Drawing, Section, Table, write_page
 from mige.reports.thumbnails import Thumbnails
 from mige.utils import images
 from mige.utils.files import write_text
@@ -192,14 +190,16 @@ class Card:
 
     @property
     def detail(self) -> str:
+        """Scores and remark as one line."""
         return ", ".join(filter(None, [scores_line(self.scores), self.remark]))
 
-    def drawn(self) -> tuple[list[tuple[str, Image.Image]], Image.Image]:
-        """The case's inputs with their labels, and its answer."""
+    def case(self) -> Case:
+        """As reports show it: inputs with their labels, instruction, output, and the truth beside it."""
         case = self.one.case
         truth, *inputs = images.to_pil(draw(Scenes.stack([case.target, *case.references])))
         labels = (f"image {n + 1}" + (", source" if n == case.source else "") for n in range(len(inputs)))
-        return list(zip(labels, inputs, strict=True)), truth
+        shown = tuple(zip(labels, inputs, strict=True))
+        return Case(self.one.id, case.task, case.prompt, shown, self.output, self.detail, (("truth", truth),))
 
 
 def drawing(folder: Path) -> Drawing:
@@ -211,41 +211,5 @@ def section(
     name: str, many: int, groups: Sequence[tuple[str, Sequence[Card]]], draw: Drawing, tables: Sequence[Table] = ()
 ) -> Section:
     """Groups of cards, each under its heading or (an empty one) side by side."""
-    drawn = [(heading, [_article(card, draw) for card in cards]) for heading, cards in groups]
+    drawn = [(heading, [draw.article(card.case()) for card in cards]) for heading, cards in groups]
     return Section(name.replace("_", " "), many, tables=tables, groups=drawn)
-
-
-def _article(card: Card, draw: Drawing) -> Article:
-    inputs, truth = card.drawn()
-    case = Case(card.one.id, "", card.one.case.prompt, tuple(inputs), card.output, card.detail)
-    return draw.article(case, beside=[("truth", truth)])
-
-
-def sheet(cards: Sequence[Card], path: Path, *, note: str = "", tile: int = 160) -> Path:
-    """Draw all cards into one PNG, two in a row: inputs, output, truth, and the words below. Returns its path."""
-    if not cards:
-        raise ValueError("got no cards, expected at least one")
-    gap, margin, (small, body) = 8, 24, map(ImageFont.load_default, (13, 15))
-    width, height = 4 * (tile + gap) - gap, 20 + tile + 96
-    lines = wrap(note, body, 2 * width + margin, lines=3)
-    top = margin + 22 * len(lines) + (margin // 2 if lines else 0)
-    size = (3 * margin + 2 * width, top + -(-len(cards) // 2) * (height + margin))
-    canvas = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(canvas)
-    draw_lines(pen, (margin, margin), lines, body, 22, MUTED)
-    for n, card in enumerate(cards):
-        x, y = margin + n % 2 * (width + margin), top + n // 2 * (height + margin)
-        inputs, truth = card.drawn()
-        places = [*enumerate(inputs), (2, ("output", card.output)), (3, ("truth", truth))]
-        for column, (label, image) in places:
-            pen.text((x + column * (tile + gap), y), label, fill=MUTED, font=small)
-            paste(canvas, image, (x + column * (tile + gap), y + 20), tile)
-        below = y + 20 + tile + 6
-        numbers = iter(range(1, len(inputs) + 1))
-        prompt = MARKER.sub(lambda _, numbers=numbers: f" [{next(numbers)}] ", card.one.case.prompt)
-        words, detail = wrap(prompt, body, width, lines=2), wrap(card.detail, small, width, lines=2)
-        draw_lines(pen, (x, below), [card.one.id], small, 18, MUTED)
-        draw_lines(pen, (x, below + 18), words, body, 20)
-        draw_lines(pen, (x, below + 22 + 20 * len(words)), detail, small, 16, MUTED)
-    images.save_image(canvas, path)
-    return path

@@ -277,10 +277,7 @@ class Sampling:
         inputs.modulation_K6C.copy_(self.modulation_SK6C.index_select(0, row)[0])
         inputs.end_2C.copy_(self.end_S2C.index_select(0, row)[0])
         since = self.calls % self.reuse
-        skip_middle, first = (
-            since > 0,
-            self.calls < self.reuse,
-        )  # at first there is nothing to extrapolate
+        skip_middle, first = since > 0, self.calls < self.reuse  # at first there is nothing to extrapolate
         inputs.extrapolation.fill_(0.0 if first else since / self.reuse)
         self.calls += 1
         if not self.step.recordings:

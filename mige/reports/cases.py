@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mige.utils.images import open_image
+from mige.utils.images import as_image
 
 ImageSource = Image.Image | Path
 
@@ -23,8 +23,9 @@ TASK_NAMES = {
 class Case:
     """One row of a report: what went in, what was asked for, what came out.
 
-    `inputs` are (label, image) pairs. An image labelled "source" stands outside the text; the others are the
-    references, and the k-th `<imagehere>` of the instruction means the k-th of them.
+    `inputs` are (label, image) pairs. An image labelled "source" is not part of the text; the others are the
+    references, and the k-th `<imagehere>` of the instruction means the k-th of them. `beside` are shown beside the
+    output, such as ("truth", image).
     """
 
     title: str
@@ -33,15 +34,18 @@ class Case:
     inputs: tuple[tuple[str, ImageSource], ...]
     output: ImageSource
     detail: str
+    beside: tuple[tuple[str, ImageSource], ...] = ()
 
 
 def require_cases(cases: Sequence[Case]) -> None:
+    """Raise ValueError where there is nothing to show."""
     if not cases:
         raise ValueError("got no cases, expected at least one: a report shows the records of a run that made images")
 
 
 def load(image: ImageSource) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))
+    """The image of a case, through the one door; raises BadImageError."""
+    return as_image(image)
 
 
 def fit(image: Image.Image, side: int, *, enlarge: bool = False) -> Image.Image:

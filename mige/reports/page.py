@@ -146,12 +146,12 @@ class Drawing:
     def __init__(self, folder: Path, inputs: Thumbnails | None = None):
         self.inputs, self.outputs = inputs or Thumbnails(folder / "inputs"), Outputs(folder)
 
-    def article(self, case: Case, beside: Sequence[tuple[str, object]] = ()) -> Article:
-        """Args: beside: labels and images that stand beside the output, such as the truth."""
+    def article(self, case: Case) -> Article:
+        """A case with its inputs, its output and what is beside it."""
         inputs = [self._figure(case, label, self.inputs.show(image)) for label, image in case.inputs]
         references = [figure for figure in inputs if figure.caption != "source"]
         outputs = [self._figure(case, "output", self.outputs.show(case.output))]
-        outputs += [self._figure(case, label, self.inputs.show(image)) for label, image in beside]
+        outputs += [self._figure(case, label, self.inputs.show(image)) for label, image in case.beside]
         return Article(case.title, instruction(case.instruction, references), inputs, outputs, case.detail)
 
     @staticmethod

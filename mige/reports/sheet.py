@@ -25,7 +25,7 @@ def contact_sheet(cases: Sequence[Case], path: Path, *, note: str = "", tile: in
     require_cases(cases)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = _Columns(tile, most_inputs=max(len(case.inputs) for case in cases))
+    columns = _Columns(tile, max(len(case.inputs) for case in cases), max(len(case.beside) for case in cases))
     per_sheet = max(1, min(ROWS_PER_SHEET, SHEET_HEIGHT // (columns.row_height + GAP)))
     sheets = [cases[start : start + per_sheet] for start in range(0, len(cases), per_sheet)]
     paths = [path] + [path.with_stem(f"{path.stem}_{number}") for number in range(2, len(sheets) + 1)]
@@ -36,16 +36,16 @@ def contact_sheet(cases: Sequence[Case], path: Path, *, note: str = "", tile: in
 
 
 class _Columns:
-    """Where things stand on a sheet: inputs in an area at most two tiles wide, then the text, then the output."""
+    """Where things are on a sheet: inputs in an area at most two tiles wide, text, output, what is beside it."""
 
-    def __init__(self, tile: int, most_inputs: int):
+    def __init__(self, tile: int, most_inputs: int, most_beside: int):
         self.tile = tile
         self.row_height = max(tile, 160)  # a title, the task, three lines of text, two of small print
         self.input_tiles = min(2, most_inputs)
         self.text_width = max(320, round(1.4 * tile))
         self.text_x = MARGIN + self.input_tiles * (tile + TILE_GAP) + (GAP if self.input_tiles else 0)
         self.output_x = self.text_x + self.text_width + GAP
-        self.width = self.output_x + tile + MARGIN
+        self.width = self.output_x + (1 + most_beside) * (tile + TILE_GAP) - TILE_GAP + MARGIN
         self.heading, self.body, self.small = (ImageFont.load_default(size=size) for size in (18, 16, 13))
 
 
@@ -58,7 +58,7 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
     if note_lines:
         box = (MARGIN, MARGIN, columns.width - MARGIN, MARGIN + note_height - GAP)
         draw.rounded_rectangle(box, radius=8, fill=NOTE_PAPER)
-        draw_lines(draw, (MARGIN + 12, MARGIN + 10), note_lines, columns.body, 22)
+        _draw_lines(draw, (MARGIN + 12, MARGIN + 10), note_lines, columns.body, 22)
     headings = {columns.text_x: "instruction", columns.output_x: "output"}
     if columns.input_tiles:
         headings[MARGIN] = "inputs"
@@ -71,7 +71,10 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
             draw.line((MARGIN, y - GAP // 2, columns.width - MARGIN, y - GAP // 2), fill=RULE)
         _draw_inputs(sheet, case.inputs, y, columns)
         _draw_text(draw, case, y, columns)
-        paste(sheet, case.output, (columns.output_x, y), columns.tile)
+        _paste(sheet, case.output, (columns.output_x, y), columns.tile)
+        for place, (label, image) in enumerate(case.beside, start=1):
+            corner = (columns.output_x + place * (columns.tile + TILE_GAP), y)
+            _paste_labelled(sheet, label, image, corner, columns.tile, columns.small)
     return sheet
 
 
@@ -79,15 +82,20 @@ def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, ImageSource]], 
     # Two inputs fill the area at full size; more of them share it in a finer grid of 2k columns and k rows.
     split = max(1, math.ceil(math.sqrt(len(inputs) / 2)))
     pitch = (columns.tile + TILE_GAP) // split
-    draw = ImageDraw.Draw(sheet)
     for index, (label, image) in enumerate(inputs):
         row, column = divmod(index, 2 * split)
         corner = (MARGIN + column * pitch, y + row * pitch)
-        paste(sheet, image, corner, pitch - TILE_GAP)
-        for line in wrap(label, columns.small, pitch - TILE_GAP - 16, lines=1):
-            width = columns.small.getlength(line) + 12
-            draw.rounded_rectangle((*corner, corner[0] + width, corner[1] + 20), radius=5, fill=INK)
-            draw.text((corner[0] + 6, corner[1] + 10), line, fill=PAPER, font=columns.small, anchor="lm")
+        _paste_labelled(sheet, label, image, corner, pitch - TILE_GAP, columns.small)
+
+
+def _paste_labelled(
+    sheet: Image.Image, label: str, image: ImageSource, corner: tuple[int, int], side: int, font: ImageFont.FreeTypeFont
+) -> None:
+    _paste(sheet, image, corner, side)
+    draw = ImageDraw.Draw(sheet)
+    for line in wrap(label, font, side - 16, lines=1):
+        draw.rounded_rectangle((*corner, corner[0] + font.getlength(line) + 12, corner[1] + 20), radius=5, fill=INK)
+        draw.text((corner[0] + 6, corner[1] + 10), line, fill=PAPER, font=font, anchor="lm")
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, case: Case, y: int, columns: _Columns) -> None:
@@ -99,13 +107,13 @@ def _draw_text(draw: ImageDraw.ImageDraw, case: Case, y: int, columns: _Columns)
     task = wrap(TASK_NAMES.get(case.task, case.task), columns.small, width, lines=1)
     detail = wrap(case.detail, columns.small, width, lines=2)
     room = columns.row_height - 52 - 18 * len(detail) - 8
-    draw_lines(draw, (x, y), title, columns.heading, 26)
-    draw_lines(draw, (x, y + 26), task, columns.small, 18, MUTED)
-    draw_lines(draw, (x, y + 52), wrap(instruction, columns.body, width, lines=room // 22), columns.body, 22)
-    draw_lines(draw, (x, bottom - 18 * len(detail)), detail, columns.small, 18, MUTED)
+    _draw_lines(draw, (x, y), title, columns.heading, 26)
+    _draw_lines(draw, (x, y + 26), task, columns.small, 18, MUTED)
+    _draw_lines(draw, (x, y + 52), wrap(instruction, columns.body, width, lines=room // 22), columns.body, 22)
+    _draw_lines(draw, (x, bottom - 18 * len(detail)), detail, columns.small, 18, MUTED)
 
 
-def draw_lines(
+def _draw_lines(
     draw: ImageDraw.ImageDraw,
     corner: tuple[int, int],
     lines: Sequence[str],
@@ -117,7 +125,7 @@ def draw_lines(
         draw.text((corner[0], corner[1] + index * pitch), line, fill=ink, font=font)
 
 
-def paste(sheet: Image.Image, image: ImageSource, corner: tuple[int, int], side: int) -> None:
+def _paste(sheet: Image.Image, image: ImageSource, corner: tuple[int, int], side: int) -> None:
     tile = fit(load(image), side, enlarge=True)
     ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), fill=TILE_PAPER)
     sheet.paste(tile, (corner[0] + (side - tile.width) // 2, corner[1] + (side - tile.height) // 2))

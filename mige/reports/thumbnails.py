@@ -11,7 +11,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from mige.reports.cases import ImageSource, fit, load
-from mige.utils.images import FORMATS, save_image
+from mige.utils.images import image_size, save_image
 
 SIDE = 512
 _NAME = re.compile(r"([0-9a-f]{16})-(\d+)x(\d+)\.(?:jpg|png)")
@@ -73,15 +73,4 @@ class Outputs:
         inside = Path(image).resolve()
         if not inside.is_relative_to(self.root):
             return self.copies.show(image)
-        return Shown(quote(inside.relative_to(self.root).as_posix()), *_size(inside))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height as shown; reads the header alone."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return load(path).size  # raises with the reason
-    return (height, width) if turned else (width, height)
+        return Shown(quote(inside.relative_to(self.root).as_posix()), *image_size(inside))

@@ -7,14 +7,23 @@ is written into each checkpoint under the names below, which do not follow renam
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from mige.config import Config, ModelConfig, TrainConfig
 from mige.data.order import ORDER, exact
 from mige.data.records import Record
+from mige.inference.pipeline import MIGEPipeline
 from mige.training.errors import TrainingError
+
+ANY = "any"
+"""The layout that any number of processes reads, sharded or not."""
+
+_LATER = ("frozen",)
+"""Facts that checkpoints of before do not tell."""
 
 
 def resume_invariants(
@@ -23,7 +32,7 @@ def resume_invariants(
     """Name -> value in JSON of all that must stay.
 
     Args:
-        sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
+        sharding: the layout of the saved state: ANY, ZeRO-2, or in checkpoints of version 0.1 none or FSDP2.
     """
     data, train = config.data, config.train
     facts = {
@@ -58,7 +67,7 @@ def resume_invariants(
             "file": str(one["file"]).replace("\\", "/").rsplit("/", 1)[-1],
             "records": len(records),
             "weight": float(exact(one["weight"])),
-            "digest": _digest(records),
+            "digest": _digest(records, Path(one.get("root") or Path(one["file"]).parent)),
         }
     facts["sets"] = len(data.sets)
     if config.distillation is not None:
@@ -92,6 +101,7 @@ def _stochastic(train: TrainConfig) -> bool:
 def check_invariants(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
     """Raise TrainingError naming every fact that differs, with both values."""
     names = [name for name in (saved | now) if saved.get(name) != now.get(name)]
+    names = [name for name in names if name in saved or name not in _LATER]
     if names:
         differing = "; ".join(f"{name}: {saved.get(name)} there, {now.get(name)} now" for name in names)
         raise TrainingError(
@@ -105,12 +115,34 @@ def _sets(dataset: Dataset) -> list[Sequence[Record]]:
     return list(getattr(mixture, "sets", ()))
 
 
-def _digest(records: Sequence[Record]) -> str:
-    """Of what is trained on, wherever the files lie: ids, tasks, instructions, names of the images."""
+def _digest(records: Sequence[Record], root: Path) -> str:
+    """Of what is trained on, wherever the set lies: ids, tasks, instructions, images by their paths below the root."""
     found = hashlib.sha256()
     for record in records:
-        images = [path.name for path in (*record.references, record.target) if path is not None]
+        images = [_place(path, root) for path in (*record.references, record.target) if path is not None]
         source = record.references.index(record.source) if record.source in record.references else None
         row = [record.id, str(record.task), record.prompt, record.edit_type, source, images]
         found.update(repr(row).encode())
+    return found.hexdigest()[:16]
+
+
+def _place(path: Path, root: Path) -> str:
+    """A path below the root; of one elsewhere, which may be moved, its last folder and its name."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) else "/".join(path.parts[-2:])
+
+
+def frozen_digest(pipeline: MIGEPipeline, trainable: str) -> str:
+    """Of what is used and not trained, a part of every tensor: frozen parameters, the VAE, and the vocabulary.
+
+    Left out is the vision tower, whose dtype depends on the device.
+    """
+    model = pipeline.model
+    model.freeze(trainable)
+    tower = set(model.encoder.image_encoder.parameters())
+    used = [(name, p) for name, p in model.named_parameters() if not p.requires_grad and p not in tower]
+    found = hashlib.sha256()
+    for name, parameter in [*used, *pipeline.vae.named_parameters()]:
+        part = parameter.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.uint8)
+        found.update(f"{name} {list(parameter.shape)}".encode() + part.numpy().tobytes())
+    found.update(repr(sorted(pipeline.tokenizer.get_vocab().items())).encode())
     return found.hexdigest()[:16]

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -56,9 +56,15 @@ def log_to_terminal() -> None:
 
 
 @contextmanager
-def open_run_folder(accelerator: Accelerator, config: Config, run: Path, step: int) -> Iterator[None]:
-    """Be the only training of a folder: cut what lies beyond `step`, write config.json, log, start the trackers."""
+def open_run_folder(
+    accelerator: Accelerator, config: Config, run: Path, step: int, load: Callable[[], None]
+) -> Iterator[None]:
+    """Be the only training of a folder: cut what lies beyond `step`, write config.json, log, start the trackers.
+
+    load: opens the checkpoint of that step; where it fails, nothing has been written yet. Called by every process.
+    """
     if not accelerator.is_main_process:
+        load()
         accelerator.wait_for_everyone()
         accelerator.init_trackers("mige")
         yield
@@ -68,6 +74,7 @@ def open_run_folder(accelerator: Accelerator, config: Config, run: Path, step: i
     except OSError as error:
         raise ConfigError(f"--output {run}: cannot be made: {error.strerror}; name another folder") from error
     with _only_training(run):
+        load()
         _log_to_file(run / "log.txt")
         write_text(run / "config.json", json.dumps(config.dump(), indent=2) + "\n")
         _cut(run, step)

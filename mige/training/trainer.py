@@ -6,8 +6,11 @@ resumed equals one that never stopped, bit for bit.
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -34,9 +37,10 @@ from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
 from mige.training.prepare import prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
-from mige.training.resume import check_invariants, resume_invariants
+from mige.training.resume import ANY, check_invariants, frozen_digest, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
+from mige.training.state import TrainingState
 from mige.training.warm_up import warm_up, warm_up_batches
 
 log = logging.getLogger("mige")
@@ -77,6 +81,7 @@ class Trainer:
         if self.sharding != "none":
             check_shardable(settings, self.sharding)
         self.pipeline = load_pretrained(config, self.device)
+        self.frozen = frozen_digest(self.pipeline, settings.trainable)
         self.dataset = load_dataset(config, self.pipeline)
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
@@ -87,18 +92,23 @@ class Trainer:
         self.ema = None
         if settings.ema is not None:
             self.ema = AveragedWeights(self.trained, settings.ema)
-            self.accelerator.register_for_checkpointing(self.ema)
+            self.accelerator.register_for_checkpointing(self.ema)  # with ZeRO-2, and of version 0.1's checkpoints
+        inner = [getattr(one, "optimizer", one) for one in self.optimizers]  # accelerate wraps them
+        self.state = TrainingState(self.plain, inner, self.ema)
+        self.checkpoints = checkpointing.CheckpointWriter(self.accelerator, run, settings.keep_checkpoints)
         timesteps = len(self.diffusion.tables["log_beta"])
-        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective)
+        self.monitor = Monitor(
+            self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective, self.checkpoints.wait
+        )
         self.global_batch_size = self.monitor.global_batch_size
         many = sum(p.numel() for p in self.trained)
         log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
 
     def _resolve(self, config: Config, resume: Path | None) -> tuple[Config, str]:
         """The config with its precision chosen, and a line that says so; starts the group of processes."""
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=checkpointing.PATIENCE)
         zero2, fsdp2 = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
-        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
+        checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         saved = None if checkpoint is None else checkpointing.read_progress(checkpoint)[1]
         return precision.resolve(config, saved, state, "ZeRO-2" if zero2 else "FSDP2" if fsdp2 else "none")
 
@@ -113,13 +123,13 @@ class Trainer:
 
     def run(self, resume: Path | None = None) -> int:
         """Train to the last step; returns 0, or PREEMPTED after a stop. `resume`: a checkpoint; None: the newest."""
-        checkpoint = resume or checkpointing.newest_checkpoint(self.run_folder)
+        checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         if checkpoint is not None:
             self.step, saved = checkpointing.read_progress(checkpoint)
-            check_invariants(saved, self._invariants(), str(checkpoint))
+            check_invariants(saved, self._invariants(saved), str(checkpoint))
         with self.stop.listening():
-            with open_run_folder(self.accelerator, self.config, self.run_folder, self.step):
-                self._load(checkpoint)
+            load = partial(self._load, checkpoint)
+            with open_run_folder(self.accelerator, self.config, self.run_folder, self.step, load):
                 self._warm_up()
                 code = self._loop()
             # Not after an error: it may wait for the other processes, they for this one, and it would go unheard.
@@ -154,6 +164,7 @@ class Trainer:
             bar.update()
             if self.step % settings.log_every == 0:
                 self.monitor.log(self.step)
+            self.checkpoints.check()
             last = self.step == settings.steps
             stop = (
                 self.monitor.stop_everywhere
@@ -163,8 +174,10 @@ class Trainer:
             if settings.sample_every and (self.step % settings.sample_every == 0 or last):
                 self._sample(saved=due)
             if stop and not last:
+                self.checkpoints.wait()
                 log.info("Ctrl-C or SIGTERM: saved at step %d", self.step)
                 return PREEMPTED
+        self.checkpoints.wait()
         bar.close()
         return 0
 
@@ -226,24 +239,29 @@ class Trainer:
         if sampling.agree(self.accelerator, failure is not None):
             if not saved:
                 self._save()
+            self.checkpoints.wait()
             raise TrainingError(
                 f"sampling at step {self.step} failed: {failure or 'in another process'}; the checkpoint of this step "
                 "is saved: mend it or set train.sample_every=0, then resume"
             ) from failure
 
-    def _invariants(self) -> dict:
-        return resume_invariants(
+    def _invariants(self, saved: Mapping[str, Any] | None = None) -> dict:
+        """What must stay; `saved`: of a checkpoint that it is compared with."""
+        sharding = "ZeRO-2" if self.sharding == "ZeRO-2" else ANY
+        if saved is not None and saved.get("sharding") in ("none", "FSDP2"):  # version 0.1's, in accelerate's layouts
+            sharding = self.sharding
+        return {"frozen": self.frozen} | resume_invariants(
             self.config,
             self.dataset,
             global_batch_size=self.global_batch_size,
-            sharding=self.sharding,
+            sharding=sharding,
             processes=self.accelerator.num_processes,
         )
 
     def _load(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
             return
-        checkpointing.load_checkpoint(self.accelerator, checkpoint)
+        checkpointing.load_checkpoint(self.accelerator, checkpoint, self.state)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in checkpointing.abandon_others(self.run_folder, checkpoint):
@@ -252,20 +270,28 @@ class Trainer:
 
     def _save(self) -> None:
         self.monitor.flush()  # a checkpoint is good only if the loss was
-        keep = self.config.train.keep_checkpoints
-        saved = checkpointing.save_checkpoint(
-            self.accelerator, self.run_folder, self.step, self._invariants(), self._export, keep
+        started = time.perf_counter()
+        state = None if self.sharding == "ZeRO-2" else self.state.tensors()
+        self.checkpoints.save(self.step, self._invariants(), state, self._export)
+        log.info(
+            "saving step %d while training goes on, which stood for %.1f s", self.step, time.perf_counter() - started
         )
-        log.info("saved %s", saved)
 
-    def _export(self, folder: Path) -> None:
-        """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters."""
-        state = self.accelerator.get_state_dict(self.model)  # gathered, by all processes, where it is sharded
+    def _export(self, folder: Path) -> Callable[[], None]:
+        """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters.
+
+        Copied to host memory; what is returned writes it, in the main process alone.
+        """
+        lora = self.config.train.trainable == "lora"
+        state = {} if lora else self.accelerator.get_state_dict(self.model)  # gathered, by all, where it is sharded
         averaged = {} if self.ema is None else self.ema.named(self.plain, self.trained)
         if not self.accelerator.is_main_process:
-            return
-        if self.config.train.trainable == "lora":
+            return lambda: None
+        if lora:
             save_lora(self.plain.transformer, folder / "lora")
-        else:
-            state |= {name: average.to("cpu", state[name].dtype) for name, average in averaged.items()}
-            self.pipeline.with_weights(state).save_pretrained(folder / "model")
+            return lambda: None
+        live = self.sharding != "FSDP2"  # else it was gathered into tensors of its own
+        for name, parameter in self.plain.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                state[name] = averaged.get(name, state[name]).detach().to("cpu", state[name].dtype, copy=live)
+        return lambda: self.pipeline.with_weights(state).save_pretrained(folder / "model")

@@ -40,10 +40,13 @@ def from_tensor(tensor: "Tensor", max_pixels: int) -> Image.Image:
 def from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     """[H, W] or [H, W, C], C of 1, 3 or 4; uint8, uint16, or float in [0, 1] -> an 8-bit image (L, RGB or RGBA)."""
     name = f"array of shape {list(array.shape)}, {array.dtype}"
+    if np.ma.is_masked(array):
+        raise BadImageError(name, "masked values", "fill them, as with array.filled(0)")
+    array = np.asarray(array)  # of a subclass the plain array: a matrix has two axes whatever is asked of it
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        hint = "transpose it: channels stand last" if array.ndim == 3 else "take one image of it"
+        hint = "transpose it: channels come last" if array.ndim == 3 else "take one image of it"
         raise BadImageError(name, "expected [H, W] or [H, W, C] with C of 1, 3 or 4", hint)
     return _from_values(name, array, max_pixels)
 

@@ -52,7 +52,7 @@ def _count_scans(data: bytes) -> int:
         kind, place = marker[1][0], marker.end()
         if kind == 0xD9:
             break
-        if kind in (0x01, 0xD8):  # these two stand alone
+        if kind in (0x01, 0xD8):  # these two have no length
             continue
         if kind in _FRAMES and not components:
             components = data[place + 7] if place + 7 < len(data) else 0

@@ -26,16 +26,21 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old one or the new one, never half of it."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file at once: a reader sees the old one or the new one, never half of it.
+
+    Raises OSError that names the file where writing fails (a full disk); the old one stays then.
+    """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with tmp.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # some file systems report a full disk only now
         tmp.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)
 

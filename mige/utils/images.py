@@ -5,8 +5,6 @@ Fitting and tensors (`pixels.py`) are handed on from here; `colour.py` knows mod
 
 import hashlib
 import io
-import os
-import secrets
 import stat
 import struct
 import threading
@@ -23,7 +21,7 @@ from mige.utils.arrays import from_array, from_tensor, is_tensor
 from mige.utils.bad_image import MAX_PIXELS, BadImageError, check_size
 from mige.utils.colour import to_rgb
 from mige.utils.decode_effort import check_effort
-from mige.utils.files import sync_folder
+from mige.utils.files import write_bytes
 from mige.utils.foreign_files import FORMATS, is_heif, unknown_file
 from mige.utils.path_hints import path_hint
 from mige.utils.pixels import (
@@ -137,7 +135,7 @@ def open_image(path: Path, *, ignore_profiles: bool = False, max_pixels: int = M
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image in `path`, px, by its header; the same as `open_image(path).size`.
 
-    A PNG is decoded for it where it is not square, as its orientation may stand behind the pixels. Raises BadImageError
+    A PNG is decoded for it where it is not square, as its orientation may come after the pixels. Raises BadImageError
     for what is no image.
     """
     _check_file(path)
@@ -167,6 +165,7 @@ def _from_pil(image: Image.Image, ignore_profiles: bool, max_pixels: int) -> Ima
     filename = getattr(image, "filename", "")
     name = f"PIL image of mode {image.mode}" + (f" ({filename})" if filename else "")
     check_size(name, image.size, max_pixels)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # as in `open_image`
     try:
         image.load()
         return _upright_rgb(name, image, ignore_profiles)
@@ -241,7 +240,7 @@ def _check_file(path: Path) -> None:
 def save_image(image: Image.Image, path: Path, **params: Any) -> None:
     """Write `image` whole or not at all, in the format of the suffix; `params` go to PIL's encoder.
 
-    A file that stood there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
+    A file that was there before survives any failure. Raises ValueError for an unknown suffix and OSError, with the
     path in its message, where writing fails.
     """
     formats = Image.registered_extensions()
@@ -250,15 +249,4 @@ def save_image(image: Image.Image, path: Path, **params: Any) -> None:
     # Encoded in memory first: Pillow's own file writing loses the reason (no space left) of a failure.
     encoded = io.BytesIO()
     image.save(encoded, format=formats[path.suffix.lower()], **params)
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # some file systems report a full disk only now
-        part.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot save the image: {error.strerror}", str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_bytes(path, encoded.getbuffer())

@@ -52,15 +52,11 @@ def squeeze(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out.
-
-    Raises BadImageError for an image so long that its short side would be less than a pixel.
-    """
-    check_shape(image.size, height, width, letterboxed=True)
+    """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out."""
     if image.width * height >= image.height * width:
-        fitting = (width, max(1, int(width * image.height / image.width)))
+        fitting = (width, int(width * image.height / image.width))
     else:
-        fitting = (max(1, int(height * image.width / image.height)), height)
+        fitting = (int(height * image.width / image.height), height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(
         _require_rgb(image).resize(fitting, Image.Resampling.BICUBIC),

@@ -234,3 +234,49 @@ def test_the_script_adds_good_adapters(lively, base, adapter, tmp_path):
     check_lora(lively, adapter)
     got, want = infer.load(args, lively, "cpu").transformer, merge_lora(copy.deepcopy(base), adapter)
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            dict(init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', with which PEFT changes the model's own weights",
+        ),
+        (dict(init_lora_weights="olora"), "init_lora_weights is 'olora'"),
+        (dict(auto_mapping={"base_model_class": "UNet2DConditionModel"}), "adapters of a UNet2DConditionModel"),
+    ],
+    ids=str,
+)
+def test_a_config_under_which_other_weights_would_change_is_refused(base, adapter, change, said):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert f"{path}: {said}" in refused(base, adapter)
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_adapters_that_change_nothing_are_refused(base, adapter, half):
+    state = load_file(adapter / PEFT)
+    save_file({k: v * (f"lora_{half}" not in k) for k, v in state.items()}, adapter / PEFT)
+    assert "every lora_A or lora_B is zero, so it would change nothing" in refused(base, adapter)
+
+
+@pytest.mark.parametrize("module", ["transformer_blocks.0.attn1.to_q", "foo"])
+def test_an_alpha_that_nothing_would_read_is_refused(base, adapter, tmp_path, module):
+    state = load_file(adapter / PEFT)
+    save_file(state | {f"base_model.model.{module}.alpha": torch.ones(())}, adapter / PEFT)
+    assert f"unexpected {module}.alpha" in refused(base, adapter)
+    save_file(state, adapter / PEFT)
+    other = as_diffusers(adapter, tmp_path / "other", None, False) / DIFFUSERS
+    save_file(load_file(other) | {"transformer.foo.alpha": torch.ones(())}, other)
+    assert "unexpected foo.alpha, without foo.lora_A.weight" in refused(base, other)
+
+
+@pytest.mark.parametrize(
+    "told, said",
+    [({"unet.lora_alpha": 64}, "its metadata is of another part"), ({"transformer.use_dora": True}, "says use_dora")],
+)
+def test_metadata_that_says_another_thing_is_refused(base, adapter, tmp_path, told, said):
+    other = as_diffusers(adapter, tmp_path / "other", None, False) / DIFFUSERS
+    save_file(load_file(other), other, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
+    assert said in refused(base, other)

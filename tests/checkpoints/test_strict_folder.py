@@ -277,3 +277,52 @@ def test_a_run_verifies_once(lively, tmp_path, monkeypatch):
     case = ["--prompt", "a<imagehere>", "--reference", str(CAT), "--device", "cpu", "--steps", "1"]
     assert infer.main(["--model", str(lively), *case, "--output", str(tmp_path / "out")]) == 0
     assert len(calls) == 1
+
+
+def split(part, stem, change):
+    """The weights of a part in two files with their index; `change` of both files and of the index."""
+    state = load_file(part / f"{stem}.safetensors")
+    keys = sorted(state)
+    first, second = ({key: state[key] for key in some} for some in (keys[::2], keys[1::2]))
+    index = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+    change(keys[0], first, second, index)
+    (part / f"{stem}.safetensors").unlink()
+    for name, tensors in (("a", first), ("b", second)):
+        save_file(tensors, part / f"{name}.safetensors", metadata={"format": "pt"})
+    (part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda key, a, b, index: b.update({key: torch.zeros_like(a[key])}),
+            "is in a.safetensors and in b.safetensors",
+        ),
+        (lambda key, a, b, index: index.pop(key), "is in a.safetensors, .* says nothing of it"),
+        (lambda key, a, b, index: index.update({key: "b.safetensors"}), "is in a.safetensors, .* says b.safetensors"),
+        (lambda key, a, b, index: index.update(more="a.safetensors"), "more is not in a.safetensors, as .* says"),
+    ],
+    ids=["twice", "unnamed", "misplaced", "absent"],
+)
+@pytest.mark.parametrize("part, stem", [("fusion", "diffusion_pytorch_model"), ("qformer", "model")])
+def test_an_index_that_disagrees_with_its_files_is_refused(folder, part, stem, change, said):
+    split(folder / part, stem, change)
+    with pytest.raises(CheckpointError, match=f"{part}: .*{said}"):
+        MIGEPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(shift_factor=0.1), "shift_factor 0.1, but MIGE's latents are scaled only"),
+        (dict(latents_mean=[0.1] * 4), "latents_mean"),
+        (dict(scaling_factor=float("nan")), "scaling_factor nan, expected a number above 0"),
+        (dict(scaling_factor=None), "scaling_factor None"),
+    ],
+    ids=str,
+)
+def test_a_vae_whose_latents_are_made_otherwise_is_refused(folder, change, said):
+    edit(folder / "vae" / "config.json", **change)
+    with pytest.raises(CheckpointError, match=f"vae: config.json has {said}"):
+        verify(folder)

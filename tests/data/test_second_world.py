@@ -1,15 +1,19 @@
 """The second world: four hands' drawings, two kinds of unseen, several shapes; and the first stays as it was."""
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from mige.data.randomness import Dropout
 from mige.data.synthetic import styles, tasks
 from mige.data.synthetic.backgrounds import VARIANT
 from mige.data.synthetic.scenes import Placed, Scene, Scenes, draw
+from mige.data.synthetic.stream import WorldDataset, collate_world
 from mige.data.synthetic.world import FIRST, SECOND, SQUARE, frame
 
 FOLDER = Path(styles.__file__).parent / "drawings"
@@ -205,3 +209,28 @@ def test_the_first_world_is_what_it_was_before_there_was_a_second():
 
 
 DIGEST = "0b77368979024ee0bca54daab1ad9b9dc1e358e48feffddc31f89175dc6ce76f"
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_has_a_shape_a_block_and_latents_to_fit(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
+    common = dict(seed=3, size=256, latent_shape=(4, 32, 32), vision_size=28, dropout=Dropout(), noise_levels=1)
+    stream = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, block=2, **common)
+    shapes = [stream.shape(index) for index in range(80)]
+    assert shapes[::2] == shapes[1::2] and set(shapes) == set(SECOND.shapes)
+    first = next(index for index in range(0, 80, 2) if shapes[index] == (192, 336))
+    made = pickle.loads(pickle.dumps(collate_world([stream[first], stream[first + 1]])))  # as from a worker process
+    assert len(pickle.dumps(made.world)) < 2000
+    batch = made.to(torch.device("cpu"))
+    assert batch.noise_BCHW.shape == (2, 4, 24, 42) and batch.pixels_PCHW.shape[1:] == (3, 192, 336)
+    assert batch.vision_RCHW.shape[1:] == (3, 28, 28)
+    one = stream.case(first)
+    expected = image(one.target, *one.references, side=(192, 336))
+    torch.testing.assert_close(batch.pixels_PCHW[: len(expected)], expected, rtol=0, atol=1e-5)
+    other = next(index for index in range(0, 80, 2) if shapes[index] != (192, 336))
+    with pytest.raises(ValueError, match=r"have one shape, got .*\(192, 336\)"):
+        collate_world([stream[first], stream[other]])
+    square = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, **common)
+    assert {square.shape(index) for index in range(80)} == {(256, 256)}

@@ -312,7 +312,7 @@ def test_duplicate_ids(tmp_path):
     lines = json.loads((data / "add_bench.json").read_text())
     lines[2]["idx"] = 0
     (data / "add_bench.json").write_text(json.dumps(lines))
-    with pytest.raises(BenchmarkError, match="1 ids stand there twice, the first is add-0"):
+    with pytest.raises(BenchmarkError, match="1 ids appear twice, the first is add-0"):
         prepare("migebench", Options(str(data)), tmp_path / "out")
 
 

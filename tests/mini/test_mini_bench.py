@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_report import Page
 
 from mige.cli import evaluate as cli_evaluate
@@ -472,16 +471,14 @@ def test_the_best_median_and_worst_are_different_cases(many):
     assert len(ids) == (many if many < 4 else 3 * min(3, many // 3))
 
 
-def test_a_sheet_shows_every_card(whole, chosen, tmp_path):
+def test_a_card_is_a_case_with_its_truth_beside_the_output(whole, chosen):
     folder, rows = whole
-    cards = [
-        bench_report.Card(one, folder / "images" / f"{one.id}.png", row["model"])
-        for one, row in zip(chosen, rows, strict=True)
-    ]
-    one, three = (Image.open(bench_report.sheet(cards[:n], tmp_path / f"{n}.png")) for n in (1, 3))
-    assert three.width == one.width and three.height > 1.8 * one.height
-    with pytest.raises(ValueError, match="got no cards"):
-        bench_report.sheet([], tmp_path / "none.png")
+    for one, row in zip(chosen, rows, strict=True):
+        case = bench_report.Card(one, folder / "images" / f"{one.id}.png", row["model"], "slow").case()
+        [(label, truth)] = case.beside
+        assert label == "truth" and truth.tobytes() == images.to_pil(image(one.case.target))[0].tobytes()
+        assert len(case.inputs) == len(one.case.references) and case.instruction == one.case.prompt
+        assert case.detail.endswith("slow") and (case.title, case.task) == (one.id, one.case.task)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

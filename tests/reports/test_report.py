@@ -68,6 +68,16 @@ def test_sheet_shows_images_undistorted_and_in_columns(tmp_path):
     assert blue[2] == 80 and blue[0] > red[0] + red[2]
 
 
+def test_what_is_beside_an_output_is_right_of_it_on_sheet_and_page(tmp_path):
+    shown = case(output=image(BLUE), beside=(("truth", image(GREEN)),))
+    (path,) = contact_sheet([shown, case(output=image(BLUE))], tmp_path / "sheet.png", tile=160)
+    _, (x, _, *size) = (box_of(Image.open(path), colour) for colour in (BLUE, GREEN))
+    assert size == [160, 160] and x == Image.open(path).width - 24 - 160
+    html_page([shown], tmp_path / "page", title="t")
+    drawn = [one["alt"].split(" of ")[0] for one in Page(tmp_path / "page" / "index.html").all("img")]
+    assert drawn[-2:] == ["output", "truth"]
+
+
 def test_a_very_thin_image_can_be_drawn(tmp_path):
     (path,) = contact_sheet([case(output=image(BLUE, (3000, 1)))], tmp_path / "sheet.png", tile=160)
     assert box_of(Image.open(path), BLUE)[2:] == (160, 1)
@@ -174,6 +184,31 @@ def test_outputs_are_copied_without_loss(tmp_path):
     html_page([case(output=noise)], tmp_path, title="t")
     (copy,) = (tmp_path / "outputs").iterdir()
     np.testing.assert_array_equal(np.asarray(Image.open(copy)), np.asarray(noise))
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
+def test_an_output_that_is_turned_has_its_upright_shape(tmp_path, name):
+    """In the page's folder, so that it is linked and not copied; Pillow turns a TIFF itself, but keeps its tag."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image(size=(40, 20)).save(tmp_path / name, exif=exif)
+    page = Page(html_page([case(output=tmp_path / name)], tmp_path, title="t"))
+    [shown] = page.all("img", src=name)
+    assert (shown["width"], shown["height"]) == ("20", "40")
+
+
+def test_an_image_of_any_mode_is_shown_as_it_is_read(tmp_path):
+    """Transparency on black, sixteen bits scaled, turned upright: as when it is read from a file."""
+    clear = Image.new("RGBA", (8, 4), (200, 100, 50, 0))
+    deep = Image.fromarray(np.full((4, 8), 100 * 257, np.uint16))
+    turned = image(size=(8, 4))
+    turned.getexif()[274] = 6
+    for given, size, colour in ((clear, (8, 4), (0, 0, 0)), (deep, (8, 4), (100, 100, 100)), (turned, (4, 8), RED)):
+        folder = tmp_path / str(colour)
+        html_page([case(output=given)], folder, title="t")
+        [copy] = (folder / "outputs").iterdir()
+        shown = Image.open(copy)
+        assert (shown.size, shown.getpixel((0, 0))) == (size, colour)
 
 
 def test_markers_become_chips_of_the_references(tmp_path):

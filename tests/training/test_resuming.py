@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from processes import start_python
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import ROOT, TRAIN, build, losses, metrics, weights
 
@@ -97,6 +98,18 @@ def test_a_checkpoint_of_another_run_abandons_this_one(tiny_model, run, finished
     assert len(list((run / "checkpoints" / "abandoned-1").iterdir())) == 2
 
 
+def test_a_run_whose_checkpoints_are_all_abandoned_does_not_start_anew(tiny_model, run, finished, monkeypatch):
+    """Killed after it had resumed from another run's checkpoint, before it saved one of its own."""
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(Trainer, "_train_step", lambda *_: (_ for _ in ()).throw(MemoryError))
+        build(tiny_model, run, *SHORT).run(finished / "checkpoints" / "step-00000002")
+    assert line(run) == [] and len(metrics(run)) == 2
+    with pytest.raises(TrainingError, match=f"{run}: .* would start anew: .*abandoned-1/step-00000004"):
+        build(tiny_model, run, *SHORT)
+    assert len(metrics(run)) == 2
+    assert build(tiny_model, run, *SHORT, resume=finished / "checkpoints" / "step-00000002")
+
+
 def test_what_belongs_to_abandoned_steps_is_cut_and_a_renamed_run_samples_again(tiny_model, tmp_path):
     run, each = tmp_path / "first", ("train.sample_every=1", "train.checkpoint_every=1", *SAMPLES, *SHORT[2:])
     tracked = (*each, "train.trackers=['tensorboard']")
@@ -158,6 +171,42 @@ def test_what_must_stay_is_named_with_both_values(tiny_model, run, change, said)
 def test_other_data_is_refused(tiny_model, run, tmp_path, change):
     with pytest.raises(TrainingError, match=r"set_0: \{'file': 'train.jsonl', 'records': \d+.* there, \{'file'.* now"):
         build(tiny_model, run, *SHORT, "train.steps=5", other_data(tmp_path, change)).run()
+
+
+def test_an_image_of_the_same_name_in_another_folder_is_other_data(tiny_model, tmp_path):
+    rows = [json.loads(text) for text in TRAIN.read_text().splitlines()]
+    data = shutil.copytree(TRAIN.parent, tmp_path / "data")
+    one = {"file": str(data / TRAIN.name), "weight": 1.0}
+    short = ("train.steps=1", "train.batch_size=1", f"data.sets=[{one!r}]")
+    assert build(tiny_model, tmp_path / "run", *short).run() == 0
+    place = data / rows[0]["image"]
+    (data / "more").mkdir()
+    place.rename(data / "more" / place.name)
+    rows[0]["image"] = f"more/{place.name}"
+    (data / TRAIN.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TrainingError, match="set_0: "):
+        build(tiny_model, tmp_path / "run", *short, "train.steps=2", "data.skip_bad=True").run()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_another_base_under_what_is_trained_is_refused(tiny_model, tmp_path, part):
+    """Adapters alone are trained: what lies below them is not in their state."""
+    short = ("train.trainable=lora", "train.batch_size=1")
+    assert build(tiny_model, tmp_path / "run", *short, "train.steps=1").run() == 0
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    assert build(other, tmp_path / "run", *short, "train.steps=2").run() == 0  # the same, elsewhere
+    if part == "tokenizer":
+        path = other / part / "tokenizer.json"
+        told = json.loads(path.read_text())
+        told["model"]["vocab"][-2:] = told["model"]["vocab"][:-3:-1]
+        path.write_text(json.dumps(told))
+    else:
+        (path,) = (other / part).glob("*.safetensors")
+        state = load_file(path)
+        state[min(state)] *= 1.5
+        save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"frozen: [0-9a-f]{16} there, [0-9a-f]{16} now"):
+        build(other, tmp_path / "run", *short, "train.steps=3").run()
 
 
 def test_what_may_change(tiny_model, run, tmp_path):
@@ -225,10 +274,15 @@ def test_what_is_no_checkpoint_is_named(tiny_model, run, tmp_path, make, said):
 
 
 def test_a_cut_state_is_named(tiny_model, run):
-    state = run / "checkpoints" / "step-00000004" / "state" / "model.safetensors"
+    (state,) = (run / "checkpoints" / "step-00000004" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
+    (run / "samples" / "step-00000009").mkdir(parents=True)  # would be cut, as later than step 4
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(TrainingError, match=r"step-00000004/state cannot be loaded: .*resume from another checkpoint"):
         build(tiny_model, run, *SHORT, "train.steps=5").run()
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == {path: data for path, data in before.items() if path.name != ".lock"}
+    assert (run / "samples" / "step-00000009").is_dir()
 
 
 @pytest.mark.processes

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from processes import run_program
 
 from mige.utils.images import BadImageError, as_image, check_shape, image_key, open_image
@@ -86,7 +86,7 @@ def test_one_and_four_channels(kind):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels stand last"),
+        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\], uint8: .*channels come last"),
         (np.zeros((1, 8, 8, 3), np.uint8), r"expected \[H, W\] or \[H, W, C\] with C of 1, 3 or 4"),
         (np.zeros((8, 8, 2), np.uint8), "C of 1, 3 or 4"),
         (np.zeros((8, 8), np.int64), "int64: expected uint8, uint16 or float"),
@@ -96,6 +96,7 @@ def test_one_and_four_channels(kind):
         (np.full((8, 8), np.nan), "values from nan to nan"),
         (np.zeros((0, 8, 3), np.uint8), "8 x 0 pixels, expected at least 1 x 1"),
         (np.zeros((11, 10), np.uint8), "110 pixels, expected at most 100"),
+        (np.ma.masked_array(np.zeros((8, 8)), np.eye(8)), "masked values; fill them"),
         (torch.zeros(8, 8, 3), r"tensor of shape \[8, 8, 3\].*expected \[C, H, W\]"),
         (torch.zeros(2, 3, 8, 8), r"expected \[C, H, W\] or \[1, C, H, W\]"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "torch.int32: expected uint8"),
@@ -110,6 +111,28 @@ def test_one_and_four_channels(kind):
 def test_unusable_values_are_refused_by_name(value, message):
     with pytest.raises(BadImageError, match=message):
         as_image(value, max_pixels=100)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_other_forms_of_the_same_values_are_the_same_image():
+    """A matrix crashed the interpreter; the byte order is no part of an image."""
+    levels = noise(4, 6, 1)[..., 0]
+    want = as_image(levels)
+    deep = levels.astype(np.uint16) * 257
+    for same in (np.matrix(levels), np.ma.masked_array(levels), deep, deep.astype(">u2"), levels / 255):
+        assert as_image(same) == want
+    tensor = torch.from_numpy(levels.copy())[None]
+    for same in (tensor, torch.nn.Parameter(tensor / 255), (tensor / 255).half()):
+        assert as_image(same) == want
+
+
+def test_a_truncated_image_is_refused_whoever_opened_it(tmp_path, monkeypatch):
+    """Another library may have switched Pillow's global on, which turns loss into grey."""
+    path = saved(Image.fromarray(noise(40, 40)), tmp_path / "a.jpg")
+    path.write_bytes(path.read_bytes()[:-500])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with Image.open(path) as image, pytest.raises(BadImageError, match=r"PIL image of mode RGB .*cannot be decoded"):
+        as_image(image)
 
 
 def test_what_is_no_image_is_a_type_error():

@@ -299,8 +299,10 @@ def test_letterbox():
     assert not tall[:, :16].any() and not tall[:, 48:].any() and tall[:, 16:48].any(axis=(1, 2)).all()
     assert np.array_equal(letterbox(image, 20, 40), image)
     assert letterbox(image, 30, 90).size == (90, 30)
-    line = np.asarray(letterbox(Image.new("RGB", (1, 10000), "white"), 64, 64))
+    line = np.asarray(letterbox(Image.new("RGB", (1, 64), "white"), 64, 64))
     assert (line[:, 31] == 255).all() and line.sum() == 64 * 3 * 255
+    with pytest.raises(BadImageError, match="image of 1 x 65: fitted into 64 x 64 its short side is less than 1 px"):
+        letterbox(Image.new("RGB", (1, 65)), 64, 64)
 
 
 def test_pixels_there_and_back():
@@ -375,7 +377,7 @@ def test_full_disk_keeps_the_old_image(tmp_path, existing):
     old = noise(2, 2)
     if existing:
         save_image(old, path)
-    with largest_file(1000), pytest.raises(OSError, match=r"cannot save the image: .*a\.png"):
+    with largest_file(1000), pytest.raises(OSError, match=r"cannot write: .*a\.png"):
         save_image(noise(64, 64, seed=1), path)
     assert list(tmp_path.iterdir()) == ([path] if existing else [])
     if existing:
@@ -385,7 +387,7 @@ def test_full_disk_keeps_the_old_image(tmp_path, existing):
 def test_save_image_errors(tmp_path):
     with pytest.raises(ValueError, match=r"a.xyz: unknown suffix '.xyz'"):
         save_image(noise(2, 2), tmp_path / "a.xyz")
-    with pytest.raises(FileNotFoundError, match=r"cannot save the image: .*none/a\.png"):
+    with pytest.raises(FileNotFoundError, match=r"cannot write: .*none/a\.png"):
         save_image(noise(2, 2), tmp_path / "none" / "a.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IsADirectoryError, match=r"folder\.png"):

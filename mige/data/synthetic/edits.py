@@ -7,7 +7,7 @@ from mige.data.synthetic.author import PLACES, SIDES, SIZES, Author, Case
 from mige.data.synthetic.scenes import COLOURS, Placed, Scene, tint
 from mige.tasks import PLACEHOLDER, Task
 
-APART = 38  # from middle to middle of what stands side by side, in units
+APART = 38  # from middle to middle of subjects side by side, in units
 GROW, SHRINK = 1.45, 0.65
 
 

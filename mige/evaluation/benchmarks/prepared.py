@@ -29,6 +29,7 @@ class Prepared:
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:
+        """The rows that have a score; of sessions edited turn by turn, those of the last turn."""
         return [row for row in self.rows if "score" in row]
 
     @property
@@ -56,7 +57,7 @@ def prepare(name: str, options: Options, folder: Path) -> list[Path]:
     rows = list(benchmark.rows(options, folder))
     ids = [row["id"] for row in rows]
     if twice := sorted({one for one in ids if ids.count(one) > 1} if len(set(ids)) < len(ids) else ()):
-        raise BenchmarkError(f"{options.data}: {len(twice)} ids stand there twice, the first is {twice[0]}")
+        raise BenchmarkError(f"{options.data}: {len(twice)} ids appear twice, the first is {twice[0]}")
     if options.iterative is None:
         parts = {"records.jsonl": rows}
     else:

@@ -18,6 +18,7 @@ from mige.evaluation.benchmarks.files import (
     read_file,
     read_json,
 )
+from mige.utils.files import write_bytes
 
 # ---- DreamBench ------------------------------------------------------------------------------------------------------
 
@@ -110,9 +111,7 @@ def _write_image(cell: Any, stem: Path, where: str) -> Path:
         raise BenchmarkError(f"{where}: the image is of no known format; fetch the file again") from error
     path = stem.with_suffix(f".{kind}")
     if not path.exists() or path.read_bytes() != cell["bytes"]:
-        part = path.with_suffix(".part")
-        part.write_bytes(cell["bytes"])
-        part.replace(path)
+        write_bytes(path, cell["bytes"])
     return path.resolve()
 
 

@@ -11,7 +11,7 @@ from mige.evaluation.benchmarks.rows import dreambench, emu_edit, magicbrush, mi
 
 @dataclass(frozen=True)
 class Metric:
-    """One column: which function of the output and of what stands under this name in a row's "score"."""
+    """One column: which function of the output and of the entry of this name in a row's "score"."""
 
     name: str
     of: str  # "clip", "dino", "l1", "l2", "direction"
@@ -20,10 +20,11 @@ class Metric:
 
     @property
     def lower_is_better(self) -> bool:
+        """True of errors, False of similarities."""
         return self.of in ("l1", "l2")
 
 
-CAPTIONS = ("caption", "local_caption")  # what a measure may stand against that is no image
+CAPTIONS = ("caption", "local_caption")  # what a measure may compare with that is no image
 
 
 @dataclass(frozen=True)
