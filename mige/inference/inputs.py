@@ -147,9 +147,6 @@ def _fit(
 ) -> Tensor:
     """Images, each fitted in its way to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    for image, fit in zip(originals, fits, strict=True):
-        if fit is images.letterbox:  # a crop checks itself
-            images.check_shape(image.size, height, width, letterboxed=True)
     return torch.stack(_each(lambda image, fit: images.to_levels(fit(image, height, width)), originals, fits))
 
 

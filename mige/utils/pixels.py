@@ -52,7 +52,11 @@ def squeeze(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out."""
+    """Scale (bicubic) the whole image to fit height x width, centred on black; RGB in and out.
+
+    Raises BadImageError for an image so long that its short side would be less than a pixel.
+    """
+    check_shape(image.size, height, width, letterboxed=True)
     if image.width * height >= image.height * width:
         fitting = (width, int(width * image.height / image.width))
     else:

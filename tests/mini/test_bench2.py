@@ -1,9 +1,12 @@
 """Mini-bench 2: the truth scores full marks and a copy none; what each measure forgives and what not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from mige.cli import evaluate as cli_evaluate
 from mige.data.synthetic import styles, tasks
 from mige.data.synthetic.backgrounds import MIDDLE
 from mige.data.synthetic.cases import DEVELOPMENT_SEED, TEST_SEED, BenchCase, make_second_cases
@@ -11,6 +14,7 @@ from mige.data.synthetic.scenes import Placed, Scene, Scenes, draw
 from mige.data.synthetic.world import SECOND
 from mige.mini import bench2_measures as bench2
 from mige.mini.hard_negatives import CANDIDATES, candidates
+from mige.utils import images
 
 EDITS = ("add", "remove", "replace", "recolour", "move", "scale", "flip", "add_relative")
 
@@ -173,3 +177,29 @@ def test_a_blur_keeps_colours_and_loses_edges():
     blurred = torch.nn.functional.avg_pool2d(pixels[None], 9, 1, 4, count_include_pad=False)[0]
     (these,) = scores(one, blurred)
     assert these["edges"] > 0.6 and these["l1_subjects"] < 0.15
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_a_model_in_every_shape_and_keeps_the_test_cases_apart(lively, tmp_path, capsys):
+    out = tmp_path / "run"
+    given = ["--benchmark", "mini2", "--model", lively, "--results", out, "--kinds", "flip", "--device", "cpu"]
+    given += ["--steps", 1]
+    assert cli_evaluate.main([*map(str, given), "--per-kind", "2"]) == 0
+    assert f"{out / 'scores.json'}: the table" in capsys.readouterr().out
+    chosen = make_second_cases(2, kinds=["flip"])
+    rows = [json.loads(line) for line in (out / "cases.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(row["id"] for row in rows) == sorted(one.id for one in chosen)
+    assert {one.shape for one in chosen} == {(256, 256), (224, 288)}
+    for one in chosen:
+        assert images.open_image(out / "images" / f"{one.id}.png").size == one.shape[::-1]
+    scores = json.loads((out / "scores.json").read_text("utf-8"))
+    assert scores["settings"]["bench_seed"] == DEVELOPMENT_SEED and scores["cases"] == 6
+    entries = {(e["split"], e["measure"]): e for e in scores["table"]}
+    assert {split for split, _ in entries} == {"seen", "unseen_names", "unseen_drawings", "all"}
+    success, worst = entries["all", "success"], entries["all", "worst_block"]
+    assert success["n"] == 6 and success["copy"] == 0 and entries["seen", "success"]["n"] == 2
+    assert worst["copy"] < 0.01 < worst["vae"]
+    with pytest.raises(SystemExit, match=f"bench_seed: {DEVELOPMENT_SEED} there, {TEST_SEED} now"):
+        cli_evaluate.main([*map(str, given), "--per-kind", "2", "--test"])
