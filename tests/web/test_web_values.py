@@ -46,6 +46,7 @@ def test_a_number_that_is_none_of_the_fields_is_refused_by_its_name(http, monkey
             f": choose one from {least} to",
             ": write a ",
         )
+        assert value is not None or f"The {name} is empty: write a" in said
         assert f'"error": "The {name} is ' in said and any(remedy in said for remedy in remedies), (value, said)
     assert ran == []
 
