@@ -59,7 +59,7 @@ class Bench:
         prompts, sources, seeds = [s.prompt for s in chosen], [s.source for s in chosen], list(range(batch))
 
         def call() -> None:
-            self.pipeline(prompts, None, sources, seed=seeds)
+            self.pipeline(prompts, None, sources, seed=seeds, size="native")
 
         self.machine.reset_peak()
         first, second = self.machine.seconds(call), self.machine.seconds(call)

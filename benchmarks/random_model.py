@@ -21,7 +21,7 @@ PHOTOS = ROOT / "example_data" / "images"
 class Words:
     """In place of a tokenizer, which would need a file: about as many tokens as T5's, of arbitrary ids."""
 
-    eos_token_id = 1
+    eos_token_id, unk_token_id, all_special_tokens = 1, 2, ("</s>",)
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
         pieces = [word[start : start + 5] for word in text.split() for start in range(0, len(word), 5)]

@@ -205,6 +205,7 @@ def compiled_graphs() -> int:
 
 def main() -> None:
     trainer.load_pretrained, trainer.load_dataset = fresh_pipeline, Samples
+    trainer.frozen_digest = lambda *_: ""  # there is no tokenizer, and nothing is resumed
     trainer.Trainer = MeasuredTrainer
     sys.exit(train_mige.main())
 

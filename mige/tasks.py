@@ -98,7 +98,8 @@ _BRACKETED = re.compile(
     re.IGNORECASE,
 )
 _BARE = re.compile(r"\S*\bimage[_-]?here\b\S*", re.IGNORECASE)
-_NAMES = ("image", "images", "img", "picture", "pic", "photo", "source", "reference", "subject")
+_NAMES = ("image", "images", "img", "picture", "pic", "photo", "source", "reference", "ref", "subject", "entity",
+          "object", "placeholder", "sourceimage", "referenceimage", "inputimage")  # fmt: skip
 
 
 def near_markers(prompt: str) -> list[str]:
@@ -111,12 +112,20 @@ def near_markers(prompt: str) -> list[str]:
     return found + _BARE.findall(plain)
 
 
+def _is_disguised(text: str, name: str) -> bool:
+    """Whether a text is the name but for letters of other scripts, which look alike: Cyrillic or Greek ones."""
+    letters = "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalpha())
+    pairs = list(zip(letters, name, strict=False))
+    return len(letters) == len(name) and letters[:1].isascii() and all(a == b or not a.isascii() for a, b in pairs)
+
+
 def _is_near(match: re.Match[str]) -> bool:
     inner = match["angle"] or match["other"]
     # Compatibility forms (full-width letters) become plain ones; invisible characters, digits and signs go.
     words = re.findall("[a-z]+", unicodedata.normalize("NFKC", inner).lower().replace("\u200b", ""))
     letters = "".join(words)
-    if SequenceMatcher(None, letters, PLACEHOLDER.strip("<>")).ratio() > 0.8:
+    name = PLACEHOLDER.strip("<>")
+    if SequenceMatcher(None, letters, name).ratio() > 0.8 or _is_disguised(inner, name):
         return True
-    named = letters in _NAMES or (bool(words) and words[0] == "img")
+    named = letters in _NAMES or (bool(words) and words[0] in ("img", "image"))
     return named and (match["angle"] is not None or match.group()[0] not in "(（")

@@ -3,10 +3,11 @@
     python tools/evaluate.py --benchmark dreambench --results output/dreambench
     python tools/evaluate.py --benchmark migebench --results output/migebench --entities output/migebench/entities
     python tools/evaluate.py --benchmark mini --model output/mini/model --results output/mini/bench --per-kind 4
+    python tools/evaluate.py --benchmark mini2 --model output/mini2/model --results output/mini2/bench --per-kind 2
 
 The first two score the images that infer_scripts/*.sh made and write RESULTS/evaluation: report.html, report.json,
 samples.jsonl. The mini-bench makes its images itself and resumes where it was stopped; its report covers all that
-RESULTS holds.
+RESULTS holds. Mini-bench 2 is of the second world: --per-kind is of a kind and split; it writes RESULTS/scores.json.
 """
 
 import argparse
@@ -16,10 +17,12 @@ from pathlib import Path
 from mige.cli import command
 from mige.cli.choices import BENCHMARKS, CLIP, WORLD_KINDS
 
+MINI = ("mini", "mini2")  # make their images themselves
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    parser.add_argument("--benchmark", choices=["mini", *BENCHMARKS], required=True)
+    parser.add_argument("--benchmark", choices=[*MINI, *BENCHMARKS], required=True)
     parser.add_argument(
         "--results",
         type=command.folder_to_write,
@@ -38,43 +41,67 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
     )
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
-    group = parser.add_argument_group("mini")
+    group = parser.add_argument_group("mini, mini2")
     group.add_argument("--model", help="checkpoint folder")
     command.add_lora(group)
-    group.add_argument("--per-kind", type=int, default=104, help="cases of each kind, even (%(default)s)")
+    group.add_argument(
+        "--per-kind", type=int, help="cases of each kind, even (104); mini2: of each kind and split (200)"
+    )
+    group.add_argument(
+        "--test", action="store_true", help="mini2: the test cases, once and at the end, not those of development"
+    )
     group.add_argument("--steps", type=int, help="of the sampler (default: the few-step student's own, else 20)")
     group.add_argument("--guidance", type=float, help="towards the instruction (default: 2; a student's is inside it)")
     group.add_argument("--source-guidance", type=float, help="towards the edited image (default: 1)")
     group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
                        help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.batch < 1 or (args.steps is not None and args.steps < 1) or args.per_kind < 2 or args.per_kind % 2:
+    args.per_kind = {"mini2": 200}.get(args.benchmark, 104) if args.per_kind is None else args.per_kind
+    if args.batch < 1 or (args.steps is not None and args.steps < 1) or not _fits(args):
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
-                     "expected >= 1, >= 1 and an even number >= 2")  # fmt: skip
-    if (args.benchmark == "mini") != (args.model is not None):
-        parser.error("--model belongs to --benchmark mini, which needs it: the others score images that are there")
+                     "expected >= 1, >= 1 and an even number >= 2 (mini2: >= 1)")  # fmt: skip
+    if (args.benchmark in MINI) != (args.model is not None):
+        parser.error(
+            "--model belongs to --benchmark mini and mini2, which need it: the others score images that are there"
+        )
     return args
+
+
+def _fits(args: argparse.Namespace) -> bool:
+    """Whether the benchmark can have so many cases of a kind."""
+    return args.per_kind >= 1 if args.benchmark == "mini2" else args.per_kind >= 2 and args.per_kind % 2 == 0
 
 
 def run(args: argparse.Namespace) -> None:
     args.device = command.check_device(command.parser(None), args.device)
-    mini(args) if args.benchmark == "mini" else published(args)
+    mini(args) if args.benchmark in MINI else published(args)
 
 
 def mini(args: argparse.Namespace) -> None:
     import torch
 
-    from mige.data.synthetic.cases import make_cases
+    from mige.data.synthetic.cases import DEVELOPMENT_SEED, SEED, TEST_SEED, make_cases, make_second_cases
     from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
-    from mige.mini import bench, bench_report
+    from mige.mini import bench, bench2_report, bench_report
 
-    chosen = make_cases(args.per_kind, kinds=args.kinds)
+    second, seed = args.benchmark == "mini2", SEED
+    if second:
+        seed = TEST_SEED if args.test else DEVELOPMENT_SEED
+        chosen = make_second_cases(args.per_kind, seed, args.kinds)
+    else:
+        chosen = make_cases(args.per_kind, kinds=args.kinds)
     pipeline = MIGEPipeline.from_pretrained(args.model, dtype=torch.float32)
-    add_adapters(pipeline, args.lora)
+    for path, scale in args.lora:
+        add_adapters(pipeline, path, scale)
     settings = {"steps": args.steps, "guidance": args.guidance, "source_guidance": args.source_guidance}
     model = " + ".join([args.model, *(path if scale == 1 else f"{scale:g} {path}" for path, scale in args.lora)])
-    bench.run(pipeline.to(args.device), chosen, args.results, model=model, batch=args.batch, **settings)
+    settings |= {"model": model, "batch": args.batch, "bench_seed": seed}
+    rows = bench.run(pipeline.to(args.device), chosen, args.results, **settings)
+    if second:
+        print(bench2_report.text_table(rows))
+        print(f"{bench2_report.write(rows, args.results)}: the table")
+        return
     chosen, rows = bench.all_finished(args.results)  # what earlier calls made stays in the report
     written = bench_report.write(chosen, rows, args.results)
     print(bench_report.text_table(rows))

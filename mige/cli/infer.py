@@ -193,7 +193,8 @@ def load(args: argparse.Namespace, model: Path, device: "torch.device | str") ->
     from mige.inference.pipeline import MIGEPipeline
 
     pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
-    add_adapters(pipeline, args.lora)
+    for path, scale in args.lora:
+        add_adapters(pipeline, path, scale)
     if args.vae_dtype == "bfloat16":
         pipeline.vae_to_bfloat16()
     if args.t5_bits:

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    add_adapters(pipeline, args.lora)
+    for path, scale in args.lora:
+        add_adapters(pipeline, path, scale)
     name = " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
     service = GenerationService(pipeline, name)
     with serving(service, host=args.host, port=args.port, public_hosts=args.public_host) as address:

@@ -16,6 +16,7 @@ from PIL import Image
 from mige.data.records import Issue, Record, count
 from mige.models.instruction import MAX_WORDS, Instruction, read_prompt, training_text, unspelled
 from mige.tasks import PLACEHOLDER, TASKS, near_markers, placeholders
+from mige.utils.files import absolute
 from mige.utils.images import BadImageError, check_shape, image_key, open_image
 from mige.utils.masks import as_mask
 
@@ -48,7 +49,8 @@ def check_images(
     size: height and width that the images will be fitted to, px; what is too long for that is an error.
     training: fitted as in training (never letterboxed).
     opener: opens a file, or raises BadImageError, from several threads; None: `open_image`.
-    Source and target whose ratios differ by more than RATIO_TOLERANCE, or that are equal, are a warning.
+    Source and target whose ratios differ by more than RATIO_TOLERANCE are a warning, as is a target that equals a
+    reference.
     """
     files_of = [(record, _files(record)) for record in records]
     files = list(dict.fromkeys(file for _, files in files_of for file in files))
@@ -98,14 +100,17 @@ def _too_long(
 
 
 def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
-    """Notes on a source and its target, where both can be used."""
-    if record.source is None or record.target is None:
+    """Notes on a target and what it is made from, where both can be used."""
+    if record.target is None or seen[record.target].error:
         return []
-    source, target = seen[record.source], seen[record.target]
-    if source.error or target.error:
+    target = seen[record.target]
+    for number, reference in enumerate(record.references, 1):
+        if seen[reference].key == target.key and not seen[reference].error:
+            which = "source" if reference == record.source else f"reference {number}"
+            return [Issue(record.where, f"{which} and target are the same image ({record.target})", "check it", False)]
+    if record.source is None or seen[record.source].error:
         return []
-    if source.key == target.key:
-        return [Issue(record.where, f"source and target are the same image ({record.target})", "check it", False)]
+    source = seen[record.source]
     ratio = source.size[0] / source.size[1] / (target.size[0] / target.size[1])
     if max(ratio, 1 / ratio) > 1 + RATIO_TOLERANCE:
         shapes = "source is {} x {}, target is {} x {}".format(*source.size, *target.size)
@@ -116,9 +121,9 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
 
 def check_repeats(records: Iterable[Record]) -> list[Issue]:
     """A warning for each target that MANY or more records of a training set share."""
-    targets = Counter(record.target for record in records if record.target is not None)
+    targets = Counter(absolute(record.target) for record in records if record.target is not None)
     return [
-        Issue(str(target), f"{count(times, 'record')} have this one image as their target", "check it", False)
+        Issue(target, f"{count(times, 'record')} have this one image as their target", "check it", False)
         for target, times in targets.items()
         if times >= MANY
     ]

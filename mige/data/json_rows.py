@@ -1,6 +1,7 @@
 """Rows of .json and .jsonl files, with every error named by file and line; nothing is raised for what a file holds."""
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path, or one the locale cannot spell
         reason = error.strerror if isinstance(error, OSError) else error
         return [], [Issue(where, f"cannot be read: {reason}", path_hint(file) or "check the path and its permissions")]
+    if "\0" in text[:4]:  # no JSON begins so
+        zeros = "a file of zero bytes" if not text.strip("\0") else "not UTF-8 but UTF-16 or UTF-32 without its mark"
+        return [], [Issue(where, zeros, "fetch it again, or save it as UTF-8")]
     if not text.strip():
         return [], [Issue(where, "the file is empty", "write at least one record")]
     return _parse_lines(where, text) if file.suffix.lower() == ".jsonl" else _parse_list(where, text)
@@ -42,7 +46,10 @@ class _Decoder:
     def __init__(self):
         self.problems: list[str] = []
         self._json = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_int=self._integer, parse_constant=self._constant
+            object_pairs_hook=self._object,
+            parse_int=self._integer,
+            parse_float=self._float,
+            parse_constant=self._constant,
         )
 
     def decode(self, text: str) -> Any:
@@ -75,6 +82,11 @@ class _Decoder:
         except ValueError:  # Python's limit on digits
             self.problems.append(f"a number of {len(digits)} digits")
             return 0
+
+    def _float(self, text: str) -> float:
+        if math.isinf(value := float(text)):
+            self.problems.append(f"{reprlib.repr(text)}, a number beyond every float")
+        return value
 
     def _constant(self, name: str) -> float:
         self.problems.append(f"{name}, which is no JSON")
@@ -180,6 +192,10 @@ def _odd(where: str, problem: str) -> Issue:
 
 
 def _not_utf8(where: str, head: bytes, error: UnicodeDecodeError) -> Issue:
+    if head.startswith(b"\x1f\x8b"):
+        return Issue(where, "a gzip archive, no text", "unpack it and give the file inside")
+    if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return Issue(where, "not UTF-8 but UTF-32, by its byte order mark", "save the file as UTF-8")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Issue(where, "not UTF-8 but UTF-16, by its byte order mark", "save the file as UTF-8")
     line = error.object.count(b"\n", 0, error.start) + 1

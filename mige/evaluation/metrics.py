@@ -14,7 +14,10 @@ from mige.utils.images import center_crop
 
 
 def cosine(a_D: Tensor, b_D: Tensor) -> float:
-    """Cosine of two feature vectors; NaN where one of them is zero. Raises ValueError for NaN or infinite features."""
+    """Cosine of two feature vectors [D], in [-1, 1]; NaN where one of them is zero.
+
+    Raises ValueError for NaN or infinite features.
+    """
     a, b = _finite(a_D), _finite(b_D)
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else math.nan
@@ -23,7 +26,8 @@ def cosine(a_D: Tensor, b_D: Tensor) -> float:
 def direction(edited_D: Tensor, source_D: Tensor, caption_D: Tensor, source_caption_D: Tensor) -> float:
     """CLIPdir: cosine of the change of the image with the change of the caption (Gal et al. 2021; Emu Edit).
 
-    All features are normalised before they are subtracted, as in InstructPix2Pix. NaN where nothing changes.
+    All features [D] are normalised before they are subtracted, as in InstructPix2Pix. In [-1, 1]; NaN where nothing
+    changes. Raises ValueError for NaN or infinite features.
     """
     moved = _unit(edited_D) - _unit(source_D)
     asked = _unit(caption_D) - _unit(source_caption_D)

@@ -233,13 +233,12 @@ def _locate(path: str | Path, weight_name: str | None, subfolder: str | None, hu
     return folder / weight_name if weight_name else folder
 
 
-def add_adapters(pipeline: Adapters, given: Sequence[tuple[str, float]]) -> None:
-    """Load adapters onto a pipeline, all of them active, each with its scale; errors as of the two methods."""
-    names = [f"{number}: {path}" for number, (path, _) in enumerate(given)]
-    for name, (path, _) in zip(names, given, strict=True):
-        pipeline.load_lora_weights(path, name)
-    if given:
-        pipeline.set_adapters(names, [scale for _, scale in given])
+def add_adapters(pipeline: Adapters, path: str | Path, scale: float = 1.0) -> None:
+    """Load adapters beside those that are active, with a scale; errors as of the pipeline's methods."""
+    before = {} if pipeline._stack is None else dict(pipeline._stack.scales)
+    name = f"{len(before)}: {path}"
+    pipeline.load_lora_weights(path, name)
+    pipeline.set_adapters([*before, name], [*before.values(), scale])
 
 
 def scheduler_config(model: Path, loras: Sequence[str | Path]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The mini-bench: fixed cases of the miniature world that no training sees, generated and measured, and their table."""
 
+import itertools
 import json
 import os
 import re
@@ -11,11 +12,14 @@ import torch
 from tqdm import tqdm
 
 from mige.data.synthetic.cases import SEED, BenchCase, make_cases
-from mige.data.synthetic.scenes import SIDE, Scenes, draw
+from mige.data.synthetic.scenes import Scenes, draw
+from mige.data.synthetic.world import SECOND
 from mige.diffusion.settings import WORLD, Sampling, resolve
 from mige.evaluation.statistics import t_interval, wilson
 from mige.inference.pipeline import MIGEPipeline
-from mige.mini.bench_measures import MEASURES, SHARES, measure
+from mige.mini import bench2_measures
+from mige.mini.bench2_measures import MEASURES
+from mige.mini.bench_measures import SHARES, measure
 from mige.models.vae import decode, encode, scale
 from mige.tasks import Task
 from mige.utils import images
@@ -30,14 +34,14 @@ VERSIONS = ("model", "vae", "copy")  # the model's images, the answers through i
 
 
 def summarise(rows: Sequence[Mapping], version: str = "model") -> list[dict]:
-    """Rows of cases.jsonl -> one of the table for each kind, split (seen, unseen, all) and measure that there is.
+    """Rows of cases.jsonl -> one of the table for each kind, split (seen, unseen ..., all) and measure that there is.
 
     Low and high are None where there is no interval, of one L1 error. A case with two references has a mean identity of
     0, 1/2 or 1; its interval counts cases, which is the wider one.
     """
     table = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        for split in ("seen", "unseen", "all"):
+        for split in (*dict.fromkeys(row["split"] for row in rows), "all"):
             chosen = [row.get(version, {}) for row in rows if row["kind"] == kind and split in (row["split"], "all")]
             for name in MEASURES:
                 if values := [scores[name] for scores in chosen if name in scores]:
@@ -65,6 +69,7 @@ def run(
     steps: int | None = None,
     guidance: float | None = None,
     source_guidance: float | None = None,
+    bench_seed: int = SEED,
 ) -> list[dict]:
     """Generate and measure the cases that `out` has not finished; return the rows of all of them, in order.
 
@@ -77,7 +82,7 @@ def run(
     how = resolve(pipeline.scheduler.config, Task.EDIT, steps, guidance, source_guidance, WORLD)  # alike for all tasks
     (out / "images").mkdir(parents=True, exist_ok=True)
     with folder_lock(out):
-        settings = {"model": os.path.normpath(model), "bench_seed": SEED, "steps": how.steps}
+        settings = {"model": os.path.normpath(model), "bench_seed": bench_seed, "steps": how.steps}
         settings |= {"guidance": how.guidance, "source_guidance": how.source_guidance}
         _settle(out / "settings.json", settings)
         done, errors = _finished(out)
@@ -143,9 +148,9 @@ def all_finished(out: Path) -> tuple[list[BenchCase], list[dict]]:
 
 
 def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase]]:
-    """At most `batch` cases of one task at a time."""
-    for task in Task:
-        same = [one for one in chosen if one.case.task is task]
+    """At most `batch` cases of one task and shape at a time."""
+    for task, shape in itertools.product(Task, dict.fromkeys(one.shape for one in chosen)):
+        same = [one for one in chosen if one.case.task is task and one.shape == shape]
         yield from (same[first : first + batch] for first in range(0, len(same), batch))
 
 
@@ -153,15 +158,16 @@ def _batches(chosen: Sequence[BenchCase], batch: int) -> Iterator[list[BenchCase
 def _answer(pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, how: Sampling) -> list[dict]:
     """Generate one batch, save its images, measure them and the two bounds."""
     device = pipeline._execution_device
-    drawn = [draw(Scenes.stack([one.case.target, *one.case.references]), device) for one in part]
+    drawn = [draw(Scenes.stack([one.case.target, *one.case.references]), device, one.shape, one.world) for one in part]
     references = [images.to_pil(pixels[1:]) if len(pixels) > 1 else [] for pixels in drawn]
     sources = [None if one.case.source is None else p[one.case.source] for one, p in zip(part, references, strict=True)]
+    height, width = part[0].shape
     made = pipeline(
         [one.case.prompt for one in part],
         references,
         sources,
-        height=SIDE,
-        width=SIDE,
+        height=height,
+        width=width,
         num_inference_steps=how.steps,
         guidance_scale=how.guidance,
         source_guidance_scale=how.source_guidance,
@@ -175,7 +181,10 @@ def _answer(pipeline: MIGEPipeline, part: Sequence[BenchCase], out: Path, how: S
         images.save_image(made[i], out / "images" / f"{one.id}.png")
         source = None if one.case.source is None else drawn[i][1 + one.case.source]
         shown = [images.to_pixels(made[i]).to(device), restored[i], *([] if source is None else [source])]
-        scores = measure(one.case, torch.stack(shown), targets[i], source)
+        if one.world == SECOND:
+            scores = bench2_measures.measure(one.case, one.shape, torch.stack(shown), targets[i], source)
+        else:
+            scores = measure(one.case, torch.stack(shown), targets[i], source)
         row = {"id": one.id, "kind": one.case.kind, "split": one.split, "prompt": one.case.prompt, "seed": one.seed}
         rows.append(row | dict(zip(VERSIONS, scores, strict=False)))
     return rows

@@ -124,12 +124,21 @@ def retrieve(scene: Scene, subject: Placed, outputs: Tensor) -> Tensor:
     if not seen.any():
         return torch.zeros(len(outputs), device=device)
     plane = torch.stack([torch.ones_like(x), x, y], dim=-1)[seen]  # [P, 3]
-    design = ((1 - alpha[:, 0, seen])[..., None] * plane).double()  # [K, P, 3]
-    rest = (outputs[:, None, :, seen] - colour[None, :, :, seen]).double()  # [N, K, 3, P]
-    normal = design.mT @ design + 1e-6 * torch.eye(3, device=device, dtype=torch.double)
-    solution = torch.linalg.solve(normal, design.mT @ rest.mT)  # [N, K, 3, 3]
-    error = (rest.mT - design @ solution).square().mean(dim=(2, 3))
+    error = fit_errors(colour[:, :, seen], alpha[:, 0, seen], plane, outputs[:, :, seen])
     return (error.argmin(dim=1) == 0).float()
+
+
+def fit_errors(colour: Tensor, alpha: Tensor, plane: Tensor, outputs: Tensor) -> Tensor:
+    """How badly candidates over the plane of colours that fits best explain images: mean squares, float64 [N, K].
+
+    Args:
+        colour: [K, 3, P], times alpha. alpha: [K, P]. plane: [P, 3], what the plane is made of. outputs: [N, 3, P].
+    """
+    design = ((1 - alpha)[..., None] * plane).double()  # [K, P, 3]
+    rest = (outputs[:, None] - colour[None]).double()  # [N, K, 3, P]
+    normal = design.mT @ design + 1e-6 * torch.eye(3, device=design.device, dtype=torch.double)
+    solution = torch.linalg.solve(normal, design.mT @ rest.mT)  # [N, K, 3, 3]
+    return (rest.mT - design @ solution).square().mean(dim=(2, 3))
 
 
 def nearest_background(outputs: Tensor, covered: Tensor) -> Tensor:
@@ -144,7 +153,7 @@ def nearest_background(outputs: Tensor, covered: Tensor) -> Tensor:
     if not free.any():
         return torch.full((len(outputs),), -1, device=outputs.device)
     cells, histogram = _examples(outputs.device)
-    own_cells, own_histogram = _features(outputs, free)
+    own_cells, own_histogram = colour_features(outputs, free)
     weight = F.adaptive_avg_pool2d(free[None, None], _CELLS)[0]
     weight = weight / weight.sum()
     apart = ((own_cells[:, None] - cells[None]).abs() * weight).sum(dim=(3, 4)).mean(dim=2)
@@ -158,11 +167,11 @@ def _examples(device: torch.device) -> tuple[Tensor, Tensor]:
     variants = torch.from_numpy(np.random.default_rng(SEED).random((_EXAMPLES, backgrounds.VARIANT), np.float32))
     drawn = (backgrounds.draw(kind, variants.to(device), SIDE) for kind in range(backgrounds.KINDS))
     free = torch.ones(SIDE, SIDE, device=device)
-    cells, histograms = zip(*(_features(outputs, free) for outputs in drawn), strict=True)
+    cells, histograms = zip(*(colour_features(outputs, free) for outputs in drawn), strict=True)
     return torch.cat(cells), torch.cat(histograms)
 
 
-def _features(outputs: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+def colour_features(outputs: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Mean colours of cells [N, 3, 16, 16] and shares of colours [N, 64] of what is free (float [H, W], 0 or 1)."""
     share = F.adaptive_avg_pool2d(free[None, None], _CELLS)
     cells = F.adaptive_avg_pool2d(outputs * free, _CELLS) / share.clamp_min(1e-6)

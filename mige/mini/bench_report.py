@@ -190,6 +190,7 @@ class Card:
 
     @property
     def detail(self) -> str:
+        """Scores and remark as one line."""
         return ", ".join(filter(None, [scores_line(self.scores), self.remark]))
 
     def case(self) -> Case:

@@ -46,8 +46,8 @@ class Layout:
 
     Attributes:
         scenes: A of them, each a subject alone as the answer has it, large, on white.
-        row_A: int64, the case.
-        place_A3: float32, the subject's place in the answer: x, y and size in sides of the image.
+        row_A: int64 [A], the case.
+        place_A3: float32 [A, 3], the subject's place in the answer: x, y and size in sides of the image.
     """
 
     scenes: Scenes

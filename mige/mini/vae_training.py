@@ -37,6 +37,7 @@ class WorldImages(Dataset):
 
 
 def stack(cases: list[list[Scene]]) -> Scenes:
+    """The scenes of all cases in one batch."""
     return Scenes.stack([scene for case in cases for scene in case])
 
 
@@ -53,6 +54,7 @@ def _crop(images: Tensor) -> Tensor:
 
 
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Mean PSNR in dB of the reconstructions of images [N, 3, H, W] in [-1, 1]."""
     with torch.no_grad():  # 32 at a time: at 256 px all would take tens of GB
         decoded = torch.cat([vae.decode(vae.encode(some).latent_dist.mode()).sample for some in images.split(32)])
     decoded = decoded.clamp(-1, 1)
@@ -62,7 +64,10 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 @torch.no_grad()
 def noise_share(vae: AutoencoderKL, images: Tensor) -> float:
-    """How much of the latents' standard deviation is noise of the posterior: what no model can predict."""
+    """Share of the latents' standard deviation that is noise of the posterior, which no model can predict: in [0, 1].
+
+    images: [N, 3, H, W] in [-1, 1].
+    """
     posterior = vae.encode(images).latent_dist
     return float((posterior.var.mean() / (posterior.mean.var() + posterior.var.mean())).sqrt())
 
@@ -109,7 +114,7 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device, world: 
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Absolute and squared error of reconstructed images, and a weak KL, a value of the images.
+    """Absolute and squared error of reconstructed images [N, 3, H, W], and a weak KL, all a pixel value: float32 [].
 
     Much more of it makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
     """

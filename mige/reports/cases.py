@@ -38,6 +38,7 @@ class Case:
 
 
 def require_cases(cases: Sequence[Case]) -> None:
+    """Raise ValueError where there is nothing to show."""
     if not cases:
         raise ValueError("got no cases, expected at least one: a report shows the records of a run that made images")
 

@@ -58,7 +58,7 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
     if note_lines:
         box = (MARGIN, MARGIN, columns.width - MARGIN, MARGIN + note_height - GAP)
         draw.rounded_rectangle(box, radius=8, fill=NOTE_PAPER)
-        draw_lines(draw, (MARGIN + 12, MARGIN + 10), note_lines, columns.body, 22)
+        _draw_lines(draw, (MARGIN + 12, MARGIN + 10), note_lines, columns.body, 22)
     headings = {columns.text_x: "instruction", columns.output_x: "output"}
     if columns.input_tiles:
         headings[MARGIN] = "inputs"
@@ -71,7 +71,7 @@ def _draw_sheet(rows: Sequence[Case], columns: _Columns, note: str, page: str) -
             draw.line((MARGIN, y - GAP // 2, columns.width - MARGIN, y - GAP // 2), fill=RULE)
         _draw_inputs(sheet, case.inputs, y, columns)
         _draw_text(draw, case, y, columns)
-        paste(sheet, case.output, (columns.output_x, y), columns.tile)
+        _paste(sheet, case.output, (columns.output_x, y), columns.tile)
         for place, (label, image) in enumerate(case.beside, start=1):
             corner = (columns.output_x + place * (columns.tile + TILE_GAP), y)
             _paste_labelled(sheet, label, image, corner, columns.tile, columns.small)
@@ -91,7 +91,7 @@ def _draw_inputs(sheet: Image.Image, inputs: Sequence[tuple[str, ImageSource]], 
 def _paste_labelled(
     sheet: Image.Image, label: str, image: ImageSource, corner: tuple[int, int], side: int, font: ImageFont.FreeTypeFont
 ) -> None:
-    paste(sheet, image, corner, side)
+    _paste(sheet, image, corner, side)
     draw = ImageDraw.Draw(sheet)
     for line in wrap(label, font, side - 16, lines=1):
         draw.rounded_rectangle((*corner, corner[0] + font.getlength(line) + 12, corner[1] + 20), radius=5, fill=INK)
@@ -107,13 +107,13 @@ def _draw_text(draw: ImageDraw.ImageDraw, case: Case, y: int, columns: _Columns)
     task = wrap(TASK_NAMES.get(case.task, case.task), columns.small, width, lines=1)
     detail = wrap(case.detail, columns.small, width, lines=2)
     room = columns.row_height - 52 - 18 * len(detail) - 8
-    draw_lines(draw, (x, y), title, columns.heading, 26)
-    draw_lines(draw, (x, y + 26), task, columns.small, 18, MUTED)
-    draw_lines(draw, (x, y + 52), wrap(instruction, columns.body, width, lines=room // 22), columns.body, 22)
-    draw_lines(draw, (x, bottom - 18 * len(detail)), detail, columns.small, 18, MUTED)
+    _draw_lines(draw, (x, y), title, columns.heading, 26)
+    _draw_lines(draw, (x, y + 26), task, columns.small, 18, MUTED)
+    _draw_lines(draw, (x, y + 52), wrap(instruction, columns.body, width, lines=room // 22), columns.body, 22)
+    _draw_lines(draw, (x, bottom - 18 * len(detail)), detail, columns.small, 18, MUTED)
 
 
-def draw_lines(
+def _draw_lines(
     draw: ImageDraw.ImageDraw,
     corner: tuple[int, int],
     lines: Sequence[str],
@@ -125,7 +125,7 @@ def draw_lines(
         draw.text((corner[0], corner[1] + index * pitch), line, fill=ink, font=font)
 
 
-def paste(sheet: Image.Image, image: ImageSource, corner: tuple[int, int], side: int) -> None:
+def _paste(sheet: Image.Image, image: ImageSource, corner: tuple[int, int], side: int) -> None:
     tile = fit(load(image), side, enlarge=True)
     ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), fill=TILE_PAPER)
     sheet.paste(tile, (corner[0] + (side - tile.width) // 2, corner[1] + (side - tile.height) // 2))

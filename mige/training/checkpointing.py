@@ -1,26 +1,41 @@
 """Checkpoints of a training run: `checkpoints/step-00001000/` with everything to resume from, and to infer with.
 
-* `state/`  parameters, optimiser and random state, by accelerate, in the layout of its backend
+* `state/`  trained parameters, moments and averages (mige/training/state.py); with ZeRO-2 DeepSpeed's own files
 * `model/`  a pipeline folder for inference (averaged parameters if there are any); with LoRA `lora/` in its place
-* `progress.json`  steps done, and what must not change on resume (mige/training/resume.py)
+* `progress.json`  steps done, what must not change on resume (mige/training/resume.py), the held-out loss
 
-A checkpoint is written under another name and renamed when whole, so a half-written one is never picked up. Those in
-`checkpoints/` are one line: each was reached from the one before. Resuming from an older one moves the later ones into
-`checkpoints/abandoned-N/`, where nothing reads or deletes them.
+A checkpoint is copied to host memory, and written while training goes on, under another name; it is renamed when whole,
+so a half-written one is never picked up. Those in `checkpoints/` are one line: each was reached from the one before.
+Resuming from an older one moves the later ones into `checkpoints/abandoned-N/`, where nothing reads or deletes them.
 """
 
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mige.training.errors import TrainingError
+from mige.training.state import TrainingState, share
 from mige.utils.files import sync_folder, write_text
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one of them, which writes a checkpoint or makes samples. torch's own is 10 minutes."""
+
+# Of one process: that is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_FAILURES = (Exception, dcp.CheckpointException)  # which is none: it is derived from BaseException
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -49,6 +64,14 @@ def checkpoint_to_resume(run: Path, named: Path | None) -> Path | None:
     return chosen
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The one of the run's line with the least held-out loss; None where none was measured."""
+    told = [(json.loads((one / "progress.json").read_text(encoding="utf-8")), one) for one in list_checkpoints(run)]
+    return min(((said["held_out"], one) for said, one in told if said.get("held_out") is not None), default=(0, None))[
+        1
+    ]
+
+
 def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Steps done, and what must not change. Raises TrainingError for a folder that is no whole checkpoint."""
     path = checkpoint / "progress.json"
@@ -70,58 +93,128 @@ def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     return step, invariants
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    run: Path,
-    step: int,
-    invariants: Mapping[str, Any],
-    export: Callable[[Path], None],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep` of its line. Called by every process.
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, while training goes on. All calls are by every process.
 
     Args:
-        invariants: facts that must be the same on resume, JSON.
-        export: writes the inference part into a folder; called by every process, and only the main one writes.
-
-    Raises TrainingError if writing fails (a full disk); earlier checkpoints are untouched.
+        keep: how many stay, of the line's newest; the best stays too.
     """
-    target = run / "checkpoints" / f"step-{step:08d}"
-    part = target.with_name(f".{target.name}.part")
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
-            part.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(part / "state"))
-        export(part)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            progress = {"step": step, "invariants": dict(invariants)}
-            write_text(part / "progress.json", json.dumps(progress, indent=2) + "\n")
-            part.rename(target)
-            sync_folder(target.parent)
-            for old in list_checkpoints(run)[:-keep]:
+
+    def __init__(self, accelerator: Accelerator, run: Path, keep: int):
+        self.accelerator, self.run, self.keep = accelerator, run, keep
+        cuda = accelerator.device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned, kept for the next one
+        # One of its own: the writing thread's messages must not mix with those of the training.
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: tuple[int, Future] | None = None
+
+    def save(
+        self,
+        step: int,
+        invariants: Mapping[str, Any],
+        state: Mapping[str, Tensor] | None,
+        export: Callable[[Path], Callable[[], None]],
+        held_out: float | None = None,
+    ) -> None:
+        """Copy a checkpoint to host memory and begin to write it; the one before is waited for.
+
+        Args:
+            invariants: facts that must be the same on resume, JSON.
+            state: tensors by name, [...] each, of `TrainingState`; None: accelerate writes its own (ZeRO-2).
+            export: prepares the inference part for a folder; what it returns writes it, in the main process alone.
+            held_out: the loss by which the best checkpoint is found; None: not measured.
+
+        Raises TrainingError if writing fails (a full disk); earlier checkpoints are untouched.
+        """
+        self.wait()
+        part = self.run / "checkpoints" / f".step-{step:08d}.part"
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it wrote
+                part.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            write_model, written = export(part), None
+            if state is None:
+                self.accelerator.save_state(str(part / "state"))
+                self.accelerator.wait_for_everyone()
+            else:
+                written = self._begin(part / "state", state)
+        except _FAILURES as error:  # torch and safetensors report a full disk in several types
+            raise self._failed(step, error) from error
+
+        progress = {"step": step, "invariants": dict(invariants), "held_out": held_out}
+
+        def finish() -> None:
+            if written is not None:
+                written.result()  # of all processes
+            if self.accelerator.is_main_process:
+                write_model()
+                self._rename(part, progress)
+
+        self.pending = step, self.thread.submit(finish)
+
+    def _begin(self, folder: Path, state: Mapping[str, Tensor]) -> Future:
+        mine = share(state, self.accelerator.process_index, self.accelerator.num_processes)
+        return dcp.async_save(
+            mine,
+            storage_writer=dcp.FileSystemWriter(folder),
+            process_group=self.group,
+            async_stager=self.stager,
+            no_dist=self.group is None,
+        )
+
+    def _rename(self, part: Path, progress: Mapping[str, Any]) -> None:
+        write_text(part / "progress.json", json.dumps(progress, indent=2) + "\n")
+        part.rename(part.with_name(part.name[1 : -len(".part")]))
+        sync_folder(part.parent)
+        best = best_checkpoint(self.run)
+        for old in list_checkpoints(self.run)[: -self.keep]:
+            if old != best:
                 shutil.rmtree(old)
-    except Exception as error:  # torch and safetensors report a full disk in several types
-        good = list_checkpoints(run)
-        shutil.rmtree(part, ignore_errors=True)
-        last = good[-1] if good else "none"
-        raise TrainingError(
-            f"cannot save the checkpoint of step {step}: {error}; last good checkpoint: {last}"
-        ) from error
-    accelerator.wait_for_everyone()
-    return target
+
+    def check(self) -> None:
+        """Raise TrainingError if the checkpoint that is being written has failed; waits for nothing."""
+        if self.pending is not None and self.pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last one is whole. Raises TrainingError if it could not be written."""
+        if self.pending is None:
+            return
+        (step, future), self.pending = self.pending, None
+        try:
+            future.result()
+        except _FAILURES as error:
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> TrainingError:
+        good = newest_checkpoint(self.run)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.run / "checkpoints" / f".step-{step:08d}.part", ignore_errors=True)
+        return TrainingError(
+            f"cannot save the checkpoint of step {step}: {_cause(error)}; last good checkpoint: {good or 'none'}"
+        )
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Load a checkpoint's state into what accelerate prepared. Raises TrainingError if it cannot be read."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
+    """Load a checkpoint's state. Raises TrainingError if it cannot be read. Version 0.1's are accelerate's files."""
+    folder = checkpoint / "state"
     try:
-        accelerator.load_state(str(checkpoint / "state"))
-    except Exception as error:  # a file that is cut off or missing is reported in several types
+        if (folder / ".metadata").is_file():
+            state.load(folder)
+        else:
+            accelerator.load_state(str(folder))
+    except _FAILURES as error:  # a file that is cut off or missing is reported in several types
+        cause = _cause(error)
         raise TrainingError(
-            f"{checkpoint / 'state'} cannot be loaded: {type(error).__name__}: {error}; resume from another checkpoint"
+            f"{folder} cannot be loaded: {type(cause).__name__}: {cause}; resume from another checkpoint"
         ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first process's own error: the text of what torch makes of all is a traceback."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
 
 
 def abandon_others(run: Path, checkpoint: Path) -> list[Path]:

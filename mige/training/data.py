@@ -17,6 +17,7 @@ from mige.data.parsing import read_records
 from mige.data.randomness import Dropout
 from mige.data.records import BadRecordsError, Issue, Record, Report
 from mige.data.synthetic.stream import WorldDataset
+from mige.data.synthetic.world import WORLDS
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
 from mige.training.errors import TrainingError
@@ -60,7 +61,9 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
     )
     if data.world:
         side = pipeline.image_encoder.config.image_size
-        return WorldDataset(data.world, pipeline.tokenizer, size=data.size, vision_size=side, **common)
+        return WorldDataset(
+            data.world, pipeline.tokenizer, size=data.size, vision_size=side, world=WORLDS[data.world_name], **common
+        )
     store = None if data.features is None else open_store(Path(data.features), vae=pipeline.vae, size=data.size)
     sets = []
     for one in data.sets:

@@ -13,9 +13,10 @@ Letters: B samples, N steps of the student; latents are [B, 4, h, w].
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -152,14 +153,15 @@ class DistillationTrainer(Trainer):
         weighting = settings.snr_gamma, settings.snr_power
         return SegmentObjective(teacher, self.plain, how.steps, how.teacher_steps, guidance, *weighting)
 
-    def _invariants(self) -> dict:
+    def _invariants(self, saved: Mapping[str, Any] | None = None) -> dict:
         """Another teacher would be followed from here on."""
-        return super()._invariants() | {"teacher": fingerprint(self.objective.teacher.transformer)}
+        return super()._invariants(saved) | {"teacher": fingerprint(self.objective.teacher.transformer)}
 
-    def _export(self, folder: Path) -> None:
-        super()._export(folder)
+    def _export(self, folder: Path) -> Callable[[], None]:
+        write = super()._export(folder)
         if self.config.train.trainable == "lora" and self.accelerator.is_main_process:
             self.pipeline.scheduler.save_config(folder / "lora")
+        return write
 
 
 def check(config: Config) -> None:
@@ -173,6 +175,8 @@ def check(config: Config) -> None:
             f"train.trainable is {config.train.trainable!r}, expected 'dit' or 'lora': a student shares its "
             "teacher's encoder"
         )
+    if config.train.held_out:
+        raise ConfigError("train.held_out is set, but a student does not learn to estimate noise: leave it empty")
     for name in ("drop_text", "drop_source", "drop_both"):
         if getattr(config.data, name):
             raise ConfigError(f"data.{name} is {getattr(config.data, name)}, expected 0: a student has one branch")

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +28,9 @@ from mige.utils.files import append_json_line
 class Monitor:
     """Collects what micro-batches give, stops a run whose loss or gradient is not finite, and logs.
 
+    Args:
+        settle: waits for the checkpoint that is being written.
+
     Attributes:
         stop_everywhere: whether any process was asked to stop, as of what has been read: alike in all processes.
     """
@@ -41,10 +44,11 @@ class Monitor:
         dataset: Dataset,
         timesteps: int,
         objective: Objective,
+        settle: Callable[[], None],
     ):
         self.accelerator, self.config, self.run = accelerator, config, run
         self.pipeline, self.model, self.dataset, self.timesteps = pipeline, pipeline.model, dataset, timesteps
-        self.objective = objective
+        self.objective, self.settle = objective, settle
         settings = config.train
         self.micro_batch = settings.batch_size * accelerator.num_processes  # samples of all processes
         self.global_batch_size = self.micro_batch * settings.gradient_accumulation_steps
@@ -100,6 +104,7 @@ class Monitor:
         return [micro * self.micro_batch + place for place in bad.nonzero().flatten().tolist()]
 
     def _fail(self, step: int, problem: str, places: Sequence[int]) -> NoReturn:
+        self.settle()
         good = list_checkpoints(self.run)
         records = "; ".join(sample_name(self.dataset, step * self.global_batch_size + place) for place in places)
         raise TrainingError(
@@ -125,6 +130,12 @@ class Monitor:
         if self.accelerator.is_main_process:
             append_json_line(self.run / "metrics.jsonl", line)
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+
+    def log_held_out(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write the losses by name that `HeldOutLoss` has measured after a step."""
+        if self.accelerator.is_main_process:
+            append_json_line(self.run / "held_out.jsonl", {"step": step, **losses})
+            self.accelerator.log(dict(losses), step=step)
 
     def _flops(self, context: int, images: int) -> float:
         """Useful FLOPs of one sample of this process."""

@@ -19,6 +19,9 @@ from mige.data.records import Record
 from mige.inference.pipeline import MIGEPipeline
 from mige.training.errors import TrainingError
 
+ANY = "any"
+"""The layout that any number of processes reads, sharded or not."""
+
 _LATER = ("frozen",)
 """Facts that checkpoints of before do not tell."""
 
@@ -29,7 +32,7 @@ def resume_invariants(
     """Name -> value in JSON of all that must stay.
 
     Args:
-        sharding: none, FSDP2 or ZeRO-2: the layout of the saved state.
+        sharding: the layout of the saved state: ANY, ZeRO-2, or in checkpoints of version 0.1 none or FSDP2.
     """
     data, train = config.data, config.train
     facts = {

@@ -6,9 +6,11 @@ resumed equals one that never stopped, bit for bit.
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,15 +31,17 @@ from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
+from mige.training.held_out import HeldOutLoss
 from mige.training.loader import build_loader
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
 from mige.training.prepare import prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
-from mige.training.resume import check_invariants, frozen_digest, resume_invariants
+from mige.training.resume import ANY, check_invariants, frozen_digest, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
+from mige.training.state import TrainingState
 from mige.training.warm_up import warm_up, warm_up_batches
 
 log = logging.getLogger("mige")
@@ -82,6 +86,7 @@ class Trainer:
         self.dataset = load_dataset(config, self.pipeline)
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
+        self.held_out = HeldOutLoss(config, self.pipeline, self.diffusion) if settings.held_out else None
         self.vae = prepare_vae(config, self.pipeline, self.accelerator)
         self.objective = self._make_objective()
         self.model, self.optimizers = prepare_model(settings, self.plain, self.accelerator)
@@ -89,16 +94,20 @@ class Trainer:
         self.ema = None
         if settings.ema is not None:
             self.ema = AveragedWeights(self.trained, settings.ema)
-            self.accelerator.register_for_checkpointing(self.ema)
+            self.accelerator.register_for_checkpointing(self.ema)  # with ZeRO-2, and of version 0.1's checkpoints
+        self.state = TrainingState(self.plain, self.optimizers, self.ema)
+        self.checkpoints = checkpointing.CheckpointWriter(self.accelerator, run, settings.keep_checkpoints)
         timesteps = len(self.diffusion.tables["log_beta"])
-        self.monitor = Monitor(self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective)
+        self.monitor = Monitor(
+            self.accelerator, config, run, self.pipeline, self.dataset, timesteps, self.objective, self.checkpoints.wait
+        )
         self.global_batch_size = self.monitor.global_batch_size
         many = sum(p.numel() for p in self.trained)
         log.info("%s trained parameters, %d samples a step", f"{many:,}", self.global_batch_size)
 
     def _resolve(self, config: Config, resume: Path | None) -> tuple[Config, str]:
         """The config with its precision chosen, and a line that says so; starts the group of processes."""
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=checkpointing.PATIENCE)
         zero2, fsdp2 = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
         checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         saved = None if checkpoint is None else checkpointing.read_progress(checkpoint)[1]
@@ -118,7 +127,7 @@ class Trainer:
         checkpoint = checkpointing.checkpoint_to_resume(self.run_folder, resume)
         if checkpoint is not None:
             self.step, saved = checkpointing.read_progress(checkpoint)
-            check_invariants(saved, self._invariants(), str(checkpoint))
+            check_invariants(saved, self._invariants(saved), str(checkpoint))
         with self.stop.listening():
             load = partial(self._load, checkpoint)
             with open_run_folder(self.accelerator, self.config, self.run_folder, self.step, load):
@@ -156,17 +165,18 @@ class Trainer:
             bar.update()
             if self.step % settings.log_every == 0:
                 self.monitor.log(self.step)
+            self.checkpoints.check()
             last = self.step == settings.steps
-            stop = (
-                self.monitor.stop_everywhere
-            )  # of the step before, which is read by now: this one's would be waited for
+            stop = self.monitor.stop_everywhere  # as of the step before: this one's would be waited for
             if due := self.step % settings.checkpoint_every == 0 or last or stop:
-                self._save()
+                self._save(judge=last or not stop)
             if settings.sample_every and (self.step % settings.sample_every == 0 or last):
                 self._sample(saved=due)
             if stop and not last:
+                self.checkpoints.wait()
                 log.info("Ctrl-C or SIGTERM: saved at step %d", self.step)
                 return PREEMPTED
+        self.checkpoints.wait()
         bar.close()
         return 0
 
@@ -227,47 +237,63 @@ class Trainer:
             self.plain.train()
         if sampling.agree(self.accelerator, failure is not None):
             if not saved:
-                self._save()
+                self._save(judge=False)
+            self.checkpoints.wait()
             raise TrainingError(
                 f"sampling at step {self.step} failed: {failure or 'in another process'}; the checkpoint of this step "
                 "is saved: mend it or set train.sample_every=0, then resume"
             ) from failure
 
-    def _invariants(self) -> dict:
+    def _invariants(self, saved: Mapping[str, Any] | None = None) -> dict:
+        """What must stay; `saved`: of a checkpoint that it is compared with."""
+        sharding = "ZeRO-2" if self.sharding == "ZeRO-2" else ANY
+        if saved is not None and saved.get("sharding") in ("none", "FSDP2"):  # version 0.1's, in accelerate's layouts
+            sharding = self.sharding
         return {"frozen": self.frozen} | resume_invariants(
             self.config,
             self.dataset,
             global_batch_size=self.global_batch_size,
-            sharding=self.sharding,
+            sharding=sharding,
             processes=self.accelerator.num_processes,
         )
 
     def _load(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
             return
-        checkpointing.load_checkpoint(self.accelerator, checkpoint)
+        checkpointing.load_checkpoint(self.accelerator, checkpoint, self.state)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for path in checkpointing.abandon_others(self.run_folder, checkpoint):
                 log.warning("not of this line any more, moved to %s: delete it when you do not need it", path)
         log.info("resumed from %s", checkpoint)
 
-    def _save(self) -> None:
+    def _save(self, judge: bool) -> None:
+        """`judge`: measure the held-out loss first; who is asked to stop has no time for it."""
         self.monitor.flush()  # a checkpoint is good only if the loss was
-        keep = self.config.train.keep_checkpoints
-        saved = checkpointing.save_checkpoint(
-            self.accelerator, self.run_folder, self.step, self._invariants(), self._export, keep
-        )
-        log.info("saved %s", saved)
+        losses = {}
+        if judge and self.held_out is not None:
+            losses = self.held_out.measure(self.plain, self.vae, self.ema, self.accelerator)
+            self.monitor.log_held_out(self.step, losses)
+        started, loss = time.perf_counter(), losses.get("held_out/loss")
+        state = None if self.sharding == "ZeRO-2" else self.state.tensors()
+        self.checkpoints.save(self.step, self._invariants(), state, self._export, loss)
+        log.info("saving step %d; training stood for %.1f s", self.step, time.perf_counter() - started)
 
-    def _export(self, folder: Path) -> None:
-        """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters."""
-        state = self.accelerator.get_state_dict(self.model)  # gathered, by all processes, where it is sharded
+    def _export(self, folder: Path) -> Callable[[], None]:
+        """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters.
+
+        Copied to host memory; what is returned writes it, in the main process alone.
+        """
+        lora = self.config.train.trainable == "lora"
+        state = {} if lora else self.accelerator.get_state_dict(self.model)  # gathered, by all, where it is sharded
         averaged = {} if self.ema is None else self.ema.named(self.plain, self.trained)
         if not self.accelerator.is_main_process:
-            return
-        if self.config.train.trainable == "lora":
+            return lambda: None
+        if lora:
             save_lora(self.plain.transformer, folder / "lora")
-        else:
-            state |= {name: average.to("cpu", state[name].dtype) for name, average in averaged.items()}
-            self.pipeline.with_weights(state).save_pretrained(folder / "model")
+            return lambda: None
+        live = self.sharding != "FSDP2"  # else it was gathered into tensors of its own
+        for name, parameter in self.plain.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                state[name] = averaged.get(name, state[name]).detach().to("cpu", state[name].dtype, copy=live)
+        return lambda: self.pipeline.with_weights(state).save_pretrained(folder / "model")

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from mige.utils.bad_image import BadImageError
+from mige.utils.declared_colours import declared_profile
 
 EIGHT_OR_SIXTEEN = "save it with 8 or 16 bits a channel"
 MAX_PROFILE = 4 * 2**20  # bytes: those of presses have some two million; the ones in use are kept in memory
@@ -24,7 +25,7 @@ def to_rgb(name: Path | str, image: Image.Image, ignore_profiles: bool = False) 
     counts as sRGB. Transparency is put on black. Grey of more than 8 bits is scaled by its depth. Raises BadImageError
     for pixels without a fixed range (float, signed, integers of 32 bits beyond 65535).
     """
-    profile = None if ignore_profiles else image.info.get("icc_profile")
+    profile = None if ignore_profiles else image.info.get("icc_profile") or declared_profile(image)
     if profile is not None and len(profile) > MAX_PROFILE:
         _warn(name, f"has {len(profile):,} bytes, expected at most {MAX_PROFILE:,}")
         profile = None

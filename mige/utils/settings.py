@@ -22,6 +22,7 @@ def check_types(section: Any, where: str) -> None:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError for a value that is not of the type `hint`; an int is a float, None what allows it."""
     options = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if value is None and type(None) in options:
         return
@@ -52,18 +53,20 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def at_least(name: str, got: float, least: float) -> None:
+    """Raise ConfigError for a number below `least`."""
     if got < least:
         raise ConfigError(f"{name} is {got}, expected at least {least}")
 
 
 def positive(name: str, got: Any) -> None:
+    """Raise ConfigError for anything but a number above 0."""
     check_type(name, got, float)
     if got <= 0:
         raise ConfigError(f"{name} is {got}, expected a number above 0")
 
 
 def positive_fraction(name: str, got: Any) -> None:
-    """A number above 0, or a fraction as text."""
+    """Raise ConfigError for anything but a number above 0, or a fraction as text, such as "1/3"."""
     if not isinstance(got, str):
         positive(name, got)
         return
@@ -76,15 +79,18 @@ def positive_fraction(name: str, got: Any) -> None:
 
 
 def within(name: str, got: float, low: float, high: float) -> None:
+    """Raise ConfigError for a number that is not from `low` to `high`."""
     if not low <= got <= high:
         raise ConfigError(f"{name} is {got}, expected {low} to {high}")
 
 
 def one_of(name: str, got: str, known: Sequence[str]) -> None:
+    """Raise ConfigError for a word that is not among the known ones."""
     if got not in known:
         raise ConfigError(f"{name} is {got!r}, expected one of {', '.join(known)}")
 
 
 def agree(name: str, got: int, other: str, expected: int) -> None:
+    """Raise ConfigError where two sizes of the model differ."""
     if got != expected:
         raise ConfigError(f"model: {name} is {got}, but {other} is {expected}: make them equal")

@@ -88,8 +88,12 @@ def _settings(service: GenerationService, task: Task) -> list[gr.Component]:
         many = Slider(1, MAX_AT_ONCE, 1, step=1, label="Pictures", min_width=160)
     with gr.Accordion("Size, steps, guidance", open=False):
         with gr.Row():
-            width = Slider(smallest, largest, native, step=grid, label="Width, px", min_width=200)
-            height = Slider(smallest, largest, native, step=grid, label="Height, px", min_width=200)
+            if task is Task.SUBJECT:
+                width = Slider(smallest, largest, native, step=grid, label="Width, px", min_width=200)
+                height = Slider(smallest, largest, native, step=grid, label="Height, px", min_width=200)
+            else:
+                width = Slider(0, largest, 0, step=grid, label="Width, px (both 0: as picture 1)", min_width=200)
+                height = Slider(0, largest, 0, step=grid, label="Height, px", min_width=200)
         steps = Slider(*STEPS, offered.steps, step=1, label="Steps")
         with gr.Row():
             guidance = Slider(*GUIDANCE, offered.guidance, step=0.1, label="Guidance", min_width=200)

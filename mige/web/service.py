@@ -24,7 +24,9 @@ from mige.data.records import Record
 from mige.data.synthetic.scenes import SIDE
 from mige.diffusion.settings import WORLD, resolve
 from mige.diffusion.solver import OnStep
+from mige.inference.compositing import fit_source
 from mige.inference.pipeline import MIGEPipeline
+from mige.inference.shapes import Shape, SizeWish
 from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
@@ -50,7 +52,7 @@ class Request:
     steps: int
     guidance: float
     source_guidance: float
-    width: int  # px
+    width: int  # px; 0, and the height too: an edit is as its source, anything else has the native size
     height: int
 
 
@@ -137,6 +139,8 @@ class GenerationService:
         """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
         smallest, largest, grid = self.sides
         for name, side in (("width", request.width), ("height", request.height)):
+            if request.width == request.height == 0:  # as the source
+                continue
             if not smallest <= side <= largest or side % grid:
                 raise RefusedError(
                     f"The {name} is {side} px: choose a multiple of {grid} px from {smallest} to {largest} px."
@@ -186,13 +190,14 @@ class GenerationService:
         source = None if request.task is Task.SUBJECT else opened[1]
         many = len(request.seeds)
         try:
-            before = source and images.center_crop(source, request.height, request.width)
+            shape = self._shape(request, source)
+            before = source and fit_source(source, shape.whole, *shape.size)
             pictures = self.pipeline(
                 [reading.prompt] * many,
                 [references] * many,
                 source and [source] * many,
-                height=request.height,
-                width=request.width,
+                height=request.height or None,
+                width=request.width or None,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 source_guidance_scale=request.source_guidance,
@@ -215,6 +220,11 @@ class GenerationService:
             events.put(Step(step + 1, steps, images.to_pil(self.pipeline.decode(x0)) if due else None))
 
         return on_step
+
+    def _shape(self, request: Request, source: Image.Image | None) -> Shape:
+        """The size of the pictures of a request."""
+        wish = SizeWish(height=request.height or None, width=request.width or None)
+        return wish.of_task(self.pipeline.sizes, request.task, source and source.size)
 
     def _settings(self, request: Request, reading: Reading, seed: int) -> dict[str, Any]:
         return {

@@ -249,6 +249,6 @@ def test_a_run_that_failed_says_why(log, said, tmp_path):
 
 def test_modes_keep_their_order_and_share_the_cards():
     grouped = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["in_groups"]
-    names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2"]
-    assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2"]]
+    names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2_float32"]
+    assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2_float32"]]
     assert grouped(names, 1) == [["one"], ["one_24"], ["lora"], ["lora_kept"]]

@@ -85,6 +85,29 @@ def test_equal_copies_and_shared_targets_are_noted(tmp_path, capsys):
 
 
 @pytest.mark.processes
+def test_a_target_that_equals_a_reference_is_noted_whatever_its_file(tmp_path, capsys):
+    for name, colour in (("a.png", "red"), ("b.bmp", "red"), ("c.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    both = {"entity_path": ["a.png", "c.png"]}
+    rows = [row("edit", "put<imagehere>in<imagehere>", source="c.png", target="b.bmp") | both,
+            {"id": "subject", "multi_prompt": "a<imagehere>", "entity_path": ["b.bmp"], "image": "b.bmp"},
+            {"id": "other", "multi_prompt": "a<imagehere>", "entity_path": ["c.png"], "image": "b.bmp"}]  # fmt: skip
+    assert check_data.main([str(write(tmp_path / "x.jsonl", rows)), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    for name in ("edit", "subject"):
+        assert f"(id {name}): reference 1 and target are the same image ({tmp_path / 'b.bmp'})" in out
+    assert out.count("are the same image") == 2
+
+
+def test_a_target_is_counted_however_its_path_is_spelt(tmp_path, capsys):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    spellings = ["a.png", "./a.png", "x/../a.png", str(tmp_path / "a.png"), f"../{tmp_path.name}/a.png"]
+    rows = [{"multi_prompt": "a<imagehere>", "entity_path": ["b.png"], "image": name} for name in spellings]
+    check_data.main([str(write(tmp_path / "x.jsonl", rows)), "--no-images"])
+    assert f"warning: {tmp_path / 'a.png'}: 5 records have this one image" in capsys.readouterr().out
+
+
+@pytest.mark.processes
 def test_near_markers_come_out_of_check_data(tmp_path, capsys):
     code, out = checked(capsys, write(tmp_path / "x.jsonl", [row("a", "make [imagehere] snowy")]))
     assert code == 0 and "warning: " in out and "(id a): '[imagehere]' looks like the marker" in out

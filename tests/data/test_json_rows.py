@@ -1,5 +1,6 @@
 """Record files as users have them: odd JSON, wrong suffixes, ids that file names confuse. Found by file and line."""
 
+import gzip
 import json
 import string
 from pathlib import Path
@@ -26,6 +27,7 @@ ODD = {
     "digits": (GOOD[:-1] + ', "n": ' + "9" * 5000 + "}", "a number of 5000 digits"),
     "nan": (GOOD[:-1] + ', "n": NaN}', "NaN, which is no JSON"),
     "infinity": (GOOD[:-1] + ', "n": [-Infinity]}', "-Infinity, which is no JSON"),
+    "beyond": (GOOD[:-1] + ', "n": 1e999}', "'1e999', a number beyond every float"),
     "twice": (GOOD[:-1] + ', "multi_prompt": "other<imagehere>"}', "the field 'multi_prompt' appears twice"),
     "inner": (GOOD[:-1] + ', "x": {"a": 1, "a": 2}}', "the field 'a' appears twice"),
 }
@@ -57,6 +59,23 @@ def test_half_a_surrogate_pair_is_an_error(tmp_path, field):
     _, report = read(tmp_path, "x.jsonl", row)
     (error,) = report.errors
     assert f"{field}" in error.message and "record 1" in error.where and "no character" in error.message
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (gzip.compress(GOOD.encode()), "a gzip archive"),
+        (GOOD.encode("utf-16-le"), "UTF-16 or UTF-32 without its mark"),
+        (GOOD.encode("utf-32"), "not UTF-8 but UTF-32, by its byte order mark"),
+        (bytes(100), "a file of zero bytes"),
+    ],
+    ids=["gzip", "utf-16", "utf-32", "zeros"],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_what_is_no_text_is_named(tmp_path, content, said, suffix):
+    file, report = read(tmp_path, f"x.{suffix}", content)
+    (error,) = report.errors
+    assert error.where == str(file) and said in error.message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])

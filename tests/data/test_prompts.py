@@ -48,6 +48,14 @@ NEAR = [
     *("<imagehere/>", "[imagehere]", "{image}", "< imagehere >", "＜imagehere＞", "<ｉｍａｇｅｈｅｒｅ>", "<imagehre>"),
     *("<image_here>", "<image-here>", "(imagehere)", "«imagehere»", "【imagehere】", "<|image|>", "<img src='a.jpg'>"),
     *("imagehere", "<imagehere", "imagehere>", "%3Cimagehere%3E", "\\u003cimagehere\\u003e", "<im\u200bagehere>"),
+    *(
+        "<imageh\u0435r\u0435>",
+        "<image\u04bb\u0435\u0433\u0435>",
+        "<source image>",
+        "<reference image 2>",
+        "<placeholder>",
+    ),
+    *("<image: the cat>", "<entity>", "<object>"),
 ]
 
 

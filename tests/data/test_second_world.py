@@ -1,16 +1,23 @@
 """The second world: four hands' drawings, two kinds of unseen, several shapes; and the first stays as it was."""
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from mige.cli import make_world
+from mige.data.parsing import read_records
+from mige.data.randomness import Dropout
 from mige.data.synthetic import styles, tasks
 from mige.data.synthetic.backgrounds import VARIANT
 from mige.data.synthetic.scenes import Placed, Scene, Scenes, draw
+from mige.data.synthetic.stream import WorldDataset, collate_world
 from mige.data.synthetic.world import FIRST, SECOND, SQUARE, frame
+from mige.utils import images
 
 FOLDER = Path(styles.__file__).parent / "drawings"
 SPLIT = SECOND.splits()
@@ -89,10 +96,10 @@ def test_every_kind_of_background_is_its_own_and_fills_every_shape():
     variants = torch.from_numpy(np.random.default_rng(0).random((4, VARIANT), dtype=np.float32))
     drawn = [SECOND.draw(kind, variants, 48, 48) for kind in range(len(SECOND.phrases))]
     assert len(set(SECOND.phrases)) == len(drawn) == 28
-    for kind, images in enumerate(drawn):
-        assert images.min() >= 0 and images.max() <= 1
-        assert (images[0] - images[1]).abs().mean() > 1e-3, SECOND.phrases[kind]
-        others = [(images.mean(0) - other.mean(0)).abs().mean() for i, other in enumerate(drawn) if i != kind]
+    for kind, these in enumerate(drawn):
+        assert these.min() >= 0 and these.max() <= 1
+        assert (these[0] - these[1]).abs().mean() > 1e-3, SECOND.phrases[kind]
+        others = [(these.mean(0) - other.mean(0)).abs().mean() for i, other in enumerate(drawn) if i != kind]
         assert min(others) > 0.01, SECOND.phrases[kind]
         for height, width in ((42, 54), (84, 48)):
             assert SECOND.draw(kind, variants[:1], height, width).shape == (1, 3, height, width)
@@ -205,3 +212,48 @@ def test_the_first_world_is_what_it_was_before_there_was_a_second():
 
 
 DIGEST = "0b77368979024ee0bca54daab1ad9b9dc1e358e48feffddc31f89175dc6ce76f"
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_has_a_shape_a_block_and_latents_to_fit(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
+    common = dict(seed=3, size=256, latent_shape=(4, 32, 32), vision_size=28, dropout=Dropout(), noise_levels=1)
+    stream = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, block=2, **common)
+    shapes = [stream.shape(index) for index in range(80)]
+    assert shapes[::2] == shapes[1::2] and set(shapes) == set(SECOND.shapes)
+    first = next(index for index in range(0, 80, 2) if shapes[index] == (192, 336))
+    made = pickle.loads(pickle.dumps(collate_world([stream[first], stream[first + 1]])))  # as from a worker process
+    assert len(pickle.dumps(made.world)) < 2000
+    batch = made.to(torch.device("cpu"))
+    assert batch.noise_BCHW.shape == (2, 4, 24, 42) and batch.pixels_PCHW.shape[1:] == (3, 192, 336)
+    assert batch.vision_RCHW.shape[1:] == (3, 28, 28)
+    one = stream.case(first)
+    expected = image(one.target, *one.references, side=(192, 336))
+    torch.testing.assert_close(batch.pixels_PCHW[: len(expected)], expected, rtol=0, atol=1e-5)
+    other = next(index for index in range(0, 80, 2) if shapes[index] != (192, 336))
+    with pytest.raises(ValueError, match=r"have one shape, got .*\(192, 336\)"):
+        collate_world([stream[first], stream[other]])
+    square = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, **common)
+    assert {square.shape(index) for index in range(80)} == {(256, 256)}
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_world_on_disk_is_what_the_stream_draws(tmp_path, capsys):
+    given = ["--cases", "3", "--seed", "5", "--kinds", "flip", "add_by_reference", "--world", "second"]
+    assert make_world.main([str(tmp_path / "world"), *given, "--unseen-drawings"]) == 0
+    records = read_records([tmp_path / "world" / "records.jsonl"]).raise_if_errors()
+    mixture = {kind: tasks.MIXTURE[kind] for kind in ("flip", "add_by_reference")}
+    for number, record in enumerate(records):
+        rng = np.random.default_rng([5, number])
+        one = tasks.sample(rng, SPLIT["unseen_drawings"], mixture, world=SECOND)
+        assert record.prompt == one.prompt
+        drawn = image(one.target, *one.references)
+        for path, expected in zip([record.target, *record.references], drawn, strict=True):
+            assert (images.to_pixels(images.open_image(path)) - expected).abs().max() < 1.01 / 127.5
+    with pytest.raises(SystemExit, match="2"):
+        make_world.main([str(tmp_path / "other"), "--cases", "1", "--unseen-drawings"])
+    assert "--unseen-drawings belongs to --world second" in capsys.readouterr().err

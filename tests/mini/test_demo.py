@@ -1,5 +1,6 @@
 """The demo: a teacher and its few-step student beside each other, each in its own steps."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from mige.checkpoints.lora import add_lora, save_lora
 from mige.cli import demo as cli_demo
 from mige.cli.places import MINI_STUDENT
 from mige.diffusion.few_step import FewStepSolver
-from mige.inference.adapters import add_adapters
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import demo
 from mige.utils import images
@@ -60,7 +60,7 @@ def test_adapters_are_a_student_of_the_model(lively, tmp_path, monkeypatch):
     teacher, student = (images.open_image(out / "images" / f"{row['id']}.png") for row in rows)
     assert teacher != student
     pipe = MIGEPipeline.from_pretrained(lively)
-    add_adapters(pipe, tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
     references = [images.open_image(path) for path in sorted((out / "inputs").iterdir())]
     source = None if one[0].case.source is None else references[one[0].case.source]
     assert pipe(one[0].case.prompt, references, source, seed=one[0].seed).images[0] == student
@@ -71,3 +71,12 @@ def test_a_model_without_student_stands_alone(lively, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "chosen", lambda seed: one)
     assert not cli_demo.main(["--model", str(lively), "--output", str(tmp_path / "demo"), "--steps", "1"])
     assert len((tmp_path / "demo" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_with_bfloat16_weights_the_vae_is_in_bfloat16_too(lively):
+    given = argparse.Namespace(model=str(lively), student=None)
+    [fast], [plain] = demo.load(given, torch.bfloat16), demo.load(given, torch.float32)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    got, want = fast.decode(latents), plain.decode(latents)
+    assert fast.vae.dtype is torch.bfloat16 and plain.vae.dtype is torch.float32
+    assert 0 < (got - want).norm() < 0.03 * want.norm()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from test_trainer import weights
 
 from mige import config
 from mige.cli import distill, infer
@@ -230,8 +230,7 @@ def test_a_stopped_and_resumed_distillation_equals_one_that_was_not(student, liv
     assert trainer.run() == PREEMPTED
     assert trainer.step < 4
     assert build(tiny_config, lively, tmp_path / "run").run() == 0
-    state = "state/model.safetensors"
-    want, got = load_file(newest(student) / state), load_file(newest(tmp_path / "run") / state)
+    want, got = weights(newest(student)), weights(newest(tmp_path / "run"))
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 

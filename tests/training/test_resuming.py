@@ -274,7 +274,7 @@ def test_what_is_no_checkpoint_is_named(tiny_model, run, tmp_path, make, said):
 
 
 def test_a_cut_state_is_named(tiny_model, run):
-    state = run / "checkpoints" / "step-00000004" / "state" / "model.safetensors"
+    (state,) = (run / "checkpoints" / "step-00000004" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
     (run / "samples" / "step-00000009").mkdir(parents=True)  # would be cut, as later than step 4
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import run_here
 from processes import ServedProcess, environment, run_python, start_python
-from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
 
 from mige import config
 from mige.checkpoints.errors import CheckpointError
@@ -74,7 +74,13 @@ def losses(run: Path) -> list[tuple]:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "state" / "model.safetensors")
+    """The trained parameters that a checkpoint holds."""
+    reader = dcp.FileSystemReader(checkpoint / "state")
+    saved = {name.removeprefix("parameters."): (name, torch.zeros(meta.size, dtype=meta.properties.dtype))
+             for name, meta in reader.read_metadata().state_dict_metadata.items()
+             if name.startswith("parameters.")}  # fmt: skip
+    dcp.load(dict(saved.values()), storage_reader=reader, no_dist=True)
+    return {name: tensor for name, (_, tensor) in saved.items()}
 
 
 def wait_until(condition, process: ServedProcess, seconds: float = 120) -> None:
@@ -100,7 +106,7 @@ def uninterrupted(tiny_model, tmp_path_factory) -> Path:
 def test_a_run_killed_again_and_again_equals_one_that_never_stopped(tiny_model, tmp_path, uninterrupted):
     run = tmp_path / "killed"
     process = start(tiny_model, run, *STEPS)  # 1: in the middle of a step
-    wait_until(lambda: len(metrics(run)) >= 4, process)
+    wait_until(lambda: len(metrics(run)) >= 4 and training_state.list_checkpoints(run), process)
     process.kill()
     process.wait()
     assert training_state.list_checkpoints(run)[-1].name == "step-00000003"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin
 from processes import run_program
 
 from mige.utils.images import BadImageError, as_image, check_shape, image_key, open_image
@@ -403,3 +403,48 @@ def test_no_more_is_decoded_at_once_than_one_image_may_have(tmp_path, monkeypatc
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(open_image, [path] * 64))
     assert len(held) == 64 and max(held) <= 128 and images._held == 0
+
+
+P3_PLACES = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)  # of PNG's cHRM, x 100000: white, red, green, blue
+
+
+def png(path, mode, colour, **chunks):
+    """A PNG of one colour with these chunks of big-endian numbers."""
+    told = PngImagePlugin.PngInfo()
+    for name, numbers in chunks.items():
+        told.add(name.encode(), b"".join(number.to_bytes(1 if name == "sRGB" else 4, "big") for number in numbers))
+    Image.new(mode, (4, 2), colour).save(path, pnginfo=told)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "chunks", "expected"),
+    [
+        ("RGB", (89, 158, 73), {"gAMA": [45455], "cHRM": P3_PLACES}, (60, 160, 60)),  # Display P3
+        ("RGBA", (89, 158, 73, 255), {"cHRM": P3_PLACES}, (60, 160, 60)),
+        ("RGB", (55, 55, 55), {"gAMA": [100000]}, (128, 128, 128)),  # linear
+        ("L", 55, {"gAMA": [100000]}, (128, 128, 128)),
+        ("RGB", (60, 160, 60), {"gAMA": [45455]}, (60, 160, 60)),
+        ("RGB", (60, 160, 60), {"sRGB": [0], "gAMA": [100000]}, (60, 160, 60)),
+        ("RGB", (60, 160, 60), {"gAMA": [0], "cHRM": [0] * 8}, (60, 160, 60)),  # of no colours
+    ],
+)
+def test_colours_that_a_png_declares_become_srgb(tmp_path, mode, colour, chunks, expected):
+    path = png(tmp_path / "a.png", mode, colour, **chunks)
+    got = np.asarray(open_image(path)).astype(int).reshape(-1, 3)
+    assert np.abs(got - expected).max() <= (1 if "cHRM" in chunks or 100000 in chunks.get("gAMA", ()) else 0)
+    plain = np.asarray(Image.new(mode, (1, 1), colour).convert("RGB")).reshape(3)
+    assert (np.asarray(open_image(path, ignore_profiles=True)) == plain).all()
+
+
+def test_adobe_rgb_of_a_camera_is_told_by_exif(tmp_path):
+    """DCF: colour space "uncalibrated", interoperability R03. The formula: Adobe RGB (1998), 4.3.4 and 4.3.5."""
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.ColorSpace: 0xFFFF, 0xA005: {1: "R03"}}
+    Image.new("RGB", (16, 16), (120, 150, 90)).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    linear = (np.array([120, 150, 90]) / 255) ** (563 / 256)
+    xyz = np.array([[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]) @ linear
+    rgb = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]) @ xyz
+    expected = 255 * (1.055 * rgb ** (1 / 2.4) - 0.055)
+    got = np.asarray(open_image(tmp_path / "a.jpg")).astype(float)
+    assert np.abs(got - expected).max() < 2 and np.abs(expected - (120, 150, 90)).max() > 10

@@ -191,7 +191,7 @@ def test_an_edit_is_the_pipelines_and_shows_what_it_edited(service, named):
     cat = images.open_image(CAT)
     text, prompt = ("make picture 1 dark", "make<imagehere>dark") if named else ("make it dark", "make it dark")
     want = service.pipeline(
-        prompt, source=cat, num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5
+        prompt, source=cat, num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5, size="native"
     )
     got = result(service, request(Task.EDIT, text, (CAT,)))
     assert np.abs(levels(got.pictures[0]) - levels(want.images[0])).max() <= 1
@@ -200,10 +200,24 @@ def test_an_edit_is_the_pipelines_and_shows_what_it_edited(service, named):
 
 def test_an_edit_with_a_subject_edits_picture_1(service):
     cat, cup = images.open_image(CAT), images.open_image(CUP)
-    settings = dict(num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5)
+    settings = dict(num_inference_steps=3, guidance_scale=2.0, source_guidance_scale=1.5, seed=5, size="native")
     want = service.pipeline("add<imagehere>to<imagehere>", [cup, cat], source=cat, **settings)
     got = result(service, request(Task.SUBJECT_EDIT, "add picture 2 to picture 1"))
     assert np.abs(levels(got.pictures[0]) - levels(want.images[0])).max() <= 1
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_a_width_and_height_of_0_are_the_source_s(service, task):
+    """CAT has 451 x 300 px: all of it, scaled; a subject's picture has no source and the native size."""
+    text = {Task.SUBJECT: "picture 2 by picture 1", Task.EDIT: "make it dark"}.get(task, "add picture 2 to picture 1")
+    own = {"pictures": (CAT,)} if task is Task.EDIT else {}
+    got = result(service, request(task, text, **own, width=0, height=0))
+    size = (128, 128) if task is Task.SUBJECT else (144, 96)
+    assert got.pictures[0].size == size and got.settings[0]["width"] == got.settings[0]["height"] == 0
+    if task is not Task.SUBJECT:
+        assert (levels(got.before) == levels(images.open_image(CAT).resize(size, Image.Resampling.BILINEAR))).all()
+    with pytest.raises(RefusedError, match="width is 0 px"):
+        list(service.run(request(task, text, **own, width=0)))
 
 
 @pytest.mark.parametrize(

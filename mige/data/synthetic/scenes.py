@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mige.data.synthetic import backgrounds
 from mige.data.synthetic.world import FIRST, World
 
 SIDE = 128
 """Units in the shorter side of an image, in which scenes are laid out; px of the first world."""
 SHADOW_WIDER = 4 / 3
 """Side of a shadow's square, in sides of its subject's."""
+Window = tuple[slice, slice]
+"""Rows and columns of an image."""
+WHOLE: Window = (slice(None), slice(None))
 MAX_SUBJECTS = 5
 """Subjects a scene holds at most."""
 PLAIN_COLOUR = np.eye(3, dtype=np.float32)
@@ -164,6 +168,37 @@ def draw(
     return canvas * 2 - 1
 
 
+def cut_out(
+    subjects: Sequence[Placed],
+    shape: tuple[int, int],
+    device: torch.device,
+    world: World,
+    *,
+    on_floor: bool,
+    window: Window = WHOLE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K subjects of a world with shadows, each alone on nothing, as an image of that shape shows them in a window.
+
+    Returns colours times alpha [K, 3, h, w], alpha [K, 1, h, w], and the share of light that the shadow takes from what
+    is under it [K, 1, h, w], all float32 in [0, 1]; on_floor: whether shadows lie flat, as the background decides.
+    """
+    made = Scenes.stack([Scene(0, np.zeros(backgrounds.VARIANT, np.float32), (one,)) for one in subjects])
+    level = torch.bucketize(made.place[:, 0, 2].contiguous(), torch.tensor(world.upto))
+    place, colour, sprite, other, cut = (
+        t[:, 0].to(device) for t in (made.place, made.colour, made.sprite, made.other, made.cut)
+    )
+    flat, parts, order = torch.full((len(subjects),), on_floor, device=device), [], []
+    for depth in level.unique().tolist():
+        here = (level == depth).nonzero().flatten()
+        order.append(here)
+        here = here.to(device)
+        drawings, shades = _subjects(world, depth, sprite[here], other[here], cut[here], joined=True)
+        layer = _layer(drawings, place[here], colour[here], *shape, window)
+        parts.append(torch.cat([layer, _shadow(shades, place[here], flat[here], *shape, window)], dim=1))
+    whole = torch.cat(parts)[torch.cat(order).argsort().to(device)]
+    return whole[:, :3], whole[:, 3:4], whole[:, 4:]
+
+
 def _subjects(
     world: World, level: int, sprite: Tensor, other: Tensor, cut: Tensor, joined: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -196,23 +231,25 @@ def _join(drawings: Tensor, others: Tensor, other: Tensor, cut: Tensor) -> Tenso
     return torch.where(beyond[:, None], others, drawings)
 
 
-def _layer(drawings: Tensor, place: Tensor, colour: Tensor, height: int, width: int) -> Tensor:
+def _layer(drawings: Tensor, place: Tensor, colour: Tensor, height: int, width: int, window: Window = WHOLE) -> Tensor:
     """Subjects [N, 4, h, w] put in their places on transparent images -> [N, 4, height, width], alpha multiplied in."""
-    layer = _put(drawings, place, height, width)
+    layer = _put(drawings, place, height, width, window=window)
     painted = torch.einsum("noc,nchw->nohw", colour, layer[:, :3])
     return torch.cat([painted, layer[:, 3:]], dim=1)
 
 
-def _shadow(shades: Tensor, place: Tensor, on_floor: Tensor, height: int, width: int) -> Tensor:
+def _shadow(shades: Tensor, place: Tensor, on_floor: Tensor, height: int, width: int, window: Window = WHOLE) -> Tensor:
     """How much light subjects take from what is under them, [N, 1, height, width]; flat at the foot or behind."""
     x, y, size, angle, flip = place.unbind(1)
     flat = on_floor.float()
     put = [x + size * (0.05 + 0.03 * flat), y + size * (0.06 + 0.36 * flat), size * SHADOW_WIDER, angle, flip]
     strength = (0.28 + 0.14 * flat)[:, None, None, None]
-    return strength * _put(shades, torch.stack(put, dim=1), height, width, squash=1 - 0.8 * flat)
+    return strength * _put(shades, torch.stack(put, dim=1), height, width, squash=1 - 0.8 * flat, window=window)
 
 
-def _put(drawings: Tensor, place: Tensor, height: int, width: int, squash: Tensor | float = 1.0) -> Tensor:
+def _put(
+    drawings: Tensor, place: Tensor, height: int, width: int, squash: Tensor | float = 1.0, window: Window = WHOLE
+) -> Tensor:
     """Drawings [N, C, h, w] in their places -> [N, C, height, width]; `squash` [N]: how flat they lie."""
     x, y, size, angle, flip = place.unbind(1)
     side = min(height, width)
@@ -225,7 +262,7 @@ def _put(drawings: Tensor, place: Tensor, height: int, width: int, squash: Tenso
     along = torch.stack([-sin * wide, cos * high / squash, -right * sin + down * cos], dim=1)
     ratio = (side / 2 / half)[:, None]
     theta = torch.stack([across * ratio * flip[:, None], along * ratio], dim=1)  # [N, 2, 3]
-    grid = F.affine_grid(theta, [len(drawings), 1, height, width], align_corners=False)
+    grid = F.affine_grid(theta, [len(drawings), 1, height, width], align_corners=False)[:, *window]
     return F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

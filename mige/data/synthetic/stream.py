@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from mige.data.batch import TrainingBatch, TrainingSample, collate
 from mige.data.randomness import Dropout, sample_generator, sample_randomness
-from mige.data.synthetic import sprites, tasks
+from mige.data.synthetic import tasks
 from mige.data.synthetic.scenes import Scene, Scenes, draw
+from mige.data.synthetic.world import FIRST, World, frame
 from mige.models.instruction import tokenize, training_text
 from mige.utils.images import CLIP_MEAN, CLIP_STD
 
 _EPOCH = 1_000_000  # samples called an epoch; none is ever shown twice
 
-Drawn = tuple[TrainingSample, tuple[Scene, ...], int, int]
-"""A sample, its scenes (the target, then the references), the side of images and of the vision tower's."""
+Drawn = tuple[TrainingSample, tuple[Scene, ...], tuple[int, int], int, World]
+"""A sample, its scenes (the target, then the references), images' height and width, the tower's side, the world."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class WorldBatch:
 
     batch: TrainingBatch
     scenes: Scenes  # targets and references, in the order of `TrainingBatch.pixels_PCHW`
-    size: int
+    shape: tuple[int, int]
     vision_size: int
+    world: World
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The whole batch on the device, its images drawn there."""
         batch = self.batch.to(device)
-        pixels = draw(self.scenes, device, self.size)
+        pixels = draw(self.scenes, device, self.shape, self.world)
         seen = vision_pixels(pixels[batch.reference_R], self.vision_size)
         return replace(batch, pixels_PCHW=pixels, vision_RCHW=seen)
 
@@ -64,7 +66,9 @@ class WorldDataset(Dataset):
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
         size: side of the images in pixels (128); `latent_shape`: of their latents.
-        vision_size: side of the vision tower's images.
+        vision_size: side of the vision tower's images. world: whose subjects and backgrounds.
+        block: samples in a row whose images have one of the world's shapes, drawn by the seed for every block, such as
+            those of a step, since the images of a batch have one shape; None: all are squares of `size`.
     """
 
     def __init__(
@@ -78,12 +82,14 @@ class WorldDataset(Dataset):
         vision_size: int,
         dropout: Dropout,
         noise_levels: int,
+        world: World = FIRST,
+        block: int | None = None,
     ):
         if unknown := sorted(mixture.keys() - tasks.KINDS.keys()):
             raise ValueError(f"the world knows no task(s) {', '.join(unknown)}; known are {', '.join(tasks.KINDS)}")
         self.mixture, self.tokenizer, self.seed, self.size = dict(mixture), tokenizer, seed, size
         self.latent_shape, self.vision_size = latent_shape, vision_size
-        self.dropout, self.noise_levels = dropout, noise_levels
+        self.dropout, self.noise_levels, self.world, self.block = dropout, noise_levels, world, block
 
     def __len__(self) -> int:
         return _EPOCH
@@ -97,12 +103,22 @@ class WorldDataset(Dataset):
 
     def case(self, index: int) -> tasks.Case:
         """The case of that number."""
-        rng, seen = np.random.default_rng([self.seed, index]), sprites.split()[0]
-        return tasks.sample(rng, seen, self.mixture, augment=True)
+        rng, seen = np.random.default_rng([self.seed, index]), self.world.splits()["seen"]
+        where = dict(world=self.world, frame=frame(*self.shape(index)))
+        return tasks.sample(rng, seen, self.mixture, augment=True, **where)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of that sample's images, px."""
+        if self.block is None:
+            return self.size, self.size
+        shapes = self.world.shapes
+        return shapes[int(np.random.default_rng([self.seed, index // self.block, len(shapes)]).integers(len(shapes)))]
 
     def sample(self, index: int, case: tasks.Case) -> Drawn:
         """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""
-        scenes = (case.target, *case.references)
+        scenes, (height, width) = (case.target, *case.references), self.shape(index)
+        channels, *latent = self.latent_shape
+        latents = channels, height * latent[0] // self.size, width * latent[1] // self.size
         sample = TrainingSample(
             id=f"{case.kind}-{index}",
             where=f"{case.kind}-{index}",
@@ -115,17 +131,19 @@ class WorldDataset(Dataset):
             **sample_randomness(
                 sample_generator(self.seed, index),
                 len(scenes),
-                self.latent_shape,
+                latents,
                 self.dropout,
                 self.noise_levels,
                 train_timesteps=1000,
             ),
         )
-        return sample, scenes, self.size, self.vision_size
+        return sample, scenes, (height, width), self.vision_size, self.world
 
 
 def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
-    """Samples of a `WorldDataset` -> batch."""
-    samples, scenes, sizes, vision_sizes = zip(*drawn, strict=True)
+    """Samples of a `WorldDataset` -> batch. Raises ValueError if their images differ in shape."""
+    samples, scenes, shapes, vision_sizes, worlds = zip(*drawn, strict=True)
+    if len(set(shapes)) > 1:
+        raise ValueError(f"a batch's images have one shape, got {sorted(set(shapes))}: block must be a multiple of it")
     stacked = Scenes.stack([scene for images in scenes for scene in images])
-    return WorldBatch(collate(samples), stacked, sizes[0], vision_sizes[0])
+    return WorldBatch(collate(samples), stacked, shapes[0], vision_sizes[0], worlds[0])

@@ -111,11 +111,20 @@ def _levels(number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _read(number: int) -> tuple[Tensor, Tensor, Tensor]:
     """One drawing at 48, 96 and 192 px, uint8 [4, h, w], colours times alpha."""
-    name, style = drawings()[number]
-    rgba = np.asarray(Image.open(io.BytesIO(_archive(style).read(f"{name}.webp"))).convert("RGBA"))
-    cell = torch.from_numpy(rgba.copy()).permute(2, 0, 1).float()
+    cell = torch.from_numpy(np.array(_open(number))).permute(2, 0, 1).float()
     cell[:3] *= cell[3:] / 255
     return tuple(F.avg_pool2d(cell, CELL // side).round().to(torch.uint8) for side in _CELLS)
+
+
+def thumbnail(number: int, side: int) -> Tensor:
+    """A drawing made small, float32 [4, side, side] in [0, 1], colours times alpha."""
+    small = _open(number).convert("RGBa").resize((side, side), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+
+
+def _open(number: int) -> Image.Image:
+    name, style = drawings()[number]
+    return Image.open(io.BytesIO(_archive(style).read(f"{name}.webp"))).convert("RGBA")
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class Prepared:
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:
+        """The rows that have a score; of sessions edited turn by turn, those of the last turn."""
         return [row for row in self.rows if "score" in row]
 
     @property

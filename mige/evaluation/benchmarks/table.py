@@ -20,6 +20,7 @@ class Metric:
 
     @property
     def lower_is_better(self) -> bool:
+        """True of errors, False of similarities."""
         return self.of in ("l1", "l2")
 
 
