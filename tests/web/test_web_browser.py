@@ -30,7 +30,7 @@ pytestmark = [
 playwright.expect.set_options(timeout=60_000)
 
 SUBJECT, EDIT, SUBJECT_EDIT = TITLES = [job.title for job in page.JOBS]
-WAIT = 240_000
+WAIT = 240_000  # ms: for work of the model, on a busy machine
 
 
 @pytest.fixture(scope="module")
