@@ -32,7 +32,7 @@ from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
 from mige.training.held_out import HeldOutLoss
-from mige.training.loader import build_loader
+from mige.training.loader import build_loader, timed
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
@@ -156,7 +156,8 @@ class Trainer:
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
-        batches = iter(build_loader(self.config, self.dataset, self.accelerator, self.step))
+        loader = build_loader(self.config, self.dataset, self.accelerator, self.step)
+        batches = timed(loader, self.monitor.metrics)
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
             self._train_step(batches)
