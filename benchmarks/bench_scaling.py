@@ -37,15 +37,17 @@ class Mode:
     steps: int | None = None  # None: as asked for
 
 
+HALF, MASTERS = "train.precision=bfloat16", "train.precision=mixed"  # `auto` goes by the card's memory
 MODES = {
-    "one": Mode(True, None, 16),
+    "one": Mode(True, None, 16, (HALF,)),
+    "one_24": Mode(True, None, 24, (HALF,), steps=20),
+    "one_float32": Mode(True, None, 16, (MASTERS,)),
     "lora": Mode(True, None, 48, ("train.trainable=lora",), steps=60),
     "lora_kept": Mode(True, None, 24, ("train.trainable=lora", "train.gradient_checkpointing=[]"), steps=60),
-    "default": Mode(False, None, 16),
-    "fsdp2_float32": Mode(False, "fsdp2", 16, ("train.precision=mixed",)),
-    "fsdp2": Mode(False, "fsdp2", 16),
-    "one_24": Mode(True, None, 24, steps=20),
-    "varied": Mode(True, None, 16, tokens=0),
+    "default": Mode(False, None, 16, (HALF,)),
+    "default_float32": Mode(False, None, 16, (MASTERS,)),
+    "fsdp2_float32": Mode(False, "fsdp2", 16, (MASTERS,)),
+    "varied": Mode(True, None, 16, (HALF,), tokens=0),
 }
 COMMON = ("train.warmup=0", "train.sample_every=0", "train.trackers=[]", "train.steps=1000000",
           "train.checkpoint_every=1000000", "data.features='memory'")  # fmt: skip

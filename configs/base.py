@@ -75,6 +75,7 @@ train = dict(
     log_every=10,
     checkpoint_every=1000,
     keep_checkpoints=2,
+    held_out=[],
     sample_every=0,
     sample_records=[],
     sample_steps=None,

@@ -135,12 +135,12 @@ class TrainConfig:
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
-    # Parts whose blocks torch.compile takes: transformer, text_encoder, image_encoder, qformer; vae.
-    compile: Sequence[str] | None  # None: the blocks of all four on a GPU, nothing on a CPU
+    compile: Sequence[str] | None  # parts whose blocks are compiled, vae; None: all four on a GPU, else nothing
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
     log_every: int  # steps
     checkpoint_every: int  # steps
     keep_checkpoints: int  # the newest N stay
+    held_out: Sequence[str]  # record files whose loss is measured at every checkpoint; the best of these is kept
     sample_every: int  # steps; 0: never
     sample_records: Sequence[str]  # record files, sampled at these steps
     sample_steps: int | None  # solver steps for them; None: the official ones

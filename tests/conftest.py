@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"  # as Gradio sets it later: the fork server must have the same
 
 import contextlib
+import gc
 import io
 import multiprocessing.util
 import runpy
@@ -66,6 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("measured" if together else item.path.stem))
     place = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # the libraries stay: no later collection need look at their objects again
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -154,7 +160,25 @@ def official_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(official_dir) -> Iterator[Path]:
+def verified_once() -> Iterator[None]:
+    """These folders stay as they are: in a worker the first who loads one checks its files, for all who follow."""
+    from mige.checkpoints import folder as checkpoint
+
+    verify, seen = checkpoint.verify, set()
+
+    def once(folder: Path, variant: str | None = None) -> None:
+        if (folder, variant) not in seen:
+            verify(folder, variant)
+        if Path(folder).parent == Path(os.environ[RUN]):
+            seen.add((folder, variant))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "verify", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(official_dir, verified_once) -> Iterator[Path]:
     """The checkpoint folder converted from `official_dir`."""
     convert = "tools/convert_checkpoint.py"
     yield from made_once("tiny", lambda folder: run_script(convert, *release_arguments(official_dir, folder)))

@@ -115,8 +115,9 @@ def official_shapes(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]
         POSITION_TABLE: tuple(position_table(parts["transformer"]).shape),
         POSITION_IDS: (1, parts["qformer"].config.max_position_embeddings),
     }
+    tensors = {name: part.state_dict() for name, part in parts.items()}
     for mapping in key_mappings(parts):
-        rows, *rest = parts[mapping.part].state_dict()[mapping.key].shape
+        rows, *rest = tensors[mapping.part][mapping.key].shape
         if mapping.rows is not None:
             rows *= mapping.rows[1]
         if len(mapping.official) > 1:
@@ -153,8 +154,9 @@ def to_official(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     (positions float, position ids int64) are added. Raises KeyError for a part that is not given.
     """
     state: dict[str, Tensor] = {}
+    tensors = {name: part.state_dict() for name, part in parts.items()}
     for mapping in key_mappings(parts):
-        tensor = parts[mapping.part].state_dict()[mapping.key].cpu()
+        tensor = tensors[mapping.part][mapping.key].cpu()
         if len(mapping.official) == 2:
             query_bias, _, value_bias = tensor.chunk(3)
             state |= dict(zip(mapping.official, (query_bias.clone(), value_bias.clone()), strict=True))

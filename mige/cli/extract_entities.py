@@ -2,7 +2,7 @@
 
     python tools/extract_entities.py --results output/migebench
 
-writes RESULTS/entities: crops/, entities.jsonl, and index.html with boxes and masks to look at. Goes on where it was
+writes RESULTS/entities: crops/, entities.jsonl, and index.html with boxes and masks to look at. Resumes where it was
 stopped. Then give that folder to tools/evaluate.py as --entities.
 """
 

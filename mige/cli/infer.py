@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--paste-back", action="store_true", help="edits at their source's own resolution")
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="the fast mode; the first image waits a little")
     parser.add_argument(
         "--offload", action="store_true", help="keep the encoders in host memory but while they compute"

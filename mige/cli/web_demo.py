@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a name by which visitors reach the page, as mige.example.org; may be given again",
     )  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_lora(parser)
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:

@@ -67,7 +67,7 @@ class Denoising:
         return self._estimate(x_BCHW, t)
 
     def rescale(self, how: Sampling) -> None:
-        """Go on with other scales."""
+        """Continue with other scales."""
         if how != self.how:
             self.how, self._estimate = how, None
 

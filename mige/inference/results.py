@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,20 @@ class ResultsWriter:
     def __init__(self, folder: Path, name: str, settings: Settings):
         self.folder, self.path, self.settings = folder, folder / name, settings.changed()
 
-    def add(self, record: Record, image: Image.Image, facts: Mapping[str, Any]) -> None:
-        """Save the image, then the line; `facts`: further fields of it. Both are on the disk when this returns."""
-        name = f"images/{record.id}.png"
-        images.save_image(image, self.folder / name)
-        line = {"id": record.id, "task": record.task, "image": name, "record": identity(record), **facts}
-        append_json_line(self.path, {**line, "settings": self.settings, "saved": _facts(self.folder / name, image)})
+    def save(self, record: Record, image: Image.Image) -> dict[str, int]:
+        """Save the image, from any thread; what the line says of its file. On the disk when this returns."""
+        path = self.folder / _name(record)
+        images.save_image(image, path)
+        return _facts(path, image)
+
+    def add(self, record: Record, facts: Mapping[str, Any], saved: Future[dict[str, int]]) -> None:
+        """Append the line once its image is `saved`; `facts`: further fields. On the disk when this returns."""
+        line = {"id": record.id, "task": record.task, "image": _name(record), "record": identity(record), **facts}
+        append_json_line(self.path, {**line, "settings": self.settings, "saved": saved.result()})
+
+
+def _name(record: Record) -> str:
+    return f"images/{record.id}.png"
 
 
 def identity(record: Record) -> dict[str, Any]:

@@ -152,13 +152,19 @@ def _make(
     results: ResultsWriter,
     bar: tqdm,
 ) -> None:
-    """Chunk by chunk: the images of the next are opened and those of the last are saved meanwhile."""
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    """Chunk by chunk: the images of the next are opened and those of the last are saved meanwhile.
+
+    Lines are written in order; images in several threads, as a PNG takes longer than a few steps on a GPU.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(8) as savers:
         writing: list[Future] = []
         for chunk, noise, samples in _opened_ahead(chunks, reader, opened):
             made = _run_chunk(pipeline, settings, chunk, noise, samples, bar)
             _wait(writing)
-            writing = [writer.submit(results.add, *result) for result in made]
+            writing = [
+                writer.submit(results.add, record, facts, savers.submit(results.save, record, image))
+                for record, image, facts in made
+            ]
         _wait(writing)
 
 

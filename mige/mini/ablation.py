@@ -42,7 +42,7 @@ from mige.training.trainer import PREEMPTED
 from mige.utils.files import write_text
 
 QUARTERS = 4  # checkpoints of a run that are scored
-NO_MATTER = {"data": ("workers",), "train": ("pretrained", "seed", "log_every", "trackers")}  # to any score
+NO_MATTER = {"data": ("workers",), "train": ("pretrained", "seed", "log_every", "trackers", "held_out")}  # to any score
 EVERY = (Task.SUBJECT, Task.EDIT, Task.SUBJECT_EDIT)
 
 

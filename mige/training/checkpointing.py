@@ -2,7 +2,7 @@
 
 * `state/`  trained parameters, moments and averages (mige/training/state.py); with ZeRO-2 DeepSpeed's own files
 * `model/`  a pipeline folder for inference (averaged parameters if there are any); with LoRA `lora/` in its place
-* `progress.json`  steps done, and what must not change on resume (mige/training/resume.py)
+* `progress.json`  steps done, what must not change on resume (mige/training/resume.py), the held-out loss
 
 A checkpoint is copied to host memory, and written while training goes on, under another name; it is renamed when whole,
 so a half-written one is never picked up. Those in `checkpoints/` are one line: each was reached from the one before.
@@ -64,6 +64,14 @@ def checkpoint_to_resume(run: Path, named: Path | None) -> Path | None:
     return chosen
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The one of the run's line with the least held-out loss; None where none was measured."""
+    told = [(json.loads((one / "progress.json").read_text(encoding="utf-8")), one) for one in list_checkpoints(run)]
+    return min(((said["held_out"], one) for said, one in told if said.get("held_out") is not None), default=(0, None))[
+        1
+    ]
+
+
 def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     """Steps done, and what must not change. Raises TrainingError for a folder that is no whole checkpoint."""
     path = checkpoint / "progress.json"
@@ -89,7 +97,7 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, while training goes on. All calls are by every process.
 
     Args:
-        keep: how many stay, of the line's newest.
+        keep: how many stay, of the line's newest; the best stays too.
     """
 
     def __init__(self, accelerator: Accelerator, run: Path, keep: int):
@@ -107,6 +115,7 @@ class CheckpointWriter:
         invariants: Mapping[str, Any],
         state: Mapping[str, Tensor] | None,
         export: Callable[[Path], Callable[[], None]],
+        held_out: float | None = None,
     ) -> None:
         """Copy a checkpoint to host memory and begin to write it; the one before is waited for.
 
@@ -114,6 +123,7 @@ class CheckpointWriter:
             invariants: facts that must be the same on resume, JSON.
             state: tensors by name, [...] each, of `TrainingState`; None: accelerate writes its own (ZeRO-2).
             export: prepares the inference part for a folder; what it returns writes it, in the main process alone.
+            held_out: the loss by which the best checkpoint is found; None: not measured.
 
         Raises TrainingError if writing fails (a full disk); earlier checkpoints are untouched.
         """
@@ -133,12 +143,14 @@ class CheckpointWriter:
         except _FAILURES as error:  # torch and safetensors report a full disk in several types
             raise self._failed(step, error) from error
 
+        progress = {"step": step, "invariants": dict(invariants), "held_out": held_out}
+
         def finish() -> None:
             if written is not None:
                 written.result()  # of all processes
             if self.accelerator.is_main_process:
                 write_model()
-                self._rename(part, {"step": step, "invariants": dict(invariants)})
+                self._rename(part, progress)
 
         self.pending = step, self.thread.submit(finish)
 
@@ -156,8 +168,10 @@ class CheckpointWriter:
         write_text(part / "progress.json", json.dumps(progress, indent=2) + "\n")
         part.rename(part.with_name(part.name[1 : -len(".part")]))
         sync_folder(part.parent)
+        best = best_checkpoint(self.run)
         for old in list_checkpoints(self.run)[: -self.keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
 
     def check(self) -> None:
         """Raise TrainingError if the checkpoint that is being written has failed; waits for nothing."""

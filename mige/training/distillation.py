@@ -175,6 +175,8 @@ def check(config: Config) -> None:
             f"train.trainable is {config.train.trainable!r}, expected 'dit' or 'lora': a student shares its "
             "teacher's encoder"
         )
+    if config.train.held_out:
+        raise ConfigError("train.held_out is set, but a student does not learn to estimate noise: leave it empty")
     for name in ("drop_text", "drop_source", "drop_both"):
         if getattr(config.data, name):
             raise ConfigError(f"data.{name} is {getattr(config.data, name)}, expected 0: a student has one branch")

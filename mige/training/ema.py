@@ -1,6 +1,7 @@
 """Averaged weights of a model that may be sharded over processes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -39,6 +40,19 @@ class AveragedWeights(EMAModel):
             present = [p.detach().float() for p in parameters[start : start + _TOGETHER]]  # a copy where they are half
             torch._foreach_lerp_(averages, present, 1 - self.cur_decay_value)
 
+    @contextmanager
+    def applied(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """The parameters hold the averages for a while, shard by shard; their own numbers wait in host memory."""
+        places = [_local(p.detach()) for p in parameters]
+        own = [place.to("cpu", copy=True) for place in places]
+        for place, average in zip(places, self.shadow_params, strict=True):
+            place.copy_(_local(average))
+        try:
+            yield
+        finally:
+            for place, before in zip(places, own, strict=True):
+                place.copy_(before)
+
     def named(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor | None]:
         """The averages by the parameters' names, whole and of the same shape, a tied one under each of its names.
 
@@ -70,6 +84,10 @@ class AveragedWeights(EMAModel):
             if isinstance(average, DTensor):
                 whole = distribute_tensor(whole.to(average.device), average.device_mesh, average.placements)
             average.copy_(whole)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gather(tensor: Tensor) -> Tensor | None:

@@ -1,14 +1,17 @@
 """The micro-batches that a process trains on, read ahead by workers."""
 
 import os
+import time
+from collections.abc import Iterable, Iterator
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from mige.config import Config
-from mige.data.batch import collate
+from mige.data.batch import TrainingBatch, collate
 from mige.data.order import ResumableBatchSampler
 from mige.data.synthetic.stream import collate_world
+from mige.training.metrics import Metrics
 
 
 def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, step: int) -> DataLoader:
@@ -30,6 +33,19 @@ def build_loader(config: Config, dataset: Dataset, accelerator: Accelerator, ste
         persistent_workers=workers > 0,
         worker_init_fn=_leave_group,
     )
+
+
+def timed(batches: Iterable[TrainingBatch], metrics: Metrics) -> Iterator[TrainingBatch]:
+    """The batches; how long each was waited for is added to the metrics."""
+    batches = iter(batches)
+    while True:
+        started = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        metrics.data_wait += time.perf_counter() - started
+        yield batch
 
 
 def _leave_group(_: int) -> None:

@@ -42,6 +42,7 @@ class Metrics:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.work = 0.0  # useful FLOPs of this process
+        self.data_wait = 0.0  # seconds that this process has waited for its micro-batches
         self.started = time.perf_counter()
 
     def work_a_second(self) -> float:
@@ -69,7 +70,8 @@ class Metrics:
         """The means, samples a second, and what else is given; starts anew."""
         seconds = time.perf_counter() - self.started
         means = {name: self.sums[name] / self.counts[name] for name in sorted(self.sums)}
-        result = {**more, **means, "samples_per_second": self.counts["loss"] / self.noise_levels / seconds}
+        rate = self.counts["loss"] / self.noise_levels / seconds
+        result = {**more, **means, "samples_per_second": rate, "data_wait_seconds": self.data_wait}
         self._reset()
         return result
 

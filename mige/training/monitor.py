@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,6 +130,12 @@ class Monitor:
         if self.accelerator.is_main_process:
             append_json_line(self.run / "metrics.jsonl", line)
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+
+    def log_held_out(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write the losses by name that `HeldOutLoss` has measured after a step."""
+        if self.accelerator.is_main_process:
+            append_json_line(self.run / "held_out.jsonl", {"step": step, **losses})
+            self.accelerator.log(dict(losses), step=step)
 
     def _flops(self, context: int, images: int) -> float:
         """Useful FLOPs of one sample of this process."""

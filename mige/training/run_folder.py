@@ -108,7 +108,8 @@ def _log_to_file(path: Path) -> None:
 
 def _cut(run: Path, step: int) -> None:
     """What belongs to later steps is of another timeline, or will be made again."""
-    truncate_log(run / "metrics.jsonl", step)
+    for name in ("metrics.jsonl", "held_out.jsonl"):
+        truncate_log(run / name, step)
     for folder in (run / "samples").glob("step-*"):
         if re.fullmatch(r"step-\d{8}", folder.name) and int(folder.name[5:]) > step:
             shutil.rmtree(folder)

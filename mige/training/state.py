@@ -24,13 +24,13 @@ class TrainingState:
 
     Args:
         model: with the parameters as the optimisers have them, sharded or not.
-        optimizers: of torch, not accelerate's wrappers.
+        optimizers: of torch, or accelerate's wrappers of them.
         ema: averages of the trained parameters, in their order.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: AveragedWeights | None):
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizers, self.ema = optimizers, ema
+        self.optimizers, self.ema = [getattr(one, "optimizer", one) for one in optimizers], ema
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, without copies; whole numbers as int64 []."""

@@ -31,7 +31,8 @@ from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
 from mige.training.errors import TrainingError
-from mige.training.loader import build_loader
+from mige.training.held_out import HeldOutLoss
+from mige.training.loader import build_loader, timed
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
@@ -85,6 +86,7 @@ class Trainer:
         self.dataset = load_dataset(config, self.pipeline)
         self.sample_records = sampling.load_sample_records(settings, self.pipeline)
         self.diffusion, self.plain = Diffusion(), self.pipeline.model
+        self.held_out = HeldOutLoss(config, self.pipeline, self.diffusion) if settings.held_out else None
         self.vae = prepare_vae(config, self.pipeline, self.accelerator)
         self.objective = self._make_objective()
         self.model, self.optimizers = prepare_model(settings, self.plain, self.accelerator)
@@ -93,8 +95,7 @@ class Trainer:
         if settings.ema is not None:
             self.ema = AveragedWeights(self.trained, settings.ema)
             self.accelerator.register_for_checkpointing(self.ema)  # with ZeRO-2, and of version 0.1's checkpoints
-        inner = [getattr(one, "optimizer", one) for one in self.optimizers]  # accelerate wraps them
-        self.state = TrainingState(self.plain, inner, self.ema)
+        self.state = TrainingState(self.plain, self.optimizers, self.ema)
         self.checkpoints = checkpointing.CheckpointWriter(self.accelerator, run, settings.keep_checkpoints)
         timesteps = len(self.diffusion.tables["log_beta"])
         self.monitor = Monitor(
@@ -155,7 +156,8 @@ class Trainer:
 
     def _loop(self) -> int:
         settings, main = self.config.train, self.accelerator.is_main_process
-        batches = iter(build_loader(self.config, self.dataset, self.accelerator, self.step))
+        loader = build_loader(self.config, self.dataset, self.accelerator, self.step)
+        batches = timed(loader, self.monitor.metrics)
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
             self._train_step(batches)
@@ -166,11 +168,9 @@ class Trainer:
                 self.monitor.log(self.step)
             self.checkpoints.check()
             last = self.step == settings.steps
-            stop = (
-                self.monitor.stop_everywhere
-            )  # of the step before, which is read by now: this one's would be waited for
+            stop = self.monitor.stop_everywhere  # as of the step before: this one's would be waited for
             if due := self.step % settings.checkpoint_every == 0 or last or stop:
-                self._save()
+                self._save(judge=last or not stop)
             if settings.sample_every and (self.step % settings.sample_every == 0 or last):
                 self._sample(saved=due)
             if stop and not last:
@@ -238,7 +238,7 @@ class Trainer:
             self.plain.train()
         if sampling.agree(self.accelerator, failure is not None):
             if not saved:
-                self._save()
+                self._save(judge=False)
             self.checkpoints.wait()
             raise TrainingError(
                 f"sampling at step {self.step} failed: {failure or 'in another process'}; the checkpoint of this step "
@@ -268,14 +268,17 @@ class Trainer:
                 log.warning("not of this line any more, moved to %s: delete it when you do not need it", path)
         log.info("resumed from %s", checkpoint)
 
-    def _save(self) -> None:
+    def _save(self, judge: bool) -> None:
+        """`judge`: measure the held-out loss first; who is asked to stop has no time for it."""
         self.monitor.flush()  # a checkpoint is good only if the loss was
-        started = time.perf_counter()
+        losses = {}
+        if judge and self.held_out is not None:
+            losses = self.held_out.measure(self.plain, self.vae, self.ema, self.accelerator)
+            self.monitor.log_held_out(self.step, losses)
+        started, loss = time.perf_counter(), losses.get("held_out/loss")
         state = None if self.sharding == "ZeRO-2" else self.state.tensors()
-        self.checkpoints.save(self.step, self._invariants(), state, self._export)
-        log.info(
-            "saving step %d while training goes on, which stood for %.1f s", self.step, time.perf_counter() - started
-        )
+        self.checkpoints.save(self.step, self._invariants(), state, self._export, loss)
+        log.info("saving step %d; training stood for %.1f s", self.step, time.perf_counter() - started)
 
     def _export(self, folder: Path) -> Callable[[], None]:
         """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gradio as gr
 import torch
+from gradio import routes
 from starlette.middleware import Middleware
 
 from mige.tasks import Task
@@ -47,7 +48,8 @@ def serving(
     """
     with tempfile.TemporaryDirectory(prefix="mige-web-", ignore_cleanup_errors=True) as folder:
         store = FileStore(Path(folder))
-        with _environment(GRADIO_TEMP_DIR=str(store.folder), GRADIO_ANALYTICS_ENABLED="False"), _sweeping(store):
+        with _environment(GRADIO_TEMP_DIR=str(store.folder), GRADIO_ANALYTICS_ENABLED="False"), _sweeping(store), \
+             _server_folder(store.folder / "gradio"):  # fmt: skip
             page, names = build(service, store), OwnNames(host, public_hosts)
             try:
                 _, address, _ = page.launch(
@@ -107,6 +109,16 @@ def _environment(**changes: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _server_folder(folder: Path) -> Iterator[None]:
+    """Where Gradio's server makes a folder of its own, which else stays in the system's for temporary files."""
+    before, routes.DEFAULT_TEMP_DIR = routes.DEFAULT_TEMP_DIR, str(folder)  # of the environment when it was imported
+    try:
+        yield
+    finally:
+        routes.DEFAULT_TEMP_DIR = before
 
 
 @contextmanager

@@ -93,6 +93,7 @@ SMALL = {
     "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
     "bench_few_step.py": ["--tiny", "--batches", 2, 1, "--repeats", 1],
     "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
+    "bench_sizes.py": ["--tiny", "--long-sides", 0, 64, "--steps", 1, "--repeats", 1],
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
                           "full/eager/fused", "text_encoder_frozen/eager/stochastic", "lora/eager/fused/none"],
     "bench_vae.py": [*TINY, "--size", 32, "--batch", 1, "--repeats", 1, "--variants", "plain", "fused norms"],
@@ -249,6 +250,6 @@ def test_a_run_that_failed_says_why(log, said, tmp_path):
 
 def test_modes_keep_their_order_and_share_the_cards():
     grouped = runpy.run_path(str(ROOT / "benchmarks" / "bench_scaling.py"))["in_groups"]
-    names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2"]
-    assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2"]]
+    names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2_float32"]
+    assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2_float32"]]
     assert grouped(names, 1) == [["one"], ["one_24"], ["lora"], ["lora_kept"]]

@@ -9,12 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from mige.cli import make_world
+from mige.data.parsing import read_records
 from mige.data.randomness import Dropout
 from mige.data.synthetic import styles, tasks
 from mige.data.synthetic.backgrounds import VARIANT
 from mige.data.synthetic.scenes import Placed, Scene, Scenes, draw
 from mige.data.synthetic.stream import WorldDataset, collate_world
 from mige.data.synthetic.world import FIRST, SECOND, SQUARE, frame
+from mige.utils import images
 
 FOLDER = Path(styles.__file__).parent / "drawings"
 SPLIT = SECOND.splits()
@@ -93,10 +96,10 @@ def test_every_kind_of_background_is_its_own_and_fills_every_shape():
     variants = torch.from_numpy(np.random.default_rng(0).random((4, VARIANT), dtype=np.float32))
     drawn = [SECOND.draw(kind, variants, 48, 48) for kind in range(len(SECOND.phrases))]
     assert len(set(SECOND.phrases)) == len(drawn) == 28
-    for kind, images in enumerate(drawn):
-        assert images.min() >= 0 and images.max() <= 1
-        assert (images[0] - images[1]).abs().mean() > 1e-3, SECOND.phrases[kind]
-        others = [(images.mean(0) - other.mean(0)).abs().mean() for i, other in enumerate(drawn) if i != kind]
+    for kind, these in enumerate(drawn):
+        assert these.min() >= 0 and these.max() <= 1
+        assert (these[0] - these[1]).abs().mean() > 1e-3, SECOND.phrases[kind]
+        others = [(these.mean(0) - other.mean(0)).abs().mean() for i, other in enumerate(drawn) if i != kind]
         assert min(others) > 0.01, SECOND.phrases[kind]
         for height, width in ((42, 54), (84, 48)):
             assert SECOND.draw(kind, variants[:1], height, width).shape == (1, 3, height, width)
@@ -234,3 +237,23 @@ def test_the_stream_has_a_shape_a_block_and_latents_to_fit(tiny_model):
         collate_world([stream[first], stream[other]])
     square = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, **common)
     assert {square.shape(index) for index in range(80)} == {(256, 256)}
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_world_on_disk_is_what_the_stream_draws(tmp_path, capsys):
+    given = ["--cases", "3", "--seed", "5", "--kinds", "flip", "add_by_reference", "--world", "second"]
+    assert make_world.main([str(tmp_path / "world"), *given, "--unseen-drawings"]) == 0
+    records = read_records([tmp_path / "world" / "records.jsonl"]).raise_if_errors()
+    mixture = {kind: tasks.MIXTURE[kind] for kind in ("flip", "add_by_reference")}
+    for number, record in enumerate(records):
+        rng = np.random.default_rng([5, number])
+        one = tasks.sample(rng, SPLIT["unseen_drawings"], mixture, world=SECOND)
+        assert record.prompt == one.prompt
+        drawn = image(one.target, *one.references)
+        for path, expected in zip([record.target, *record.references], drawn, strict=True):
+            assert (images.to_pixels(images.open_image(path)) - expected).abs().max() < 1.01 / 127.5
+    with pytest.raises(SystemExit, match="2"):
+        make_world.main([str(tmp_path / "other"), "--cases", "1", "--unseen-drawings"])
+    assert "--unseen-drawings belongs to --world second" in capsys.readouterr().err

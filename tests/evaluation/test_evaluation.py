@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import evaluation_files as files
@@ -390,6 +391,20 @@ def test_a_changed_image_is_scored_anew(migebench, networks, tmp_path):
     after = scoring.score(prepared, scoring.outputs(prepared, copied), *networks, tmp_path / "cache")
     assert after.rows[0]["model"]["DINO"] == pytest.approx(1) and before.rows[0]["model"]["DINO"] < 0.999
     assert after.rows[1:] == before.rows[1:]
+
+
+def test_features_of_version_0_1_0_are_read(networks, tmp_path, monkeypatch):
+    """A cache names its entries as it always has: images by "picture" and their hash, captions by "text"."""
+    path = tmp_path / "a.png"
+    files.save(path, 1)
+    features = scoring.Features(networks[0], tmp_path / "cache", 4)
+    keys = {f"picture {sha256(path.read_bytes()).hexdigest()}": 1.0, f"text {sha256(b'a dog').hexdigest()}": 2.0}
+    features.path.parent.mkdir()
+    features.path.write_bytes(save({key: torch.full((4,), value) for key, value in keys.items()}))
+    kept = scoring.Features(networks[0], tmp_path / "cache", 4)
+    monkeypatch.setattr(networks[0], "encode", None)  # nothing is computed
+    kept.compute([path], ["a dog"])
+    assert (kept[path][0], kept["a dog"][0]) == (1, 2)
 
 
 def test_missing_extra_and_double_results_are_listed(migebench, tmp_path):

@@ -1,6 +1,7 @@
 """Runs into a folder: what an image depends on, skipping, resuming, refusing, and the two kinds of noise."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from mige.checkpoints.errors import CheckpointError
 from mige.data.parsing import read_records
+from mige.inference import results
 from mige.inference import run as inference
 from mige.inference.folder import write_config
 from mige.inference.pipeline import MIGEPipeline
@@ -316,6 +318,23 @@ def test_images_are_opened_while_the_chunk_before_is_computed(records):
             reader.submit(int).result()  # everything asked for is done
             assert len(opened) == min(start + 4, 6)
         assert list(chunks) == []
+
+
+def test_images_of_a_chunk_are_saved_together_and_their_lines_in_order(pipe, records, tmp_path, monkeypatch):
+    """The first image is saved only when the second one has been."""
+    chunk = [record for record in records if record.task is Task.EDIT][:2]
+    save, second = results.images.save_image, threading.Event()
+
+    def together(image, path, **options):
+        if path == tmp_path / f"images/{chunk[0].id}.png":
+            assert second.wait(20)
+        save(image, path, **options)
+        if path == tmp_path / f"images/{chunk[1].id}.png":
+            second.set()
+
+    monkeypatch.setattr(results.images, "save_image", together)
+    inference.run(chunk, pipe, SETTINGS, tmp_path)
+    assert [line["id"] for line in lines(tmp_path)] == [record.id for record in chunk]
 
 
 def test_a_folder_of_before_a_setting_was_there_goes_on(pipe, records, tmp_path):

@@ -16,12 +16,19 @@ import torch
 import yaml
 from conftest import ROOT, environment
 from evaluation_files import save
+from golden import golden_state
 from PIL import Image
 from processes import ServedProcess, run_python, start_program, start_python
 from safetensors.torch import load_file
 from test_trainer import build, metrics, weights
 from test_trainer import command as train_command
+from transformers import AutoTokenizer
 
+from mige import config
+from mige.checkpoints.key_map import load_official
+from mige.diffusion.solver import DPMSolver2M
+from mige.inference.pipeline import MIGEPipeline
+from mige.models.build import build_parts
 from mige.training.errors import TrainingError
 
 pytestmark = pytest.mark.processes
@@ -224,18 +231,34 @@ def exported(model: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}.{key}": value for file in files for key, value in load_file(file).items()}
 
 
-def test_sharded_processes_equal_one_and_resume_as_four(tiny_model, tmp_path):
+# FSDP2 prepares every operation for every tensor in each process, which takes seconds: few of them.
+FEW = ("model.transformer.num_layers=1", "model.qformer.num_hidden_layers=2", "model.text_encoder.num_layers=2",
+       "model.image_encoder.num_hidden_layers=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few_tensors(tiny_model, tmp_path_factory) -> Path:
+    """A checkpoint of these sizes, in which every part does something."""
+    parts = build_parts(config.load(ROOT / "configs" / "tiny.py", FEW).model)
+    load_official(parts, golden_state(parts))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
+    folder = tmp_path_factory.mktemp("few") / "model"
+    MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(folder)
+    return folder
+
+
+def test_sharded_processes_equal_one_and_resume_as_four(few_tensors, tmp_path):
     """FSDP2, with averaged weights, which are what a checkpoint's model holds, and samples on the way."""
-    more = ("train.ema=0.9", "train.sample_every=4", "train.sample_steps=2",
+    more = (*FEW, "train.ema=0.9", "train.sample_every=4", "train.sample_steps=2",
             "train.sample_records=['example_data/edit.json']")  # fmt: skip
-    assert build(tiny_model, tmp_path / "one", *STEPS, "train.batch_size=4", *more).run() == 0
-    finish(shard(tiny_model, tmp_path / "two", 2, 2, *more))
+    assert build(few_tensors, tmp_path / "one", *STEPS, "train.batch_size=4", *more).run() == 0
+    finish(shard(few_tensors, tmp_path / "two", 2, 2, *more))
     checkpoints = tmp_path / "four" / "checkpoints"
     shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000002", checkpoints / "step-00000002")
-    finish(shard(tiny_model, tmp_path / "four", 4, 1, *more))
+    finish(shard(few_tensors, tmp_path / "four", 4, 1, *more))
     one, two, four = (exported(tmp_path / run / "checkpoints" / "step-00000004" / "model")
                       for run in ("one", "two", "four"))  # fmt: skip
-    start = exported(tiny_model)
+    start = exported(few_tensors)
     assert distance(one, two, start) < 1e-3 and distance(one, four, start) < 1e-3
     first, *others = (images(tmp_path / run / "samples" / "step-00000004") for run in ("one", "two", "four"))
     assert len(first) == 3

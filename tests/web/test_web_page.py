@@ -279,7 +279,9 @@ def test_the_script_serves_and_leaves_nothing_behind_when_it_is_ended(lively, tm
     temporary.mkdir()
     elsewhere.mkdir()
     command = [ROOT / "infer_scripts" / "web_demo.py", "--model", lively, "--device", "cpu"]
-    options = dict(cwd=elsewhere, env=environment() | {"TMPDIR": str(temporary)}, stdout=-1, stderr=subprocess.PIPE)
+    env = environment() | {"TMPDIR": str(temporary)}
+    env.pop("GRADIO_TEMP_DIR", None)  # set while this process serves a page itself
+    options = dict(cwd=elsewhere, env=env, stdout=-1, stderr=subprocess.PIPE)
     with start_python(*command, **options) as process:
         try:
             line = process.stdout.readline()

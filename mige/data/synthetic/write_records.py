@@ -9,23 +9,30 @@ from tqdm import tqdm
 
 from mige.data.synthetic import tasks
 from mige.data.synthetic.scenes import Scenes, draw
+from mige.data.synthetic.world import FIRST, World
 from mige.utils import images
 
 _CHUNK = 64  # cases drawn together
 
 
 def write(
-    folder: Path, seed: int, cases: range, subjects: tuple[int, ...], mixture: dict[str, float], *, augment: bool
+    folder: Path,
+    seed: int,
+    cases: range,
+    subjects: tuple[int, ...],
+    mixture: dict[str, float],
+    *,
+    augment: bool,
+    world: World = FIRST,
 ) -> Counter:
-    """Records and images of these cases; returns how many there are of each kind."""
+    """Records and square images of these cases of a world; returns how many there are of each kind."""
     (folder / "images").mkdir()
     counts = Counter()
     with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
         for first in tqdm(range(0, len(cases), _CHUNK), unit=f"x {_CHUNK} cases"):
             numbers = cases[first : first + _CHUNK]
-            made = {
-                n: tasks.sample(np.random.default_rng([seed, n]), subjects, mixture, augment=augment) for n in numbers
-            }
+            rngs = {n: np.random.default_rng([seed, n]) for n in numbers}
+            made = {n: tasks.sample(rng, subjects, mixture, augment=augment, world=world) for n, rng in rngs.items()}
             names, scenes = [], []
             for number, case in made.items():
                 row = _record(number, case)
@@ -33,7 +40,7 @@ def write(
                 names += [row["image"], *row["entity_path"]]
                 scenes += [case.target, *case.references]
                 counts[case.kind] += 1
-            for name, image in zip(names, images.to_pil(draw(Scenes.stack(scenes))), strict=True):
+            for name, image in zip(names, images.to_pil(draw(Scenes.stack(scenes), world=world)), strict=True):
                 image.save(folder / name)
     return counts
 
