@@ -219,8 +219,6 @@ def why_not(scheduler: SchedulerMixin) -> str | None:
                 if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip
     if len(required) > 3:
         return f"{name}.step also asks for {', '.join(required[3:])}: expected one stepped by estimate, time and sample"
-    if "Inverse" in name:
-        return f"{name} goes from images to noise: expected one that goes from noise, such as EulerDiscreteScheduler"
     for option in ("clip_sample", "thresholding"):
         if scheduler.config.get(option):
             return f"{name} has {option}, which clips latents as if they were pixels: make it {FROM_CONFIG}"
@@ -230,8 +228,8 @@ def why_not(scheduler: SchedulerMixin) -> str | None:
 def _why_not_its_schedule(scheduler: SchedulerMixin) -> str | None:
     """What is wrong with a scheduler's noise schedule."""
     betas = getattr(scheduler, "betas", None)
-    if not isinstance(betas, Tensor):
-        return f"{type(scheduler).__name__} has no betas: its noise is not that which MIGE models are trained on"
+    if not isinstance(betas, Tensor) or "beta_start" not in scheduler.config:
+        return None  # of other families, such as consistency models', which tell no schedule to compare
     if len(betas) < 2:
         return f"its num_train_timesteps is {len(betas)}, expected at least 2"
     first, last = float(betas[0]), float(betas[-1])
