@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -93,7 +94,7 @@ def prepare(
     return Inputs(
         task=task,
         instructions=instructions,
-        vision_RHWC=torch.stack(vision) if vision else torch.zeros(0, vision_size, vision_size, 3, dtype=torch.uint8),
+        vision_RHWC=_stack(vision) if vision else torch.zeros(0, vision_size, vision_size, 3, dtype=torch.uint8),
         references_RHWC=_fit(references, fit, draws[0], cell) if draws else None,
         sources_BHWC=sources,
         noise=noise,
@@ -147,7 +148,12 @@ def _fit(
 ) -> Tensor:
     """Images, each fitted in its way to the size of a draw [4, h, w] of their posterior -> uint8 [B, H, W, 3]."""
     height, width = (side * cell for side in draw.shape[1:])
-    return torch.stack(_each(lambda image, fit: images.to_levels(fit(image, height, width)), originals, fits))
+    return _stack(_each(lambda image, fit: images.to_levels(fit(image, height, width)), originals, fits))
+
+
+def _stack(levels: Sequence[Tensor]) -> Tensor:
+    """B of uint8 [H, W, 3] -> [B, H, W, 3]; not by OpenMP's threads, which wait for each other on a busy host."""
+    return torch.from_numpy(np.stack([one.numpy() for one in levels]))
 
 
 def _each(function: Callable[..., Tensor], originals: Sequence[Image.Image], *others: Sequence) -> list[Tensor]:

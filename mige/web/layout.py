@@ -76,6 +76,7 @@ def _slider() -> gr.ImageSlider:
         max_height=640,
         slider_position=8,
         buttons=["fullscreen"],
+        elem_classes="mige-compare",
     )
 
 
@@ -88,16 +89,16 @@ def _settings(service: GenerationService, task: Task) -> list[gr.Component]:
     with gr.Accordion("Size, steps, guidance", open=False):
         with gr.Row():
             if task is Task.SUBJECT:
-                width = Slider(smallest, largest, native, step=grid, label="Width, px", min_width=160)
-                height = Slider(smallest, largest, native, step=grid, label="Height, px", min_width=160)
+                width = Slider(smallest, largest, native, step=grid, label="Width, px", min_width=200)
+                height = Slider(smallest, largest, native, step=grid, label="Height, px", min_width=200)
             else:
-                width = Slider(0, largest, 0, step=grid, label="Width, px (both 0: as picture 1)", min_width=160)
-                height = Slider(0, largest, 0, step=grid, label="Height, px", min_width=160)
+                width = Slider(0, largest, 0, step=grid, label="Width, px (both 0: as picture 1)", min_width=200)
+                height = Slider(0, largest, 0, step=grid, label="Height, px", min_width=200)
         steps = Slider(*STEPS, offered.steps, step=1, label="Steps")
         with gr.Row():
-            guidance = Slider(*GUIDANCE, offered.guidance, step=0.1, label="Guidance", min_width=160)
+            guidance = Slider(*GUIDANCE, offered.guidance, step=0.1, label="Guidance", min_width=200)
             source_guidance = Slider(
-                *SOURCE_GUIDANCE, offered.source_guidance, step=0.1, label="Source guidance", min_width=160,
+                *SOURCE_GUIDANCE, offered.source_guidance, step=0.1, label="Source guidance", min_width=200,
                 visible=task is not Task.SUBJECT,
             )  # fmt: skip
     return [seed, many, steps, guidance, source_guidance, width, height]

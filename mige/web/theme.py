@@ -66,6 +66,7 @@ CSS = """
 .dark [role=tab][aria-selected=true] { color: var(--primary-300); }
 .gradio-container footer, .gradio-container footer * { color: var(--body-text-color-subdued); }
 .mige-gallery .grid-wrap { max-height: none !important; overflow: visible !important; }
+.mige-compare label { max-width: calc(100% - 4.5rem); height: auto !important; white-space: normal; }
 .mige-result .generating { border: none !important; }
 .mige-stage { display: flex; flex-direction: column; gap: .6rem; min-height: 5rem; }
 .mige-stage p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }

@@ -93,6 +93,7 @@ SMALL = {
     "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
     "bench_few_step.py": ["--tiny", "--batches", 2, 1, "--repeats", 1],
     "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
+    "bench_sizes.py": ["--tiny", "--long-sides", 0, 64, "--steps", 1, "--repeats", 1],
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
                           "full/eager/fused", "text_encoder_frozen/eager/stochastic", "lora/eager/fused/none"],
     "bench_vae.py": [*TINY, "--size", 32, "--batch", 1, "--repeats", 1, "--variants", "plain", "fused norms"],

@@ -288,11 +288,25 @@ FAINT = """() => {
 }"""
 
 
+# Texts of which a side lies beyond what cuts them off: a column too narrow for a slider's largest number.
+CUT = """() => [...document.querySelectorAll("[role=tabpanel] *")].filter(e => {
+  if (!e.checkVisibility({visibilityProperty: true}) || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+    return false;
+  const range = document.createRange(); range.selectNodeContents(e);
+  const text = range.getBoundingClientRect();
+  for (let p = e.parentElement; p; p = p.parentElement) {
+    const box = p.getBoundingClientRect();
+    if (getComputedStyle(p).overflowX !== "visible" && (text.right > box.right + 1 || text.left < box.left - 1))
+      return true;
+  }
+}).map(e => e.textContent.slice(0, 40))"""
+
+
 def test_on_a_phone_a_result_is_seen_whole_and_survives_a_stop(opened, pictures, service):
     window, tab = opened(390, tab=EDIT)
     upload(tab, *pictures[Task.EDIT])
     write(tab, "erase the thing at the top")
-    choose(tab, "Steps", 2)
+    choose(tab, "Steps", 4)
     choose(tab, "Pictures", 4)
     run(tab)
     playwright.expect(tab.locator(".mige-bar")).to_be_in_viewport(timeout=WAIT)
@@ -302,6 +316,9 @@ def test_on_a_phone_a_result_is_seen_whole_and_survives_a_stop(opened, pictures,
     window.set_viewport_size({"width": 390, "height": 400})  # lower than the grid: it is not cut, the page scrolls
     assert tab.locator(".mige-gallery .grid-wrap").evaluate("one => one.scrollHeight <= one.clientHeight")
     playwright.expect(tab.get_by_text("left: before, right: after")).to_be_visible()
+    title, buttons = tab.locator(".mige-compare label").first, tab.locator(".mige-compare button").first
+    title, buttons = title.bounding_box(), buttons.bounding_box()
+    assert title["x"] + title["width"] <= buttons["x"] or title["y"] + title["height"] <= buttons["y"]
     handle = tab.locator("[role=slider], .handle, .inner").first.bounding_box()
     assert handle["x"] < 390 / 4  # the result has three quarters of the width
     shown = images.evaluate_all("all => all.map(one => one.src)")
@@ -327,4 +344,9 @@ def test_nothing_is_wider_than_the_window_or_too_faint_to_read(opened, width, th
         write(window.locator("[role=tabpanel]:visible"), "a picture 9" if title == EDIT else "")
         window.wait_for_timeout(300)  # transitions of colours
         assert window.evaluate(FAINT) == []
+    if width == 1400 and theme == "light":  # settings opened where two columns have least room
+        window.set_viewport_size({"width": 800, "height": 900})
+        window.locator("[role=tabpanel]:visible").get_by_text("Size, steps, guidance").click()
+        window.wait_for_timeout(300)
+        assert window.evaluate(CUT) == []
     assert window.evaluate("document.body.classList.contains('dark')") == (theme == "dark")

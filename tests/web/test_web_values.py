@@ -17,6 +17,7 @@ from mige.web.service import GenerationService
 __all__ = ["events", "http", "tiny_service"]  # fixtures
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+SIZE = {"width": 128, "height": 128}  # by default an edit has its picture's
 FORM = "multipart/form-data; boundary=B"
 NUMBERS = {  # of the API -> in sentences, least and most, whether a fraction is one
     "seed": ("seed", 0, 2**32 - 1, False),
@@ -39,13 +40,14 @@ def test_a_number_that_is_none_of_the_fields_is_refused_by_its_name(http, monkey
     path = upload(http)
     wrong = [None, True, False, "1", "", [1], {"a": 1}, NAN, INF, -INF, least - 1, most + 1, HUGE, -HUGE]
     for value in [*wrong, least - 0.1, most + 0.1] if is_fraction else [*wrong, most - 0.5, 1e300]:
-        said = edit(http, picture_1={"path": path}, **{field: value})
+        said = edit(http, picture_1={"path": path}, **(SIZE | {field: value}))
         remedies = (
             "expected a ",
             " px: choose a multiple of ",
             f": choose one from {least} to",
             ": write a ",
         )
+        assert value is not None or f"The {name} is empty: write a" in said
         assert f'"error": "The {name} is ' in said and any(remedy in said for remedy in remedies), (value, said)
     assert ran == []
 
@@ -57,7 +59,7 @@ def test_both_ends_and_a_whole_number_written_as_a_fraction_are_taken(http, monk
     monkeypatch.setattr(GenerationService, "_make", lambda self, request, *rest: made.append(request) or 1 / 0)
     _, least, most, _ = NUMBERS[field]
     for value in (least, most, float(least), float(most)):
-        edit(http, **{field: value})
+        edit(http, **(SIZE | {field: value}))
         asked = {"seed": made[-1].seeds[0], "pictures": len(made[-1].seeds)}
         assert asked.get(field, getattr(made[-1], field, None)) == value
     assert len(made) == 4
