@@ -95,6 +95,7 @@ class Bench:
         if machine.on_gpu:
             set_product_dtype(self.parts["image_encoder"], getattr(torch, recipe.model.fusion["vision_dtype"]))
         trainer.load_pretrained, trainer.load_dataset = self._pipeline, lambda *_: Edits()
+        trainer.frozen_digest = lambda *_: ""  # there is no tokenizer, and nothing is resumed
 
     def _pipeline(self, *_: object) -> MIGEPipeline:
         own = {"transformer": copy.deepcopy(self.parts["transformer"]), "scheduler": DPMSolver2M(), "tokenizer": None}
