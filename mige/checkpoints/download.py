@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from mige.checkpoints.errors import CheckpointError
 from mige.utils.errors import UserError
-from mige.utils.files import folder_lock
+from mige.utils.files import folder_lock, sync_folder
 
 REPOSITORY = "EurekaTian/MIGE"
 """Where the authors keep their weights."""
@@ -129,6 +129,7 @@ def _fetch(url: str, local: Path, expected: RepoSibling) -> None:
         part.unlink()
         raise CheckpointError(f"{local}: {problem}; what was fetched is removed, run the same command again")
     part.rename(local)
+    sync_folder(local.parent)
 
 
 def _is_whole(path: Path, expected: RepoSibling) -> bool:

@@ -21,7 +21,7 @@ from mige.reports.cases import Case
 from mige.reports.page import Drawing, Section, Table, write_page
 from mige.reports.thumbnails import Thumbnails
 from mige.utils import images
-from mige.utils.files import write_text
+from mige.utils.files import read_json_object, write_text
 
 EVERY = "every kind"  # the name of the table's last rows, over all kinds that have the measure
 HEADINGS = ("split", "measure", "mean", "95 % interval", "n", "copy", "VAE", "of VAE")
@@ -135,7 +135,7 @@ def write(chosen: Sequence[BenchCase], rows: Sequence[Mapping], out: Path) -> Pa
     if not rows:
         raise ValueError("got no rows, expected at least one: a report shows what a run has measured")
     path = out / "settings.json"
-    settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    settings = read_json_object(path) if path.exists() else {}
     entries, note = table(rows), _shortfall(rows)
     versions = {"mige": mige.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}

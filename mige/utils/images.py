@@ -144,7 +144,8 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=_formats(path)) as image:
             check_size(path, image.size)
             if image.format == "PNG" and image.width != image.height:
-                image.load()
+                with _decoding(image.width * image.height):
+                    image.load()
             # Of a TIFF Pillow gives the upright size, but keeps the tag until the image is decoded.
             turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
             return image.size[::-1] if turned else image.size

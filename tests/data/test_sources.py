@@ -343,6 +343,7 @@ def seed_folder(root):
         "real_editing": [
             single | {"instruction": "fix", "target_image": "target_images/gone.jpg"},
             "{half a line",
+            '{"a":' * 5000 + "1" + "}" * 5000,
             {"source_image": "a.jpg"},
             single | {"instruction": "fix", "source_image": "broken.jpg"},
         ],
@@ -377,6 +378,7 @@ def test_seed_data_edit(tmp_path, monkeypatch):
         "damaged image",
         "empty instruction",
         "empty instruction",
+        "malformed JSON",
         "malformed JSON",
         "missing image",
         "neither instruction nor instruction_1",

@@ -181,11 +181,11 @@ def test_an_image_of_the_same_name_in_another_folder_is_other_data(tiny_model, t
     assert build(tiny_model, tmp_path / "run", *short).run() == 0
     place = data / rows[0]["image"]
     (data / "more").mkdir()
-    place.rename(data / "more" / place.name)
+    shutil.copy(place, data / "more")
     rows[0]["image"] = f"more/{place.name}"
     (data / TRAIN.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(TrainingError, match="set_0: "):
-        build(tiny_model, tmp_path / "run", *short, "train.steps=2", "data.skip_bad=True").run()
+        build(tiny_model, tmp_path / "run", *short, "train.steps=2").run()
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])

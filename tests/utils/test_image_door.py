@@ -405,6 +405,23 @@ def test_no_more_is_decoded_at_once_than_one_image_may_have(tmp_path, monkeypatc
     assert len(held) == 64 and max(held) <= 128 and images._held == 0
 
 
+def test_sizes_are_read_within_the_same_limit(tmp_path, monkeypatch):
+    """A PNG that is not square is decoded for its size, by 16 threads where a folder of .npy files is checked."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mige.utils import images
+
+    path = saved(Image.fromarray(noise(8, 12)), tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 200)
+    held, kind = [], PngImagePlugin.PngImageFile
+    begin = kind.load_prepare
+    slowly = lambda image: (time.sleep(0.002), held.append(images._held), begin(image))[2]  # noqa: E731
+    monkeypatch.setattr(kind, "load_prepare", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(images.image_size, [path] * 32)) == {(12, 8)}
+    assert len(held) == 32 and {96} <= set(held) <= {96, 192}
+
+
 P3_PLACES = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)  # of PNG's cHRM, x 100000: white, red, green, blue
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mige.data.parsing import make_record
 from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
-from mige.utils.files import folder_lock, read_json_object
+from mige.utils.files import folder_lock, read_json_object, sync_folder
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
@@ -192,8 +192,7 @@ def _open(folder: Path, settings: Settings) -> Summary:
             if "left_out" in saved:  # version 0.1.0's names
                 saved["skipped"] = {k.replace("picture", "image"): n for k, n in saved.pop("left_out").items()}
             last = Summary(**saved)
-            if not isinstance(last.settings, dict) or not isinstance(last.sizes, dict) or type(last.rows) is not int:
-                raise ValueError(f"{folder / SUMMARY}: not the summary of a run")
+            _check_summary(last)
         except (ValueError, TypeError, AttributeError) as error:
             advice = "it says how far the run came: restore it, or use another --output"
             raise SourceError(f"{folder / SUMMARY} is damaged or another file ({error}); {advice}") from error
@@ -214,6 +213,21 @@ def _open(folder: Path, settings: Settings) -> Summary:
         if found > size:
             os.truncate(path, size)
     return summary
+
+
+def _check_summary(summary: Summary) -> None:
+    """Raise ValueError naming the field that is not what a run writes."""
+    kinds = dict(settings=dict, finished=bool, rows=int, written=int, skipped=dict, sizes=dict)
+    for name, kind in kinds.items():
+        if type(getattr(summary, name)) is not kind:
+            raise ValueError(f"its {name} is {getattr(summary, name)!r:.80}")
+    counts = [summary.rows, summary.written, *summary.skipped.values(), *summary.sizes.values()]
+    if any(type(one) is not int or one < 0 for one in counts):
+        raise ValueError("it counts something by no whole number")
+    if summary.rows and summary.sizes.keys() != {RECORDS, SKIPPED}:
+        raise ValueError(f"its sizes are of {', '.join(summary.sizes) or 'nothing'}, not of {RECORDS} and {SKIPPED}")
+    if not isinstance(summary.position, dict | None):
+        raise ValueError(f"its position is {summary.position!r:.80}")
 
 
 def _commit(folder: Path, summary: Summary, lines: list[dict], rows: int, position: dict[str, Any]) -> None:
@@ -247,6 +261,7 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 

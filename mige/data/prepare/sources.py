@@ -170,7 +170,7 @@ def _seed_data_edit(row: Mapping[str, Any], writer: ImageWriter, settings: Setti
     """One sample, or one a turn of a session: each turn edits the result of the one before."""
     try:
         fields = json.loads(row["line"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
         raise SkippedSample("malformed JSON", f"{row['where']}: {error}") from error
     if not isinstance(fields, dict) or not ({"instruction", "instruction_1"} & fields.keys()):
         raise SkippedSample("neither instruction nor instruction_1", f"{row['where']}: {row['line'][:200]}")

@@ -42,6 +42,10 @@ def read_file(path: Path, what: str) -> str:
         return path.read_text("utf-8")
     except FileNotFoundError as error:
         raise BenchmarkError(f"{path}: no such file; give the folder of {what} that holds it") from error
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read ({error.strerror}); correct it, or prepare it again") from error
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path}: no UTF-8 text ({error.reason}); fetch it, or prepare it again") from error
 
 
 def first_of(folder: Path, *names: str) -> Path:

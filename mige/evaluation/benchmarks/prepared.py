@@ -104,8 +104,10 @@ def _config(folder: Path) -> "Prepared":
 def read(folder: Path) -> Prepared:
     """A prepared folder; raises BenchmarkError if it is none, or not whole."""
     prepared, config = _config(folder), read_json(folder / "benchmark.json", "a prepared benchmark", dict)
-    rows = []
-    for file in config.get("records", []):
+    rows, listed = [], config.get("records")
+    if not isinstance(listed, list) or any(not isinstance(one, str) or Path(one).name != one for one in listed):
+        raise BenchmarkError(f"{folder / 'benchmark.json'}: its records are {listed!r:.80}; prepare it again")
+    for file in listed:
         read_file(folder / file, "records")
         found, errors = read_json_lines(folder / file)
         bad = [
