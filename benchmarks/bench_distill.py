@@ -13,17 +13,16 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import os
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
-from harness import ROOT, Machine, Report, parser, table
+from harness import ROOT, Machine, Report, ending_after, parser, table
 from torch.utils.data import Dataset
 
 from mige import config
@@ -94,8 +93,6 @@ class Bench:
         self.parts = build_parts(recipe.model, device=machine.device, dtype=dtype)
         if machine.on_gpu:
             set_product_dtype(self.parts["image_encoder"], getattr(torch, recipe.model.fusion["vision_dtype"]))
-        trainer.load_pretrained, trainer.load_dataset = self._pipeline, lambda *_: Edits()
-        trainer.frozen_digest = lambda *_: ""  # there is no tokenizer, and nothing is resumed
 
     def _pipeline(self, *_: object) -> MIGEPipeline:
         own = {"transformer": copy.deepcopy(self.parts["transformer"]), "scheduler": DPMSolver2M(), "tokenizer": None}
@@ -105,7 +102,9 @@ class Bench:
         """The line of a case."""
         recipe = self._recipe(*case.split("/"))
         AcceleratorState._reset_state(reset_partial_state=True)  # each case has its own precision
-        with tempfile.TemporaryDirectory() as folder:
+        instead = {"load_pretrained": self._pipeline, "load_dataset": lambda *_: Edits()}
+        instead["frozen_digest"] = lambda *_: ""  # there is no tokenizer, and nothing is resumed
+        with tempfile.TemporaryDirectory() as folder, patch.multiple(trainer, **instead):
             student = DistillationTrainer(recipe, Path(folder) / "run")
             batch = batch_of(recipe, student.pipeline, self.args.batch, self.args.tokens)
             line = self._steps(student, itertools.repeat(batch))
@@ -163,16 +162,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args, begun = parse(), time.perf_counter()
-    clock = threading.Timer(args.time_limit, lambda: (print("time limit", flush=True), os._exit(0)))
-    clock.daemon = True
-    clock.start()
+    with ending_after(args.time_limit):
+        measure(args, begun)
+
+
+def measure(args: argparse.Namespace, begun: float) -> None:
     machine = Machine(args.device)
     report = Report(machine, args.output, weights="random", config=args.config.name)
     bench = Bench(args, machine)
     print(f"built in {time.perf_counter() - begun:.0f} s", flush=True)
     for case in args.cases:
         report.attempt({"case": case}, lambda case=case: bench.measure(case))
-    clock.cancel()
+    AcceleratorState._reset_state(reset_partial_state=True)
     print(table(report.lines, COLUMNS))
 
 

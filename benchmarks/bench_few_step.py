@@ -11,14 +11,12 @@ one more call that waits between them, and how far latents (relative L2) and ima
 
 import argparse
 import copy
-import os
 import statistics
-import threading
 import time
 from collections.abc import Sequence
 
 import torch
-from harness import ROOT, Machine, Report, digits, parser, table
+from harness import ROOT, Machine, Report, digits, ending_after, parser, table
 from random_model import draw, random_pipeline, samples
 from torch import Tensor
 
@@ -118,9 +116,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    clock = threading.Timer(args.time_limit, lambda: (print("time limit", flush=True), os._exit(0)))
-    clock.daemon = True
-    clock.start()
+    with ending_after(args.time_limit):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     machine = Machine(args.device)
     report = Report(machine, args.output, steps=args.steps, weights="random")
     bench = Bench(args, machine)
@@ -128,7 +128,6 @@ def main() -> None:
         bench.prepare(mode)
         for batch in args.batches:
             report.attempt({"mode": mode, "batch": batch}, lambda batch=batch: bench.measure(batch))
-    clock.cancel()
     rows = [line | {f"{name}_ms": ms for name, ms in line["ms"].items()} for line in report.lines]
     print(table(rows, [*COLUMNS, *(f"{name}_ms" for name in PHASES)]))
 

@@ -10,8 +10,10 @@ import itertools
 import json
 import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -180,6 +182,23 @@ class Report:
             with self.output.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
         return line
+
+
+@contextmanager
+def ending_after(seconds: float) -> Iterator[None]:
+    """End the process, whatever it is at, if it is still inside by then: the lines so far are written."""
+
+    def end() -> None:
+        print("time limit", flush=True)
+        os._exit(0)
+
+    clock = threading.Timer(seconds, end)
+    clock.daemon = True
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
 
 
 def table(lines: Sequence[dict], columns: Sequence[str]) -> str:

@@ -89,9 +89,10 @@ def test_the_table_shows_what_there_is():
 
 SMALL = {
     "bench_compile.py": [*TINY, "--batch", 2, "--lengths", 12, 20, "--steps", 2],
-    "bench_distill.py": [*TINY, "--batch", 2, "--tokens", 20, "--steps", 1, "--cases", "whole/eager", "lora/eager"],
+    "bench_distill.py": [*TINY, "--time-limit", 9999, "--batch", 2, "--tokens", 20, "--steps", 1, "--cases",
+                         "whole/eager", "lora/eager"],
     "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
-    "bench_few_step.py": ["--tiny", "--batches", 2, 1, "--repeats", 1],
+    "bench_few_step.py": ["--tiny", "--time-limit", 9999, "--batches", 2, 1, "--repeats", 1],
     "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
     "bench_sizes.py": ["--tiny", "--long-sides", 0, 64, "--steps", 1, "--repeats", 1],
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",

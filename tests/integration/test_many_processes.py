@@ -256,10 +256,12 @@ def test_sharded_processes_equal_one_and_resume_as_four(few_tensors, tmp_path):
     checkpoints = tmp_path / "four" / "checkpoints"
     shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000002", checkpoints / "step-00000002")
     finish(shard(few_tensors, tmp_path / "four", 4, 1, *more))
-    one, two, four = (exported(tmp_path / run / "checkpoints" / "step-00000004" / "model")
-                      for run in ("one", "two", "four"))  # fmt: skip
+    shutil.copytree(checkpoints / "step-00000002", tmp_path / "back" / "checkpoints" / "step-00000002")
+    assert build(few_tensors, tmp_path / "back", *STEPS, "train.batch_size=4", *more[:-3]).run() == 0  # which holds all
+    one, two, four, back = (exported(tmp_path / run / "checkpoints" / "step-00000004" / "model")
+                            for run in ("one", "two", "four", "back"))  # fmt: skip
     start = exported(few_tensors)
-    assert distance(one, two, start) < 1e-3 and distance(one, four, start) < 1e-3
+    assert distance(one, two, start) < 1e-3 and distance(one, four, start) < 1e-3 and distance(one, back, start) < 1e-3
     first, *others = (images(tmp_path / run / "samples" / "step-00000004") for run in ("one", "two", "four"))
     assert len(first) == 3
     for sample in others:

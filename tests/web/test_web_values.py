@@ -8,7 +8,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_page import edit, events, http, tiny_service, upload
 
@@ -131,6 +131,7 @@ def answered(client, method: str, target: str, headers: dict[str, str], body: by
     headers=HEADERS,
     body=BODIES,
 )
+@example(method="GET", path="/", query="page=x", headers={}, body=b"")
 def test_no_bytes_at_all_end_in_an_error_of_ours(http, caplog, method, path, query, headers, body):
     """No address, header or form reads a file or fails inside; an upload lands in a folder of its own."""
     if path == "/gradio_api/upload" and len(headers) < 2:
