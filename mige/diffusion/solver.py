@@ -228,7 +228,7 @@ def why_not(scheduler: SchedulerMixin) -> str | None:
 def _why_not_its_schedule(scheduler: SchedulerMixin) -> str | None:
     """What is wrong with a scheduler's noise schedule."""
     betas = getattr(scheduler, "betas", None)
-    if not isinstance(betas, Tensor) or "beta_start" not in scheduler.config:
+    if not isinstance(betas, Tensor) or "beta_start" not in inspect.signature(type(scheduler)).parameters:
         return None  # of other families, such as consistency models', which tell no schedule to compare
     if len(betas) < 2:
         return f"its num_train_timesteps is {len(betas)}, expected at least 2"
