@@ -81,6 +81,7 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
     if whole.is_file() and index.is_file():
         return [whole], [f"{whole.name} and {index.name}: two sets of the same weights; remove one of them"]
     if index.is_file():
+        read_json(index, "metadata")  # which both libraries ask for
         names = sorted(set(map(str, read_json(index, "weight_map").values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
