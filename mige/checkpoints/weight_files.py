@@ -81,7 +81,6 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
     if whole.is_file() and index.is_file():
         return [whole], [f"{whole.name} and {index.name}: two sets of the same weights; remove one of them"]
     if index.is_file():
-        read_json(index, "metadata")  # which both libraries ask for
         names = sorted(set(map(str, read_json(index, "weight_map").values())))
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -96,6 +95,7 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
 
 def _index_mismatches(index: Path, files: list[Path]) -> list[str]:
     """Where an index and its files disagree on which file holds a tensor: readers differ in whom they believe."""
+    read_json(index, "metadata")  # both libraries end with a KeyError without
     where = {key: str(name) for key, name in read_json(index, "weight_map").items()}
     held: dict[str, list[str]] = {}
     for file in files:
