@@ -95,6 +95,7 @@ def _set(folder: Path, stem: str, variant: str | None) -> tuple[list[Path], list
 
 def _index_mismatches(index: Path, files: list[Path]) -> list[str]:
     """Where an index and its files disagree on which file holds a tensor: readers differ in whom they believe."""
+    read_json(index, "metadata")  # both libraries end with a KeyError without
     where = {key: str(name) for key, name in read_json(index, "weight_map").items()}
     held: dict[str, list[str]] = {}
     for file in files:

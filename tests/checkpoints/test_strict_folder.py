@@ -289,7 +289,7 @@ def split(part, stem, change):
     (part / f"{stem}.safetensors").unlink()
     for name, tensors in (("a", first), ("b", second)):
         save_file(tensors, part / f"{name}.safetensors", metadata={"format": "pt"})
-    (part / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (part / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +309,16 @@ def split(part, stem, change):
 def test_an_index_that_disagrees_with_its_files_is_refused(folder, part, stem, change, said):
     split(folder / part, stem, change)
     with pytest.raises(CheckpointError, match=f"{part}: .*{said}"):
+        MIGEPipeline.from_pretrained(folder)
+
+
+def test_an_index_without_metadata_is_refused(folder):
+    """Both libraries end with a KeyError at one."""
+    split(folder / "fusion", "diffusion_pytorch_model", lambda *_: None)
+    index = folder / "fusion" / "diffusion_pytorch_model.safetensors.index.json"
+    MIGEPipeline.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(CheckpointError, match=r"index.json: expected an object with the key .metadata."):
         MIGEPipeline.from_pretrained(folder)
 
 

@@ -81,3 +81,22 @@ def test_a_summary_of_any_values_is_resumed_or_refused(tmp_path_factory, key, va
         _open(folder, ours)
     except SourceError as error:
         assert str(folder) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"rows": 1}, "its sizes are of records.jsonl"),
+        ({"written": "x"}, "its written is 'x'"),
+        ({"skipped": {"a": -1}}, "it counts something by no whole number"),
+        ({"position": 3}, "its position is 3"),
+    ],
+    ids=str,
+)
+def test_a_summary_that_no_run_writes_is_refused(tmp_path, told, said):
+    ours = Settings("instructpix2pix", ("a.parquet",))
+    _open(tmp_path, ours)
+    whole = json.loads((tmp_path / "summary.json").read_text()) | {"sizes": {"records.jsonl": 0}}
+    (tmp_path / "summary.json").write_text(json.dumps(whole | told))
+    with pytest.raises(SourceError, match=f"summary.json is damaged or another file .*{said}"):
+        _open(tmp_path, ours)

@@ -49,7 +49,7 @@ NEAR = [
     *("<image_here>", "<image-here>", "(imagehere)", "«imagehere»", "【imagehere】", "<|image|>", "<img src='a.jpg'>"),
     *("imagehere", "<imagehere", "imagehere>", "%3Cimagehere%3E", "\\u003cimagehere\\u003e", "<im\u200bagehere>"),
     *(
-        "<imageh\u0435r\u0435>",
+        "<imageh\u0435\u0440\u0435>",
         "<image\u04bb\u0435\u0433\u0435>",
         "<source image>",
         "<reference image 2>",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mige.data.records import BadRecordsError
 from mige.inference.pipeline import MIGEPipeline
 from mige.training import checkpointing, sampling
 from mige.training.errors import TrainingError
-from mige.training.trainer import Trainer
+from mige.training.trainer import PREEMPTED, Trainer
 from mige.utils.files import folder_lock
 
 SHORT = ("train.steps=4", "train.checkpoint_every=2", "train.batch_size=2", "train.keep_checkpoints=9")
@@ -372,3 +373,20 @@ def test_seeds_up_to_the_last(tiny_model, tmp_path):
     assert len(losses(tmp_path / "run")) == 1
     with folder_lock(tmp_path / "run"):
         pass  # given back
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_each_way_of_being_stopped_saves_and_resumes(tiny_model, tmp_path, name):
+    """One process alone, which the script becomes: Ctrl-C reaches the training itself."""
+    trainer, step = build(tiny_model, tmp_path / "run", "train.steps=9", "train.batch_size=1"), Trainer._train_step
+
+    def stopped(batches):
+        if trainer.step == 1:
+            signal.raise_signal(getattr(signal, name))
+        return step(trainer, batches)
+
+    trainer._train_step = stopped
+    assert trainer.run() == PREEMPTED
+    saved = metrics(tmp_path / "run")[-1]["step"]
+    assert line(tmp_path / "run") == [f"step-{saved:08d}"] and 2 <= saved <= 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
