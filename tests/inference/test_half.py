@@ -42,4 +42,5 @@ def test_the_script_runs_in_half_precision(lively, tmp_path, dtype):
     case = ("--prompt", "make it red", "--source", CAT, "--steps", 1, "--dtype", dtype, "--device", "cpu")
     ended = run_here("infer_scripts/infer.py", "--model", lively, "--output", tmp_path / "out", *case)
     assert ended.returncode == 0, ended.stderr
-    assert Image.open(tmp_path / "out" / "images" / "image.png").size == (144, 96)
+    with Image.open(tmp_path / "out" / "images" / "image.png") as image:
+        assert image.size == (144, 96)

@@ -71,8 +71,9 @@ def test_sheet_shows_images_undistorted_and_in_columns(tmp_path):
 def test_what_is_beside_an_output_is_right_of_it_on_sheet_and_page(tmp_path):
     shown = case(output=image(BLUE), beside=(("truth", image(GREEN)),))
     (path,) = contact_sheet([shown, case(output=image(BLUE))], tmp_path / "sheet.png", tile=160)
-    _, (x, _, *size) = (box_of(Image.open(path), colour) for colour in (BLUE, GREEN))
-    assert size == [160, 160] and x == Image.open(path).width - 24 - 160
+    with Image.open(path) as sheet:
+        _, (x, _, *size) = (box_of(sheet, colour) for colour in (BLUE, GREEN))
+        assert size == [160, 160] and x == sheet.width - 24 - 160
     html_page([shown], tmp_path / "page", title="t")
     drawn = [one["alt"].split(" of ")[0] for one in Page(tmp_path / "page" / "index.html").all("img")]
     assert drawn[-2:] == ["output", "truth"]
