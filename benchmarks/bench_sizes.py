@@ -10,13 +10,11 @@ plain one's (PSNR, dB).
 """
 
 import argparse
-import os
 import statistics
-import threading
 from collections.abc import Sequence
 
 import torch
-from harness import ROOT, Machine, Report, parser, table
+from harness import ROOT, Machine, Report, ending_after, parser, table
 from random_model import random_pipeline, samples
 from torch import Tensor
 
@@ -80,9 +78,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    clock = threading.Timer(args.time_limit, lambda: (print("time limit", flush=True), os._exit(0)))
-    clock.daemon = True
-    clock.start()
+    with ending_after(args.time_limit):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every mode at every size, then the table."""
     machine = Machine(args.device)
     report = Report(machine, args.output, weights="random")
     bench = Bench(args, machine)
@@ -90,7 +91,6 @@ def main() -> None:
         bench.prepare(mode)
         for side in args.long_sides:
             report.attempt({"mode": mode, "long_side": side}, lambda side=side: bench.measure(side))
-    clock.cancel()
     print(table(report.lines, COLUMNS))
 
 

@@ -12,6 +12,7 @@ import os
 import statistics
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -168,6 +169,7 @@ class Report:
         except torch.OutOfMemoryError:
             self._write(case | {"failed": "out of memory"})
         except Exception as error:
+            traceback.print_exc()
             self._write(case | {"failed": f"{type(error).__name__}: {error}"[:2000]})
         self.machine.free()
 

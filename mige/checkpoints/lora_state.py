@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mige.checkpoints import lora
 from mige.checkpoints.errors import CheckpointError
+from mige.utils.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,4 @@ def write_lora(adapters: Lora, folder: Path) -> None:
     metadata = {"format": "pt", **({} if adapters.base is None else {"base": adapters.base})}
     told = {f"transformer.{name}": value for name, value in config.items()}
     metadata["lora_adapter_metadata"] = json.dumps(told, indent=2, sort_keys=True)
-    save_file(tensors, folder / lora.DIFFUSERS_FILE, metadata=metadata)
+    write_bytes(folder / lora.DIFFUSERS_FILE, save(tensors, metadata=metadata))

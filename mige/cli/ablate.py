@@ -24,6 +24,7 @@ from mige.cli.places import CONFIGS, MODELS, ROOT
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("out", type=command.folder_to_write, help="folder to make or resume")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config, for all variants")
@@ -51,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.mini import ablation, ablation_report
     from mige.training.signals import PREEMPTED
 

@@ -31,6 +31,7 @@ CHUNK = 64  # records a process decodes at a time; an image shared within a chun
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, help=".json and .jsonl files")
     parser.add_argument("--root", type=Path, help="what relative paths start from (default: the folder of each file)")
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_targets(records: Sequence[Record]) -> list[Issue]:
+    """An issue for every record without a target image, which training needs."""
     hint = 'give "image"; a row in the layout of Emu Edit has none and is no training data'
     return [Issue(record.where, "no target image", hint) for record in records if record.target is None]
 
@@ -75,6 +77,7 @@ def check_all_images(records: Sequence[Record], workers: int) -> Iterator[Issue]
 
 
 def file_of(where: str) -> str:
+    """The file in a place such as "data.jsonl, line 3"."""
     return re.sub(r", (record|line) \d+.*$", "", where, flags=re.DOTALL)
 
 
@@ -89,6 +92,7 @@ def print_counts(files: Sequence[Path], good: Sequence[Record], bad: Sequence[st
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     files = list(dict.fromkeys(args.files))
     report = read_records(files, root=args.root)
     issues = report.issues + check_targets(report.records) + check_repeats(report.records)

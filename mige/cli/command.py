@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Print the message with the way to `--help`, and end with exit code 2."""
         if option := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+).*: expected (?:one|at least one) argument", message):
             message += f' (a value that begins with "-" is given as {option[1]}="-...")'
         super().error(message)

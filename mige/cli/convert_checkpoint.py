@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     release = kinds.add_parser("release", help="the released model.pth")
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from safetensors import SafetensorError
 
     from mige import config

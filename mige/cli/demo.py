@@ -18,6 +18,7 @@ from mige.cli.places import MINI, MINI_STUDENT
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder (%(default)s)")
     parser.add_argument("--student", help=f"a few-step student, a model or adapters, shown beside it ({MINI_STUDENT})")
@@ -37,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     import torch
     from tqdm import tqdm
 

@@ -16,10 +16,12 @@ from mige.cli import command, train_mige
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     return train_mige.parse(argv, __doc__)
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     from mige.training.signals import exit_when_stopped
 
     exit_when_stopped()

@@ -18,6 +18,7 @@ MODELS = Path("output/pretrained_models")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--kind", choices=["release", "training"], default="release",
                         help="the released model, or what training starts from (default: %(default)s)")  # fmt: skip
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     from mige.checkpoints.download import REPOSITORY, download
 
     files = download(args.files, args.kind, repository=args.repository or REPOSITORY, revision=args.revision)

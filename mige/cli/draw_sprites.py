@@ -22,6 +22,7 @@ from mige.cli import command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("--packages", type=Path, help="the second world's, from the tarballs in this folder")
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.data.synthetic.draw_sprites import draw_sheet
     from mige.data.synthetic.draw_styles import draw_styles
 

@@ -21,6 +21,7 @@ MINI = ("mini", "mini2")  # make their images themselves
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--benchmark", choices=[*MINI, *BENCHMARKS], required=True)
     parser.add_argument(
@@ -73,11 +74,13 @@ def _fits(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     args.device = command.check_device(command.parser(None), args.device)
     mini(args) if args.benchmark in MINI else published(args)
 
 
 def mini(args: argparse.Namespace) -> None:
+    """Generate and measure the cases of mini-bench or mini-bench 2."""
     import torch
 
     from mige.data.synthetic.cases import DEVELOPMENT_SEED, SEED, TEST_SEED, make_cases, make_second_cases
@@ -109,6 +112,7 @@ def mini(args: argparse.Namespace) -> None:
 
 
 def published(args: argparse.Namespace) -> None:
+    """Measure the images of a results folder on a published benchmark; raises BenchmarkError for another's."""
     from mige.evaluation import backbones, page, scoring, summary
     from mige.evaluation.benchmarks.files import BenchmarkError
     from mige.evaluation.benchmarks.prepared import read

@@ -15,6 +15,7 @@ from mige.cli.choices import DETECTOR, SEGMENTER
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--results", type=Path, required=True, help="run folder of infer.py")
     parser.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
@@ -30,6 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.evaluation import entities, scoring
     from mige.evaluation.benchmarks.files import BenchmarkError
     from mige.evaluation.benchmarks.prepared import read

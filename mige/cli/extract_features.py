@@ -29,6 +29,7 @@ SOME_FAILED = 3
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--records", nargs="+", type=Path, required=True, help=".json or .jsonl files")
     parser.add_argument("--root", type=Path, help="what paths in the records are relative to (default: their file)")
@@ -58,6 +59,7 @@ def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(store: "FeatureStore", crops: "dict[Crop, str]", failures: "Report", folder: Path) -> None:
+    """Print what is in the store; failures go to its folder and, the first of them, to stderr."""
     from mige.inference.run import write_failures
 
     there = len(crops) - len(store.missing(crops))

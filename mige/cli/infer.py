@@ -125,6 +125,7 @@ def join_text(argv: Sequence[str]) -> list[str]:
 
 
 def read(args: argparse.Namespace) -> "Report":
+    """The records of files, or the one that the arguments describe."""
     from mige.data import parsing, records
 
     if args.records:
@@ -138,6 +139,7 @@ def read(args: argparse.Namespace) -> "Report":
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     from accelerate import PartialState
 
     from mige.checkpoints.lora import check_lora

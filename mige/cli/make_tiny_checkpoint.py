@@ -14,6 +14,7 @@ from mige.cli.places import CONFIGS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("--config", type=Path, default=CONFIGS / "tiny.py")
@@ -22,6 +23,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.checkpoints.tiny import write_official
 
     write_official(args.folder, args.config, args.seed)

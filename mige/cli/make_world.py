@@ -19,6 +19,7 @@ KINDS = tuple(kind for kind in WORLD_KINDS if kind != "text_to_image")  # a reco
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write, metavar="OUT", help="made; must not be there yet")
     parser.add_argument("--cases", type=int, required=True)
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.data.synthetic import tasks
     from mige.data.synthetic.world import WORLDS
     from mige.data.synthetic.write_records import write

@@ -16,6 +16,7 @@ from mige.cli.choices import BENCHMARKS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--data", help="folder of its files, or its name on the hub (default: that name)")
@@ -37,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.evaluation.benchmarks.files import Options
     from mige.evaluation.benchmarks.prepared import prepare
     from mige.evaluation.benchmarks.table import BENCHMARKS

@@ -21,6 +21,7 @@ from mige.cli.choices import SOURCES
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--output", type=command.folder_to_write, required=True, help="folder to make or resume")
@@ -40,6 +41,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige.data.prepare.run import RECORDS, SKIPPED, prepare
     from mige.data.prepare.sources import SOURCES, Settings
 

@@ -20,6 +20,7 @@ from mige.cli.places import CONFIGS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     from mige import config
     from mige.mini.pretraining import teach
 

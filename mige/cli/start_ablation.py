@@ -25,6 +25,7 @@ NAMES = "text_to_image"  # the kind that the DiT learns, and a quarter of what t
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("folder", type=command.folder_to_write)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
@@ -76,6 +77,7 @@ def teach_drawing(start: Path, run: Path, args: argparse.Namespace) -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     import shutil
 
     from mige import config

@@ -15,6 +15,7 @@ from mige.cli import command
 
 
 def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(doc)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -24,6 +25,7 @@ def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argpa
 
 
 def run(args: argparse.Namespace) -> int:
+    """What the script does, with the arguments of `parse`; returns the exit code."""
     from mige.training.signals import exit_when_stopped
 
     exit_when_stopped()

@@ -19,6 +19,7 @@ from mige.cli.places import MINI
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    """What the script does, with the arguments of `parse`."""
     import torch
 
     from mige.inference.adapters import add_adapters

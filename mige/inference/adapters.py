@@ -78,10 +78,12 @@ class Adapters:
             raise TypeError(f"load_lora_weights() got the unknown option {unknown[0]!r}")
         place = path if isinstance(path, Mapping) else _locate(path, weight_name, subfolder, hub)
         adapters = read_lora(self.transformer, place, stack.before)
+        config = None if isinstance(place, Mapping) else own_config(place)
+        scheduler = None if config is None else FewStepSolver.from_config(config)
         _keep(stack, adapters, self.transformer)
         stack.loaded[name] = adapters
-        if not isinstance(place, Mapping) and (config := own_config(place)) is not None:
-            stack.schedulers[name] = FewStepSolver.from_config(config)
+        if scheduler is not None:
+            stack.schedulers[name] = scheduler
         self._stack = stack
         self.set_adapters(name)
 

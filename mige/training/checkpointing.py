@@ -66,10 +66,10 @@ def checkpoint_to_resume(run: Path, named: Path | None) -> Path | None:
 
 def best_checkpoint(run: Path) -> Path | None:
     """The one of the run's line with the least held-out loss; None where none was measured."""
-    told = [(json.loads((one / "progress.json").read_text(encoding="utf-8")), one) for one in list_checkpoints(run)]
-    return min(((said["held_out"], one) for said, one in told if said.get("held_out") is not None), default=(0, None))[
-        1
-    ]
+    losses = {one: json.loads((one / "progress.json").read_text(encoding="utf-8")).get("held_out")
+              for one in list_checkpoints(run)}  # fmt: skip
+    measured = [one for one, loss in losses.items() if loss is not None]
+    return min(measured, key=losses.__getitem__, default=None)
 
 
 def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:

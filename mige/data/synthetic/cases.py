@@ -37,8 +37,7 @@ def make_cases(
     """
     if per_kind < 2 or per_kind % 2:
         raise ValueError(f"per_kind must be even and at least 2 (half seen, half unseen), got {per_kind}")
-    if unknown := sorted(set(kinds) - tasks.KINDS.keys()):
-        raise ValueError(f"the world knows no task(s) {', '.join(unknown)}; known are {', '.join(tasks.KINDS)}")
+    _check_kinds(kinds)
     made = []
     for kind in kinds:
         kind_number = list(tasks.KINDS).index(kind)
@@ -63,8 +62,7 @@ def make_second_cases(
     """
     if per_row < 1:
         raise ValueError(f"per_row must be at least 1, got {per_row}")
-    if unknown := sorted(set(kinds) - tasks.KINDS.keys()):
-        raise ValueError(f"the world knows no task(s) {', '.join(unknown)}; known are {', '.join(tasks.KINDS)}")
+    _check_kinds(kinds)
     made = []
     for kind in kinds:
         kind_number = list(tasks.KINDS).index(kind)
@@ -78,3 +76,8 @@ def make_second_cases(
                 noise = kind_number * 100_000 + 10 * i + half
                 made.append(BenchCase(f"{kind}-{split}-{i:03d}", split, noise, case, shape, SECOND))
     return made
+
+
+def _check_kinds(kinds: Sequence[str]) -> None:
+    if unknown := sorted(set(kinds) - tasks.KINDS.keys()):
+        raise ValueError(f"the world knows no task(s) {', '.join(unknown)}; known are {', '.join(tasks.KINDS)}")

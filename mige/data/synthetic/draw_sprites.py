@@ -55,13 +55,13 @@ def candidates(font: ImageFont.FreeTypeFont) -> dict[str, Image.Image]:
     return drawn
 
 
-def fit(drawing: Image.Image) -> Image.Image:
-    """The drawing in the middle of its cell, its longer side `INK` px, scaled with premultiplied alpha."""
-    scale = INK / max(drawing.size)
-    size = [max(1, round(side * scale)) for side in drawing.size]
-    cell = Image.new("RGBA", (CELL, CELL))
+def fit(drawing: Image.Image, side: int = CELL, ink: int = INK) -> Image.Image:
+    """The drawing in the middle of a cell of `side` px, its longer side `ink` px, scaled with premultiplied alpha."""
+    scale = ink / max(drawing.size)
+    size = [max(1, round(length * scale)) for length in drawing.size]
+    cell = Image.new("RGBA", (side, side))
     small = drawing.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
-    cell.paste(small, ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
+    cell.paste(small, ((side - size[0]) // 2, (side - size[1]) // 2))
     return cell
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mige.data.synthetic.draw_sprites import fit
 from mige.data.synthetic.styles import CELL, STYLES, subject_list
+from mige.utils.files import write_bytes
 
 INK = 176  # the longer side of a subject in its cell, px
 DRAWN = 512  # side at which an SVG is drawn before it is fitted, px
@@ -46,13 +48,15 @@ def draw_styles(packages: Path, folder: Path) -> dict[str, int]:
     made = {}
     for style in STYLES:
         drawings = dict(_drawings(packages / PACKAGES[style], style, svg_to_bytes))
-        with zipfile.ZipFile(folder / f"{style}.zip", "w") as output:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as output:
             for code, name in subjects:
-                if code in drawings and _cover(cell := fit(drawings[code]())) > MIN_COVER:
+                if code in drawings and _cover(cell := _fit(drawings[code]())) > MIN_COVER:
                     entry = zipfile.ZipInfo(f"{name}.webp")  # of no date: the same bytes at every call
                     output.writestr(entry, _webp(cell))
                     counts[code] += 1
             made[style] = len(output.namelist())
+        write_bytes(folder / f"{style}.zip", archive.getbuffer())
     if few := [name for code, name in subjects if counts[code] < 3]:
         raise ValueError(f"drawn in fewer than three styles: {', '.join(few)}; take them off the list")
     return made
@@ -88,15 +92,10 @@ def _render(svg: str, render: Callable) -> Image.Image:
     return Image.open(io.BytesIO(bytes(render(svg_string=svg, width=DRAWN, height=DRAWN)))).convert("RGBA")
 
 
-def fit(drawing: Image.Image) -> Image.Image:
-    """The drawing in the middle of its cell, its longer side `INK` px, scaled with premultiplied alpha."""
-    drawing = drawing.crop(drawing.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox())
-    scale = INK / max(drawing.size)
-    size = [max(1, round(side * scale)) for side in drawing.size]
-    cell = Image.new("RGBA", (CELL, CELL))
-    small = drawing.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
-    cell.paste(small, ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
-    return cell
+def _fit(drawing: Image.Image) -> Image.Image:
+    """The drawing, cut to its ink, in the middle of its cell."""
+    ink = drawing.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
+    return fit(drawing.crop(ink), CELL, INK)
 
 
 def _cover(cell: Image.Image) -> float:
