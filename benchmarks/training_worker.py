@@ -12,6 +12,7 @@ steps afterwards: their time less the waits for a full launch queue and for the 
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -137,7 +138,8 @@ class MeasuredTrainer(Trainer):
         worst = {name: round(max(one[name] for one in everyone), 4) for name in own}
         settings, monitor = self.config.train, self.monitor
         rate = settings.batch_size * settings.gradient_accumulation_steps / worst["seconds"]
-        work = monitor._flops(BENCH["tokens"] or 148, 1)
+        cells = math.prod(self.pipeline.latent_shape(*[self.config.data.size] * 2)[1:])
+        work = monitor._flops(BENCH["tokens"] or 148, 1, cells)
         row = {
             **BENCH["row"],
             "samples_per_second": round(rate * many, 2),

@@ -16,6 +16,7 @@ model = dict(
     ),
 )
 
-data = dict(size=256, world_name="second")
+# Squares, 4:3 nearly, 16:9 nearly, lying and standing: 256 and 252 patches.
+data = dict(size=256, world_name="second", shapes=[[16, 16], [14, 18], [18, 14], [12, 21], [21, 12]])
 
 train = dict(pretrained="output/mini2/start")

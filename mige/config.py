@@ -14,26 +14,20 @@ from typing import Any
 import mmengine
 
 from mige.utils.settings import (
+    RENAMED,
     ConfigError,
     agree,
     at_least,
+    check_grids,
     check_type,
     check_types,
     one_of,
     positive,
     positive_fraction,
+    refuse_missing,
+    refuse_unknown,
     within,
 )
-
-RENAMED = {
-    "accumulate": "gradient_accumulation_steps",
-    "clip": "max_grad_norm",
-    "lr_batch": "lr_reference_batch",
-    "start": "pretrained",
-    "param_dtype": "precision",
-    "weights": "precision",
-}
-"""Former keys of `train` -> today's; a config with a former one is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,8 @@ class DataConfig:
     world: Mapping[str, float]  # in place of sets: kinds of the miniature world's tasks and their weights
     world_name: str  # which of the miniature worlds: first (128 px) or second (256 px)
     size: int  # side of the square images, px
+    shapes: Sequence[Sequence[int]]  # patch grids (rows, columns), one a micro-batch; []: squares of `size` alone
+    shape_block: int | None  # samples in a row of one shape, a multiple of train.batch_size; None: train.batch_size
     features: str | None  # store of pre-extracted moments; None: the VAE encodes in every step
     skip_bad: bool  # train without the bad records, which are logged, instead of refusing the set
     check_images: bool  # decode all before the first step; False for a large set that tools/check_data.py has passed
@@ -95,14 +91,19 @@ class DataConfig:
         at_least("data.size", self.size, 1)
         at_least("data.workers", self.workers, 0)
         one_of("data.world_name", self.world_name, ("first", "second"))
+        check_grids("data.shapes", self.shapes)
+        if self.shape_block is not None:
+            at_least("data.shape_block", self.shape_block, 1)
         for kind, weight in self.world.items():
             positive(f"data.world.{kind}", weight)
+        if self.world and self.shapes and self.world_name == "first":
+            raise ConfigError("data.shapes is set, but the first world's images are square: leave it empty")
         if self.world and (self.sets or self.features is not None):
             raise ConfigError("data.world draws its own images: leave data.sets empty and data.features None")
         for number, one in enumerate(self.sets):
             known = {"file", "weight", "root", "task"}
-            _refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
-            _refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
+            refuse_unknown(one.keys() - known, f"data.sets[{number}]", known)
+            refuse_missing({"file", "weight"} - one.keys(), f"data.sets[{number}]")
             positive_fraction(f"data.sets[{number}].weight", one["weight"])
             for key in one.keys() - {"weight"}:
                 if one[key] is not None or key == "file":
@@ -236,6 +237,16 @@ class Config:
     train: TrainConfig
     distillation: DistillationConfig | None = None
 
+    def __post_init__(self):
+        batch, block = self.train.batch_size, self.data.shape_block
+        if block is not None and block % batch:
+            raise ConfigError(f"data.shape_block is {block}, expected a multiple of train.batch_size, which is {batch}")
+
+    @property
+    def shape_block(self) -> int:
+        """Samples in a row whose images have one of `data.shapes`."""
+        return self.data.shape_block or self.train.batch_size
+
     def dump(self) -> dict[str, Any]:
         """Plain dicts, for JSON."""
         return dataclasses.asdict(self)
@@ -257,8 +268,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if "distillation" in data:
         sections["distillation"] = DistillationConfig
-    _refuse_unknown(data.keys() - sections.keys(), str(path), sections.keys())
-    _refuse_missing(sections.keys() - data.keys(), str(path))
+    refuse_unknown(data.keys() - sections.keys(), str(path), sections.keys())
+    refuse_missing(sections.keys() - data.keys(), str(path))
     return Config(**{name: _section(cls, data[name], f"{path}: {name}") for name, cls in sections.items()})
 
 
@@ -266,22 +277,9 @@ def _section(cls: type, data: Any, where: str):
     known = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected a dict, got {type(data).__name__}")
-    _refuse_unknown(data.keys() - known, where, known)
-    _refuse_missing(known - data.keys(), where)
+    refuse_unknown(data.keys() - known, where, known)
+    refuse_missing(known - data.keys(), where)
     return cls(**data)
-
-
-def _refuse_unknown(unknown: set[str], where: str, known: set[str]) -> None:
-    for key in sorted(unknown & RENAMED.keys()):
-        if RENAMED[key] in known:
-            raise ConfigError(f"{where}: the key {key!r} is now {RENAMED[key]!r}")
-    if unknown:
-        raise ConfigError(f"{where}: unknown key(s) {sorted(unknown)}; known are {sorted(known)}")
-
-
-def _refuse_missing(missing: set[str], where: str) -> None:
-    if missing:
-        raise ConfigError(f"{where}: missing key(s) {sorted(missing)}")
 
 
 def _override(data: dict, override: str, where: str) -> None:

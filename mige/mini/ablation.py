@@ -124,6 +124,8 @@ class Plan:
         dumped["train"]["param_dtype"] = train.param_dtype
         if dumped["data"]["world_name"] == "first":  # nor that there are two worlds
             del dumped["data"]["world_name"]
+        if not dumped["data"]["shapes"]:  # nor that there are others than the square
+            del dumped["data"]["shapes"], dumped["data"]["shape_block"]
         dumped["data"]["check_pictures"] = dumped["data"].pop("check_images")  # its name in the published settings
         for section, names in NO_MATTER.items():
             dumped[section] = {key: value for key, value in dumped[section].items() if key not in names}

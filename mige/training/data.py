@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from mige.config import Config, DataConfig
+from mige.config import Config, ConfigError, DataConfig
 from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.crops import training_crops
 from mige.data.dataset import JointDataset, Mixture
@@ -16,6 +16,7 @@ from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
 from mige.data.parsing import read_records
 from mige.data.randomness import Dropout
 from mige.data.records import BadRecordsError, Issue, Record, Report
+from mige.data.shapes import image_sizes
 from mige.data.synthetic.stream import WorldDataset
 from mige.data.synthetic.world import WORLDS
 from mige.inference.pipeline import MIGEPipeline
@@ -60,10 +61,18 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
         noise_levels=config.train.noise_levels,
     )
     if data.world:
-        side = pipeline.image_encoder.config.image_size
         return WorldDataset(
-            data.world, pipeline.tokenizer, size=data.size, vision_size=side, world=WORLDS[data.world_name], **common
+            data.world,
+            pipeline.tokenizer,
+            size=data.size,
+            vision_size=pipeline.image_encoder.config.image_size,
+            world=WORLDS[data.world_name],
+            shapes=image_sizes(data, pipeline.sizes.step),
+            block=config.shape_block,
+            **common,
         )
+    if data.shapes:
+        raise ConfigError("data.shapes is set, which only data.world knows so far: leave it empty for data.sets")
     store = None if data.features is None else open_store(Path(data.features), vae=pipeline.vae, size=data.size)
     sets = []
     for one in data.sets:

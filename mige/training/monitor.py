@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from mige.config import Config
 from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
-from mige.models.vae import downscale
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
@@ -57,7 +56,7 @@ class Monitor:
         self.stop_everywhere, self.norm = False, None
         self.warm_graphs: int | None = None  # compiled before the first step; None: nothing is compiled
         self.peak = measured_peak_flops(accelerator.device)
-        self._work: dict[tuple[int, int], float] = {}
+        self._work: dict[tuple[int, int, int], float] = {}
 
     def add(self, step: int, micro: int, batch: TrainingBatch, judged: Judged, norm: Tensor | None, stop: bool) -> None:
         """Gather the losses of all processes, and whether one is to stop, to be read when the GPU has them.
@@ -69,7 +68,8 @@ class Monitor:
         rows = torch.stack([loss.mse, loss.vb, tasks.float(), judged.time_B.float(), stopping]).detach()
         everyone = self.accelerator.gather(rows.T.contiguous()).T
         queries = self.pipeline.fusion.config.num_queries
-        work = sum(self._flops(one.length(queries), one.num_images) for one in batch.instructions)
+        cells = batch.noise_BCHW.shape[-2:].numel()
+        work = sum(self._flops(one.length(queries), one.num_images, cells) for one in batch.instructions)
         self.pending.append(StepMetrics(step, micro, everyone, norm, work))
 
     def flush(self, all_but: int = 0) -> None:
@@ -137,16 +137,16 @@ class Monitor:
             append_json_line(self.run / "held_out.jsonl", {"step": step, **losses})
             self.accelerator.log(dict(losses), step=step)
 
-    def _flops(self, context: int, images: int) -> float:
-        """Useful FLOPs of one sample of this process."""
-        if (context, images) not in self._work:
-            side = self.config.data.size // downscale(self.pipeline.vae)
-            tokens = (side // self.pipeline.transformer.config.patch_size) ** 2
-            forward = forward_flops(self.model, tokens, context, images)
+    def _flops(self, context: int, images: int, cells: int) -> float:
+        """Useful FLOPs of one sample of this process, of so many latent cells."""
+        if (context, images, cells) not in self._work:
+            forward = forward_flops(
+                self.model, cells // self.pipeline.transformer.config.patch_size**2, context, images
+            )
             frozen = self.objective.frozen_passes * forward["transformer"]
             forward["transformer"] *= self.objective.levels
-            self._work[context, images] = useful_flops(forward, self.config.train.trainable) + frozen
-        return self._work[context, images]
+            self._work[context, images, cells] = useful_flops(forward, self.config.train.trainable) + frozen
+        return self._work[context, images, cells]
 
 
 def sample_name(dataset: Dataset, number: int) -> str:

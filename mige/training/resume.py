@@ -43,6 +43,8 @@ def resume_invariants(
         "world": [[kind, float(weight)] for kind, weight in data.world.items()],
         "world_name": None if data.world_name == "first" else data.world_name,  # as before there were two
         "image_size": data.size,
+        "shapes": [list(grid) for grid in data.shapes] or None,  # as before there were any
+        "shape_block": config.shape_block if data.shapes else None,
         "features": data.features is not None,
         "drop_text": float(data.drop_text),
         "drop_source": float(data.drop_source),

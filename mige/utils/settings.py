@@ -1,7 +1,7 @@
 """What a value of a config must be: types, ranges, names; each refusal says key, value and what was expected."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from fractions import Fraction
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,6 +11,16 @@ from mige.utils.errors import UserError
 class ConfigError(UserError, ValueError):
     """A config with an unknown, missing or contradictory key; the message names it."""
 
+
+RENAMED = {
+    "accumulate": "gradient_accumulation_steps",
+    "clip": "max_grad_norm",
+    "lr_batch": "lr_reference_batch",
+    "start": "pretrained",
+    "param_dtype": "precision",
+    "weights": "precision",
+}
+"""Former keys of the section `train` -> today's; a config with a former one is refused by name."""
 
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
@@ -94,3 +104,27 @@ def agree(name: str, got: int, other: str, expected: int) -> None:
     """Raise ConfigError where two sizes of the model differ."""
     if got != expected:
         raise ConfigError(f"model: {name} is {got}, but {other} is {expected}: make them equal")
+
+
+def check_grids(name: str, grids: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError for anything but different pairs (rows, columns) of whole numbers from 1 on."""
+    for number, grid in enumerate(grids):
+        if len(grid) != 2 or min(grid) < 1:
+            raise ConfigError(f"{name}[{number}] is {grid!r}, expected rows and columns of patches, such as [28, 36]")
+        if list(grid) in map(list, grids[:number]):
+            raise ConfigError(f"{name}[{number}] is {grid!r}, which is there already: name each shape once")
+
+
+def refuse_unknown(unknown: Set[str], where: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for keys that nothing reads; one of `RENAMED` is told its new name."""
+    for key in sorted(unknown & RENAMED.keys()):
+        if RENAMED[key] in known:
+            raise ConfigError(f"{where}: the key {key!r} is now {RENAMED[key]!r}")
+    if unknown:
+        raise ConfigError(f"{where}: unknown key(s) {sorted(unknown)}; known are {sorted(known)}")
+
+
+def refuse_missing(missing: Set[str], where: str) -> None:
+    """Raise ConfigError for keys that are not given."""
+    if missing:
+        raise ConfigError(f"{where}: missing key(s) {sorted(missing)}")

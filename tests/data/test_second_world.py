@@ -220,7 +220,7 @@ DIGEST = "0b77368979024ee0bca54daab1ad9b9dc1e358e48feffddc31f89175dc6ce76f"
 def test_the_stream_has_a_shape_a_block_and_latents_to_fit(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model / "tokenizer")
     common = dict(seed=3, size=256, latent_shape=(4, 32, 32), vision_size=28, dropout=Dropout(), noise_levels=1)
-    stream = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, block=2, **common)
+    stream = WorldDataset(tasks.MIXTURE, tokenizer, world=SECOND, shapes=SECOND.shapes, block=2, **common)
     shapes = [stream.shape(index) for index in range(80)]
     assert shapes[::2] == shapes[1::2] and set(shapes) == set(SECOND.shapes)
     first = next(index for index in range(0, 80, 2) if shapes[index] == (192, 336))

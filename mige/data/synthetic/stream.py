@@ -65,10 +65,10 @@ class WorldDataset(Dataset):
 
     Args:
         mixture: kinds of task and their weights, as `tasks.MIXTURE`. Raises ValueError for an unknown kind.
-        size: side of the images in pixels (128); `latent_shape`: of their latents.
+        size: side of square images in pixels (128); `latent_shape`: of their latents.
         vision_size: side of the vision tower's images. world: whose subjects and backgrounds.
-        block: samples in a row whose images have one of the world's shapes, drawn by the seed for every block, such as
-            those of a step, since the images of a batch have one shape; None: all are squares of `size`.
+        shapes: heights and widths in pixels, one of them drawn by the seed for every `block` samples in a row, such as
+            those of a micro-batch, since the images of a batch have one shape; empty: all are squares of `size`.
     """
 
     def __init__(
@@ -83,13 +83,15 @@ class WorldDataset(Dataset):
         dropout: Dropout,
         noise_levels: int,
         world: World = FIRST,
-        block: int | None = None,
+        shapes: Sequence[tuple[int, int]] = (),
+        block: int = 1,
     ):
         if unknown := sorted(mixture.keys() - tasks.KINDS.keys()):
             raise ValueError(f"the world knows no task(s) {', '.join(unknown)}; known are {', '.join(tasks.KINDS)}")
         self.mixture, self.tokenizer, self.seed, self.size = dict(mixture), tokenizer, seed, size
         self.latent_shape, self.vision_size = latent_shape, vision_size
-        self.dropout, self.noise_levels, self.world, self.block = dropout, noise_levels, world, block
+        self.dropout, self.noise_levels, self.world = dropout, noise_levels, world
+        self.shapes, self.block = tuple(shapes) or ((size, size),), block
 
     def __len__(self) -> int:
         return _EPOCH
@@ -109,10 +111,8 @@ class WorldDataset(Dataset):
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of that sample's images, px."""
-        if self.block is None:
-            return self.size, self.size
-        shapes = self.world.shapes
-        return shapes[int(np.random.default_rng([self.seed, index // self.block, len(shapes)]).integers(len(shapes)))]
+        many = len(self.shapes)
+        return self.shapes[int(np.random.default_rng([self.seed, index // self.block, many]).integers(many))]
 
     def sample(self, index: int, case: tasks.Case) -> Drawn:
         """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""
