@@ -5,6 +5,7 @@ CLIP = ("ViT-B/32", "ViT-L/14")
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
 SOURCES = ("instructpix2pix", "magicbrush", "seed_data_edit", "subjects200k")
 STORE_DTYPES = ("float32", "float16")
+STORE_PRECISIONS = ("auto", "float32", "bfloat16")
 WORLD_KINDS = (
     *("text_to_image", "one_reference", "two_references", "reference_and_name"),
     *("add", "add_relative", "remove", "replace", "background", "recolour", "move", "scale", "flip"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mige.cli import command
-from mige.cli.choices import STORE_DTYPES
+from mige.cli.choices import STORE_DTYPES, STORE_PRECISIONS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -37,11 +37,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=command.folder_to_write, required=True, help="the store")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float32", help="stored (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="processes opening images, for each GPU")
+    parser.add_argument("--precision", choices=STORE_PRECISIONS, default="auto",
+                        help="of the VAE (default: on a GPU bfloat16, if its first moments are as good)")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the VAE (default: on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes opening images, for each GPU (default: all cores)")
     parser.add_argument("--device", help="default: a GPU for each process where there are any")
     args = parser.parse_args(argv)
-    if (args.size is not None and args.size < 1) or args.batch_size < 1 or args.workers < 0:
+    if (args.size is not None and args.size < 1) or args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error(f"--size is {args.size}, --batch-size {args.batch_size}, --workers {args.workers}; "
                      "expected >= 1, >= 1 and >= 0")  # fmt: skip
     return args
@@ -58,11 +61,26 @@ def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
     return AutoencoderKL.from_pretrained(model / "vae").float().eval(), SizeGrid.of_folder(model).native
 
 
+def precision_of(vae: "AutoencoderKL", crops: "dict[Crop, str]", folder: Path, size: int) -> str:
+    """The precision of the store in the folder, or for a new one what `choose_precision` says, which is printed."""
+    from mige.data.latent_store.encoding import ENOUGH_DB
+    from mige.data.latent_store.extraction import choose_precision
+    from mige.data.latent_store.meta import make_meta, read_meta
+
+    if (folder / "meta.json").is_file():
+        return read_meta(folder).precision
+    precision, decibels = choose_precision(vae, crops, make_meta(vae, size))
+    if decibels is not None:
+        print(f"the VAE encodes in {precision}: in bfloat16 the first moments have {decibels:.1f} dB "
+              f"({ENOUGH_DB:.0f} are enough); --precision decides otherwise")  # fmt: skip
+    return precision
+
+
 def run(args: argparse.Namespace) -> int:
     """What the script does, with the arguments of `parse`; returns the exit code."""
     import torch
     from accelerate import PartialState
-    from accelerate.utils import gather_object
+    from accelerate.utils import broadcast_object_list, gather_object
 
     from mige.data.latent_store import extraction
     from mige.data.latent_store import store as features
@@ -78,16 +96,24 @@ def run(args: argparse.Namespace) -> int:
     crops = extraction.distinct_crops(read_records(args.records, root=args.root).raise_if_errors())
     vae, native = load_vae(MIGEPipeline.locate(args.model))
     root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
-    settings = dict(vae=vae, size=args.size or native, root=root, dtype=args.dtype)
+    size, device = args.size or native, torch.device(args.device or state.device)
+    vae.to(device)
+    precision = args.precision
+    if precision == "auto":
+        chosen = precision_of(vae, crops, args.output, size) if state.is_main_process else None
+        [precision] = broadcast_object_list([chosen])
+    settings = dict(vae=vae, size=size, root=root, dtype=args.dtype, precision=precision)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     issues = extraction.extract(
         features.create_store(args.output, **settings),
-        vae.to(args.device or state.device),
+        vae,
         crops,
         process=state.process_index,
         processes=state.num_processes,
         wait=state.wait_for_everyone,
         batch_size=args.batch_size,
-        workers=args.workers,
+        workers=max(1, cores) if args.workers is None else args.workers,
+        compiled=device.type == "cuda" if args.compile is None else args.compile,
         progress=state.is_main_process,
     )
     issues = gather_object(issues)

@@ -163,7 +163,7 @@ def test_one_file_given_twice_in_other_words(tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--device", "quark"], "--device quark: "),
-        (["--size", "-64"], "--size is -64, --batch-size 8, --workers 4; expected >= 1"),
+        (["--size", "-64"], "--size is -64, --batch-size 32, --workers None; expected >= 1"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--workers", "-1"], "--workers -1"),
     ],

@@ -53,7 +53,7 @@ def test_a_script_is_its_main_in_the_package(script):
 
 def test_names_of_options_are_the_facts():
     from mige.cli import ablate, choices, evaluate, pretrain_mini_encoder
-    from mige.data.latent_store.store import DTYPES
+    from mige.data.latent_store.meta import DTYPES, PRECISIONS
     from mige.data.prepare.sources import SOURCES
     from mige.data.synthetic import tasks
     from mige.data.synthetic.cases import PER_KIND
@@ -65,7 +65,7 @@ def test_names_of_options_are_the_facts():
     assert tuple(backbones.CLIP) == choices.CLIP
     assert (entities.DETECTOR, entities.SEGMENTER) == (choices.DETECTOR, choices.SEGMENTER)
     assert set(SOURCES) == set(choices.SOURCES)
-    assert tuple(DTYPES) == choices.STORE_DTYPES
+    assert tuple(DTYPES) == choices.STORE_DTYPES and ("auto", *PRECISIONS) == choices.STORE_PRECISIONS
     assert set(tasks.KINDS) == set(choices.WORLD_KINDS) and list(tasks.KINDS) == list(choices.WORLD_KINDS)
     assert tuple(ablation.VARIANTS) == choices.VARIANTS
     plan, given = ablation.Plan, ablate.parse(["out"])

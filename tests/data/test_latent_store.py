@@ -20,11 +20,15 @@ from processes import run_python, start_python
 from torch.utils.data import DataLoader
 
 from mige.data.crops import Crop, as_crops
-from mige.data.latent_store.extraction import distinct_crops, extract
+from mige.data.latent_store import extraction
+from mige.data.latent_store.encoding import ENOUGH_DB, Encoder, psnr
+from mige.data.latent_store.extraction import choose_precision, distinct_crops, extract
+from mige.data.latent_store.meta import make_meta
+from mige.data.latent_store.part import PartWriter
 from mige.data.latent_store.store import NpyFolder, StoreError, create_store, fingerprint, open_store
 from mige.data.parsing import read_records
 from mige.models.vae import encode
-from mige.utils.images import center_crop, open_image, to_pixels
+from mige.utils.images import center_crop, open_image, to_levels, to_pixels
 
 SIZE = 32  # pixels; latents are 4 x 4 x 4
 ROW = 2 * 4 * 4 * 4 * 4  # bytes
@@ -126,9 +130,56 @@ def test_float16_is_the_rounded_float32(vae, data, tmp_path):
 
 def test_same_bits_whatever_was_done_before_and_the_batch_size(vae, data, tmp_path):
     whole = made(data, tmp_path / "whole", vae, batch_size=16).read(data)
+    assert_same(made(data, tmp_path / "odd", vae, batch_size=9), data, (whole.mean, whole.std))
     for some in (data[4:7], data[::3]):
         made(data, tmp_path / "pieces", vae, some)
     assert_same(made(data, tmp_path / "pieces", vae), data, (whole.mean, whole.std))
+
+
+def test_bfloat16_is_the_vae_in_bfloat16_and_cannot_be_mixed(vae, data, tmp_path):
+    store = create_store(tmp_path / "store", vae=vae, size=SIZE, root=tmp_path, precision="bfloat16")
+    assert extract(store, vae, dict.fromkeys(data, "test")) == []
+    assert vae.dtype is torch.float32, "the caller's VAE stays as it is"
+    rounded = AutoencoderKL.from_config(vae.config)
+    rounded.load_state_dict(vae.state_dict())
+    expected = [part.float() for part in encoded(rounded.bfloat16(), data)]
+    assert not torch.equal(expected[0], encoded(vae, data)[0])
+    assert_same(open_store(store.folder, vae=vae, size=SIZE), data, expected)
+    with pytest.raises(StoreError, match="precision bfloat16 there, float32 expected"):
+        create_store(store.folder, vae=vae, size=SIZE, root=tmp_path)
+
+
+def test_a_store_from_before_precisions_is_one_of_float32(vae, data, tmp_path):
+    store = made(data, tmp_path / "store", vae)
+    meta = store.folder / "meta.json"
+    values = json.loads(meta.read_text())
+    assert values.pop("precision") == "float32"
+    meta.write_text(json.dumps(values))
+    assert_same(made(data, tmp_path / "store", vae), data, encoded(vae, data))
+
+
+def test_psnr_is_that_of_the_samples_that_training_draws(vae, data):
+    """Against the definition: the error of mean + std * noise, measured on many draws of the noise."""
+    levels = torch.stack([to_levels(center_crop(open_image(path), SIZE, SIZE)) for path in data[:8]])
+    assert psnr(vae, levels, "float32") == np.inf
+    exact, other = (Encoder(vae, precision).moments(levels) for precision in ("float32", "bfloat16"))
+    noise = torch.randn(400, *exact.mean.shape, generator=torch.Generator().manual_seed(0))
+    error = (other.sample(noise) - exact.sample(noise)).square().mean().sqrt()
+    drawn = 20 * torch.log10((exact.mean.max() - exact.mean.min()) / error)
+    assert psnr(vae, levels, "bfloat16") == pytest.approx(float(drawn), abs=0.05)
+
+
+def test_precision_is_what_the_first_images_say(vae, data, tmp_path, monkeypatch):
+    """On a stand-in for a GPU; the first file is no image and is passed by."""
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    named, meta = dict.fromkeys([bad, *data], "test"), make_meta(vae, SIZE)
+    assert choose_precision(vae, named, meta) == ("float32", None)
+    monkeypatch.setattr(AutoencoderKL, "device", torch.device("meta"))
+    for found, precision in ((ENOUGH_DB, "bfloat16"), (ENOUGH_DB - 1, "float32")):
+        monkeypatch.setattr(extraction, "psnr", lambda vae, levels, precision, found=found: found + len(levels) - 7)
+        assert choose_precision(vae, named, meta) == (precision, found)
+    assert choose_precision(vae, [bad], meta) == ("float32", None)
 
 
 def test_every_image_is_extracted_once(vae, data, tmp_path):
@@ -425,6 +476,17 @@ def test_full_disk_keeps_the_batches_before(vae, data, tmp_path, room):
     assert_same(made(data, tmp_path / "store", vae), data, encoded(vae, data))
 
 
+def test_after_a_failed_write_nothing_more_is_written(vae, data, tmp_path):
+    """What came behind half a row would lie at another's place: batches on their way are not written either."""
+    row = np.zeros((1, 2, 4, 4, 4), np.float32)
+    with PartWriter(tmp_path, 0) as part:
+        with largest_file(ROW // 2), pytest.raises(OSError, match="cannot write moments"):
+            part.add(np.zeros(1, "V60"), row)
+        with pytest.raises(OSError, match="cannot write moments"):
+            part.add(np.zeros(1, "V60"), row)
+    assert [file.stat().st_size for file in sorted(tmp_path.glob("*.[ri]*"))] == [0, ROW // 2]
+
+
 # ---- the official layout ---------------------------------------------------------------------------------------------
 
 
@@ -516,6 +578,21 @@ def test_tool_lists_bad_images_and_exits_with_3(vae, data, tmp_path, tiny_model)
     assert done.returncode == 0, done.stderr
     assert "13 of 13 images" in done.stdout
     assert not (tmp_path / "store" / "failures.jsonl").exists()
+
+
+def test_tool_extends_a_store_in_its_own_precision(vae, data, tmp_path, tiny_model):
+    records = write_records(data, tmp_path / "data" / "records.json")
+    run = arguments(records, tiny_model, tmp_path / "store", "--device", "cpu")
+    assert run_here("tools/extract_features.py", *run, "--precision", "bfloat16").returncode == 0
+    data.append(draw(tmp_path / "data" / "more.png", 77))
+    write_records(data, records)
+    done = run_here("tools/extract_features.py", *run)
+    assert done.returncode == 0 and "13 of 13 images" in done.stdout, done.stderr
+    rounded = AutoencoderKL.from_pretrained(tiny_model / "vae", dtype=torch.bfloat16).eval()
+    expected = [part.float() for part in encoded(rounded, data)]
+    assert_same(open_store(tmp_path / "store", vae=vae, size=SIZE), data, expected)
+    done = run_here("tools/extract_features.py", *run, "--precision", "float32")
+    assert done.returncode == 1 and "precision bfloat16 there, float32 expected" in done.stderr
 
 
 @pytest.mark.processes

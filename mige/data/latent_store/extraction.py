@@ -1,29 +1,26 @@
 """Extracting: every image of the records through the VAE once, into a store of moments (see `store`)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mige.data.crops import Crop, as_crops, training_crops
-from mige.data.latent_store.entries import ENTRY, FileFacts, make_entry
-from mige.data.latent_store.errors import StoreError
+from mige.data.latent_store.encoding import CHUNK, ENOUGH_DB, Encoder, psnr
+from mige.data.latent_store.entries import ENTRY, make_entry
 from mige.data.latent_store.meta import DTYPES, Meta
+from mige.data.latent_store.opening import Chunk, Job, open_chunks
 from mige.data.latent_store.part import PartWriter
 from mige.data.latent_store.store import FeatureStore
 from mige.data.records import Issue, Record
-from mige.models.vae import encode
-from mige.utils import images
 from mige.utils.files import absolute
-from mige.utils.images import BadImageError
 
-_CHUNK = 8  # images through the VAE: fixed, as a network's last bits depend on the shape of its input
+_WAITING = 4  # batches between the VAE and the disk: enough to bridge a slow flush
 
 
 def distinct_crops(records: Iterable[Record]) -> dict[Crop, str]:
@@ -49,6 +46,7 @@ def extract(
     wait: Callable[[], None] = lambda: None,
     batch_size: int = 8,
     workers: int = 0,
+    compiled: bool = False,
     progress: bool = False,
 ) -> list[Issue]:
     """Encode this process's share of the images, those that the store lacks or that have changed.
@@ -57,13 +55,16 @@ def extract(
     then; where that one failed, they are left out.
 
     Args:
-        store: made by `create_store` with this VAE; open it again to see what was added.
+        store: made by `create_store` with this VAE; open it again to see what was added. Its meta says in which
+            precision the VAE encodes.
+        vae: in float32; a copy is cast.
         named: image -> where it comes from (see `distinct_crops`), the same in all processes, of which this is number
             `process`; every `processes`-th image is its share.
         wait: waits for all processes; called between the two.
-        batch_size: images at a time. Batches are filled up with zeros to one shape, so that any multiple of 8 gives
-            the same bits whatever was done before.
+        batch_size: images written at a time; 8 of them go through the VAE at once, or all if there are fewer. What is
+            short of 8 is filled up, so that any size from 8 on gives the same bits whatever was done before.
         workers: processes that open images; 0: none.
+        compiled: the VAE's encoder through the compiler, on a GPU.
         progress: show a bar.
 
     Returns what could not be encoded, an issue an image. Raises StoreError if memory is short, OSError if writing
@@ -73,16 +74,16 @@ def extract(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     places = dict(zip(as_crops(named), named.values(), strict=True))
     pairs = [crop for crop in places if crop.like is not None]
-    issues = []
+    encoder, issues = Encoder(vae, store.meta.precision, compiled=compiled), []
     for number, crops in enumerate([[crop for crop in places if crop.like is None], pairs][: 2 if pairs else 1]):
         if number == 1:
             wait()
             store = FeatureStore(store.folder, store.meta, Path(store.root))
-        jobs = _distinct_jobs(store, crops)[process::processes]
+        jobs = distinct_jobs(store, crops)[process::processes]
         todo = {*store.missing(job.crop for job in jobs), *store.changed(job.crop for job in jobs)}
         issues += _encode_jobs(
             store,
-            vae,
+            encoder,
             [job for job in jobs if job.crop in todo],
             places,
             process=process,
@@ -98,16 +99,7 @@ def extract(
     return issues
 
 
-@dataclass(frozen=True)
-class _Job:
-    """An image to encode. like: width and height of the image that it is cropped like."""
-
-    crop: Crop
-    key: bytes
-    like: tuple[int, int] | None
-
-
-def _distinct_jobs(store: FeatureStore, crops: Sequence[Crop]) -> list[_Job]:
+def distinct_jobs(store: FeatureStore, crops: Sequence[Crop]) -> list[Job]:
     """A job for every row that the store is to have; none for what is cropped like an image that it lacks."""
     sizes = store.image_sizes(list({crop.like for crop in crops if crop.like is not None}))
     jobs = {}
@@ -115,14 +107,14 @@ def _distinct_jobs(store: FeatureStore, crops: Sequence[Crop]) -> list[_Job]:
         if crop.like is None or crop.like in sizes:
             like = sizes.get(crop.like)
             key = store.key(crop.path, like)
-            jobs.setdefault(key, _Job(crop, key, like))
+            jobs.setdefault(key, Job(crop, key, like))
     return list(jobs.values())
 
 
 def _encode_jobs(
     store: FeatureStore,
-    vae: AutoencoderKL,
-    jobs: Sequence[_Job],
+    encoder: Encoder,
+    jobs: Sequence[Job],
     places: Mapping[Crop, str],
     *,
     process: int,
@@ -130,78 +122,77 @@ def _encode_jobs(
     workers: int,
     bar: dict,
 ) -> list[Issue]:
-    """Encode all into a part of the store; what could not be, as issues."""
-    meta, issues = store.meta, []
-    loader = DataLoader(_Images(jobs, meta), batch_size, num_workers=workers, collate_fn=list)
-    with PartWriter(store.folder, process) as part, tqdm(unit="image", **bar) as shown:
-        for batch in loader:
-            failed = [(image.job, image.error.message, image.error.hint) for image in batch if image.error]
-            good = [image for image in batch if not image.error]
-            rows = _encode(vae, good, batch_size, meta)
-            finite = np.isfinite(rows).all(axis=(1, 2, 3, 4))
-            kept = [(image, row) for image, row, whole in zip(good, rows, finite, strict=True) if whole]
-            entries = [make_entry(image.job.key, image.file, image.size, row) for image, row in kept]
-            part.add(np.concatenate([np.empty(0, ENTRY), *entries]), rows[finite])
-            hint = "store float32 or check the VAE"
-            failed += [
-                (image.job, f"its moments are not finite in {meta.dtype}", hint)
-                for image, whole in zip(good, finite, strict=True)
-                if not whole
-            ]
-            issues += [Issue(f"{places[job.crop]}: {job.crop.path}", *why) for job, *why in failed]
-            shown.update(len(batch))
+    """Encode all into a part of the store; what could not be, as issues.
+
+    Workers open the images, this thread gives them to the device, and a thread writes what has come back.
+    """
+    loader = open_chunks(jobs, store.meta, min(CHUNK, batch_size), workers, pinned=encoder.on_gpu)
+    issues, written = [], deque()
+
+    def settle(future: Future) -> None:
+        failed, count = future.result()
+        issues.extend(Issue(f"{places[job.crop]}: {job.crop.path}", *why) for job, *why in failed)
+        shown.update(count)
+
+    with (
+        PartWriter(store.folder, process) as part,
+        tqdm(unit="image", **bar) as shown,
+        ThreadPoolExecutor(1) as disk,
+    ):
+        for chunks in _batched(loader, -(-batch_size // CHUNK)):
+            coming = [(chunk, encoder(chunk.levels) if chunk.images else None) for chunk in chunks]
+            written.append(disk.submit(_write, part, coming, store.meta))
+            if len(written) > _WAITING:
+                settle(written.popleft())
+        while written:
+            settle(written.popleft())
     return issues
 
 
-@dataclass(frozen=True)
-class _Image:
-    """An opened image, float32 [3, H, W], its width and height before, and its file; or why it was not opened."""
-
-    job: _Job
-    file: FileFacts | None = None
-    size: tuple[int, int] | None = None
-    pixels: Tensor | None = None
-    error: BadImageError | None = None
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
-class _Images(Dataset):
-    def __init__(self, jobs: Sequence[_Job], meta: Meta):
-        self.jobs, self.fitted = jobs, (meta.height, meta.width)
+def _write(
+    part: PartWriter, coming: Sequence[tuple[Chunk, Callable[[], np.ndarray] | None]], meta: Meta
+) -> tuple[list[tuple], int]:
+    """Wait for the rows of chunks and write them; (job, message, hint) of what is not written, and the images done."""
+    failed, entries, rows = [], [np.empty(0, ENTRY)], [np.empty((0, *meta.row), DTYPES[meta.dtype])]
+    for chunk, arrived in coming:
+        failed += [(image.job, image.error.message, image.error.hint) for image in chunk.failed]
+        if arrived is None:
+            continue
+        with np.errstate(over="ignore"):  # values beyond float16 become infinite and are reported
+            found = arrived()[: len(chunk.images)].astype(DTYPES[meta.dtype], copy=False)
+        for image, row in zip(chunk.images, found, strict=True):
+            if np.isfinite(row).all():
+                entries.append(make_entry(image.job.key, image.file, image.size, row))
+                rows.append(row[None])
+            else:
+                hint = "store float32 or check the VAE"
+                failed.append((image.job, f"its moments are not finite in {meta.dtype}", hint))
+    part.add(np.concatenate(entries), np.concatenate(rows))
+    return failed, sum(len(chunk.images) + len(chunk.failed) for chunk, _ in coming)
 
-    def __len__(self) -> int:
-        return len(self.jobs)
 
-    def __getitem__(self, index: int) -> _Image:
-        job = self.jobs[index]
-        path = job.crop.path
-        try:
-            file = FileFacts.of(path)  # before it is opened: should it be replaced meanwhile, it counts as changed
-            image = images.open_image(path)
-            pixels = images.to_pixels(images.center_crop(image, *self.fitted, like=job.like))
-        except BadImageError as error:
-            return _Image(job, error=error)
-        except OSError as error:
-            hint = "correct the path or its permissions, or fetch the image"
-            return _Image(job, error=BadImageError(path, f"cannot be read ({error.strerror})", hint))
-        return _Image(job, file, image.size, pixels)
+def choose_precision(vae: AutoencoderKL, named: Iterable[Path | Crop], meta: Meta) -> tuple[str, float | None]:
+    """("bfloat16" or "float32", PSNR of bfloat16 moments over the first images that can be opened, dB).
+
+    bfloat16 where the PSNR (`encoding.psnr`) is at least ENOUGH_DB; without an image, or on a CPU, which is no
+    faster in bfloat16, float32 and None. vae: in float32, on its device.
+    """
+    if vae.device.type == "cpu":
+        return "float32", None
+    jobs = [Job(crop, b"", None) for crop in as_crops(named) if crop.like is None]
+    for chunk in open_chunks(jobs, meta, CHUNK, 0):
+        if chunk.images:
+            found = psnr(vae, chunk.levels[: len(chunk.images)], "bfloat16")
+            return ("bfloat16" if found >= ENOUGH_DB else "float32"), found
+    return "float32", None
 
 
 def _absolute(path: Path) -> Path:
     return Path(absolute(path))
-
-
-@torch.inference_mode()
-def _encode(vae: AutoencoderKL, batch: Sequence[_Image], batch_size: int, meta: Meta) -> np.ndarray:
-    """Rows [len(batch), 2, C, h, w] in the stored dtype."""
-    if not batch:
-        return np.empty((0, *meta.row), DTYPES[meta.dtype])
-    pixels = torch.zeros(batch_size, 3, meta.height, meta.width)
-    for place, image in zip(pixels[: len(batch)], batch, strict=True):
-        place.copy_(image.pixels)
-    try:
-        moments = [encode(vae, part.to(vae.device)) for part in pixels.split(_CHUNK)]
-    except torch.OutOfMemoryError as error:
-        raise StoreError(f"out of memory with {batch_size} images at a time: give a smaller batch size") from error
-    rows = torch.cat([torch.stack([m.mean, m.std], dim=1) for m in moments])[: len(batch)].float().cpu().numpy()
-    with np.errstate(over="ignore"):  # values beyond float16 become infinite and are reported
-        return rows.astype(DTYPES[meta.dtype])

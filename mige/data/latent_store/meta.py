@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import AutoencoderKL
 
 from mige.data.latent_store.errors import StoreError
@@ -16,6 +17,7 @@ VERSION = 2
 OUTDATED = {1: "it holds sources cropped by their own shape instead of their target's"}
 FIT = "center_crop"  # training crops every image so; a source like its target (see data/crops.py)
 DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Meta:
     shape: tuple[int, int, int]  # of a mean: [C, h, w]
     dtype: str  # of the stored values
     root: str  # absolute; keys are paths relative to it
+    precision: str = "float32"  # that the VAE encoded in
 
     @property
     def row(self) -> tuple[int, int, int, int]:
@@ -72,6 +75,8 @@ def read_meta(folder: Path) -> Meta:
             raise ValueError(f"height {meta.height!r}, width {meta.width!r}, shape {meta.shape!r}")
         if meta.dtype not in DTYPES or not isinstance(meta.root, str):
             raise ValueError(f"dtype {meta.dtype!r}, root {meta.root!r}")
+        if meta.precision not in tuple(PRECISIONS):
+            raise ValueError(f"precision {meta.precision!r}")
     except StoreError:
         raise
     except (TypeError, KeyError, ValueError) as error:

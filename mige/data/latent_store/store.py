@@ -51,7 +51,7 @@ def open_store(
     expected = make_meta(vae, size)
     if (folder / "meta.json").is_file():
         meta = read_meta(folder)
-        require_equal(folder, meta, replace(expected, dtype=meta.dtype))
+        require_equal(folder, meta, replace(expected, dtype=meta.dtype, precision=meta.precision))
         return FeatureStore(folder, meta, root)
     if next(folder.glob("*.npy"), None):
         return NpyFolder(folder, expected.shape, (expected.height, expected.width))
@@ -59,15 +59,22 @@ def open_store(
 
 
 def create_store(
-    folder: Path, *, vae: AutoencoderKL, size: int | tuple[int, int], root: Path, dtype: str = "float32"
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    size: int | tuple[int, int],
+    root: Path,
+    dtype: str = "float32",
+    precision: str = "float32",
 ) -> "FeatureStore":
     """The store in `folder` to extract into, made if it is not there. Several processes may call this at once.
 
     root: the folder that paths are taken relative to; a store that is there already keeps its own.
     dtype: of the stored values, "float32" (exact) or "float16" (half the bytes, relative error up to 2^-11).
-    Raises StoreError if a store with another VAE, size, fit or dtype is there.
+    precision: that the VAE encodes in, "float32" or "bfloat16" (see `encoding.psnr`); the VAE comes in float32.
+    Raises StoreError if a store with another VAE, size, fit, dtype or precision is there.
     """
-    meta = replace(make_meta(vae, size), dtype=dtype, root=absolute(root))
+    meta = replace(make_meta(vae, size), dtype=dtype, precision=precision, root=absolute(root))
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder / f".{secrets.token_hex(8)}.part"
     try:
