@@ -20,14 +20,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mige.cli import command
+from mige.cli import command, model_options
 from mige.tasks import Task
 
 if TYPE_CHECKING:
-    import torch
-
     from mige.data.records import Report
-    from mige.inference.pipeline import MIGEPipeline
 
 SOME_FAILED = 3
 
@@ -89,14 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="in place of --size: multiple of 16 px (default: the model's)")
     parser.add_argument("--paste-back", action="store_true", help="edits at their source's own resolution")
     parser.add_argument("--batch-size", type=int, help="default: 5 subject-driven, 25 edits")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="the fast mode; the first image waits a little")
-    parser.add_argument(
-        "--offload", action="store_true", help="keep the encoders in host memory but while they compute"
-    )
-    parser.add_argument("--vae-dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--t5-bits", type=int, choices=[8, 4], help="less memory: T5's matrices rounded")
+    model_options.add(parser)
     parser.add_argument(
         "--reuse", type=int, default=1, help="approximate, with --compile: whole DiT every so many steps"
     )
@@ -104,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-profiles", action="store_true", help="take the references' colours as sRGB, as the official code does"
     )
     parser.add_argument("--noise", choices=["record", "official"], default="record", help="see docs/inference.md")
-    command.add_lora(parser)
     parser.add_argument("--keep-going", action="store_true", help="run the good records though others are bad")
     parser.add_argument(
         "--contact-sheets", action="store_true", help="draw them for more than 50 records too: a PNG for each 50"
@@ -146,9 +135,8 @@ def run(args: argparse.Namespace) -> int:
     from mige.inference import run as inference
     from mige.inference.pipeline import MIGEPipeline
 
-    args.device = command.check_device(command.parser(None), args.device)
+    model_options.resolve(args)
     command.quiet_libraries()
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     one = args.lora[0][0] if [scale for _, scale in args.lora] == [1.0] else None
     given = vars(args) | {"lora": one, "loras": [list(pair) for pair in args.lora] if args.lora and not one else None}
     settings = inference.Settings(**{field.name: given[field.name] for field in fields(inference.Settings)})
@@ -171,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             listed = inference.write_failures(report, args.output)
             if report.errors:
                 print(f"listed in {listed}", file=sys.stderr)
-        pipeline = load(args, model, device)
+        pipeline = model_options.load(args, model, device, verified=True)  # by `check`
         options = {
             "batch_size": args.batch_size,
             "note": args.note,
@@ -185,26 +173,6 @@ def run(args: argparse.Namespace) -> int:
         sheet = args.output / "contact_sheet.png"
         print(f"{made} images: open {page}" + (f" or {sheet}" if sheet.exists() else ""))
     return SOME_FAILED if report.errors else 0
-
-
-def load(args: argparse.Namespace, model: Path, device: "torch.device | str") -> "MIGEPipeline":
-    """The pipeline in the mode asked for."""
-    import torch
-
-    from mige.inference.adapters import add_adapters
-    from mige.inference.pipeline import MIGEPipeline
-
-    pipeline = MIGEPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype), verified=True)  # by `check`
-    for path, scale in args.lora:
-        add_adapters(pipeline, path, scale)
-    if args.vae_dtype == "bfloat16":
-        pipeline.vae_to_bfloat16()
-    if args.t5_bits:
-        pipeline.quantise_text_encoder(args.t5_bits)
-    pipeline.offload_encoders(device) if args.offload else pipeline.to(device)
-    if args.compile:
-        pipeline.compile()
-    return pipeline
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
     python infer_scripts/web_demo.py
     python infer_scripts/web_demo.py --model output/pretrained_models/mige --port 8000
+    python infer_scripts/web_demo.py --model output/pretrained_models/mige --offload --t5-bits 8 --auth @users.txt
 
 Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/web.md.
 """
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from mige.cli import command
+from mige.cli import command, model_options
 from mige.cli.places import MINI
 
 
@@ -22,44 +23,72 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
     parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
+    model_options.add(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
         "--public-host", action="append", default=[], metavar="NAME",
         help="a name by which visitors reach the page, as mige.example.org; may be given again",
     )  # fmt: skip
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-    command.add_lora(parser)
+    parser.add_argument("--root-path", default="", help="where a proxy serves the page, as /mige (it strips that)")
+    parser.add_argument(
+        "--auth", action="append", default=[], type=users, metavar="NAME:PASSWORD",
+        help="who may enter; or @FILE with a line each; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers; needs --auth")
     args = parser.parse_args(argv)
+    args.auth = {name: password for given in args.auth for name, password in given.items()}
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")
     for name in args.public_host:
         if not re.fullmatch(r"[\w.-]+", name):
             parser.error(f"--public-host is {name!r}; expected a name alone, as mige.example.org")
+    if args.root_path and not re.fullmatch(r"(/[\w.-]+)+", args.root_path):
+        parser.error(f"--root-path is {args.root_path!r}; expected a path such as /mige")
+    if args.share and not args.auth:
+        parser.error("--share makes the page public: say with --auth NAME:PASSWORD who may enter")
     return args
+
+
+def users(text: str) -> dict[str, str]:
+    """The type of `--auth`: passwords by name, of "name:password" or of "@FILE" with such lines.
+
+    Raises argparse.ArgumentTypeError, without a password in its message, for anything else.
+    """
+    lines, where = [text], "it"
+    if text.startswith("@"):
+        path = Path(text[1:])
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}; give a text file") from error
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if text.startswith("@"):
+            where = f"line {number} of {text[1:]}"
+        name, colon, password = line.partition(":")
+        if line.strip() and not (name and colon and password):
+            raise argparse.ArgumentTypeError(f"{where} is no NAME:PASSWORD; neither of the two may be empty")
+        found |= {name: password} if line.strip() else {}
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text[1:] or text!r} names nobody; write NAME:PASSWORD")
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
-    import torch
-
-    from mige.inference.adapters import add_adapters
     from mige.inference.pipeline import MIGEPipeline
     from mige.web.page import serving
     from mige.web.service import GenerationService
 
-    args.device = command.check_device(command.parser(None), args.device)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    model_options.resolve(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder goes then, too
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
-    pipeline = MIGEPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device)
-    for path, scale in args.lora:
-        add_adapters(pipeline, path, scale)
+    pipeline = model_options.load(args, folder, args.device, verified=False)
     name = " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
-    service = GenerationService(pipeline, name)
-    with serving(service, host=args.host, port=args.port, public_hosts=args.public_host) as address:
+    where = dict(host=args.host, port=args.port, public_hosts=args.public_host, root_path=args.root_path)
+    with serving(GenerationService(pipeline, name), **where, users=args.auth, share=args.share) as address:
         print(f"Open {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 

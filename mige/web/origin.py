@@ -27,6 +27,11 @@ class OwnNames:
         machine = socket.gethostname().lower()
         self.names = {"localhost", host.lower(), machine, f"{machine}.local"} | self.public
 
+    def add(self, public: str) -> None:
+        """One more name by which visitors reach this server."""
+        self.public.add(public)
+        self.names.add(public)
+
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raise BadRequestError for a request to another name, of another page, or with a host that is none."""
         hosts, origins = [], []

@@ -7,9 +7,10 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 import torch
@@ -17,6 +18,7 @@ from gradio import routes
 from starlette.middleware import Middleware
 
 from mige.tasks import Task
+from mige.utils.errors import UserError
 from mige.web import theme
 from mige.web.components import JOBS
 from mige.web.events import connect
@@ -24,6 +26,7 @@ from mige.web.examples import Example, of_records, of_the_world
 from mige.web.file_store import FileStore
 from mige.web.guard import UPLOAD_MB, Guard
 from mige.web.layout import lay_out
+from mige.web.login import Login
 from mige.web.origin import OwnNames
 from mige.web.service import GenerationService
 
@@ -35,9 +38,20 @@ SWEEP_SECONDS = 300.0
 _log = logging.getLogger(__name__)
 
 
+class ShareError(UserError):
+    """There is no public link."""
+
+
 @contextmanager
 def serving(
-    service: GenerationService, *, host: str = "127.0.0.1", port: int | None = None, public_hosts: Sequence[str] = ()
+    service: GenerationService,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    public_hosts: Sequence[str] = (),
+    users: Mapping[str, str] | None = None,
+    share: bool = False,
+    root_path: str = "",
 ) -> Iterator[str]:
     """Serve the page while the context lasts, and yield its address; closes the service in the end.
 
@@ -45,19 +59,28 @@ def serving(
         host: the address to listen at.
         public_hosts: names by which visitors reach the page, as "mige.example.org"; requests to others are refused.
         port: None for the first free one from 7860. Raises OSError if it is taken.
+        users: passwords by name of who may enter; everybody, without any.
+        share: through a public address of Gradio's, which is then yielded. Raises ValueError without users, and
+            ShareError where there is no such address to be had.
+        root_path: where a proxy serves the page, as "/mige"; it has to strip that from what it sends on.
     """
+    if share and not users:
+        raise ValueError("share makes the page public: name the users who may enter")
     with tempfile.TemporaryDirectory(prefix="mige-web-", ignore_cleanup_errors=True) as folder:
         store = FileStore(Path(folder))
         with _environment(GRADIO_TEMP_DIR=str(store.folder), GRADIO_ANALYTICS_ENABLED="False"), _sweeping(store), \
              _server_folder(store.folder / "gradio"):  # fmt: skip
             page, names = build(service, store), OwnNames(host, public_hosts)
+            guard = Middleware(Guard, store=store, page=lambda: page, names=names)
+            login = Middleware(Login, users=users or {})
             try:
-                _, address, _ = page.launch(
+                _, address, public = page.launch(
                     server_name=host,
                     server_port=port,
                     prevent_thread_lock=True,
                     quiet=True,
-                    share=False,
+                    share=share,
+                    root_path=root_path or None,
                     max_file_size=f"{UPLOAD_MB}mb",
                     footer_links=["api"],
                     run_history=False,
@@ -66,9 +89,11 @@ def serving(
                     mcp_server=False,
                     theme=theme.THEME,
                     css=theme.CSS,
-                    app_kwargs={"middleware": [Middleware(Guard, store=store, page=lambda: page, names=names)]},
+                    app_kwargs={"middleware": [login, guard]},
                 )
-                yield address
+                if share:
+                    names.add(_host_of(public))
+                yield public or address
             finally:
                 service.close()
                 page.close()
@@ -86,6 +111,13 @@ def build(service: GenerationService, store: FileStore) -> gr.Blocks:
                 with gr.Tab(job.title):
                     connect(lay_out(service, job, examples), service, store, examples)
     return page.queue(max_size=MAX_WAITING, api_open=False)  # no direct call passes the queue by
+
+
+def _host_of(public: str | None) -> str:
+    """The name in a public address; raises ShareError where Gradio got none, and has printed why."""
+    if public is None:
+        raise ShareError("Gradio's servers gave no public link: see above, or leave --share out and use --public-host")
+    return urlsplit(public).hostname or ""
 
 
 def _examples(service: GenerationService, task: Task, store: FileStore) -> list[Example]:

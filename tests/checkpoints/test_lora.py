@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.lora import add_lora, check_lora, merge_lora, save_lora
-from mige.cli import infer
+from mige.cli import infer, model_options
 from mige.inference.pipeline import MIGEPipeline
 
 PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -232,7 +232,8 @@ def test_the_script_adds_good_adapters(lively, base, adapter, tmp_path):
                         "cpu", "--lora", str(adapter)])  # fmt: skip
     args.dtype = "float32"
     check_lora(lively, adapter)
-    got, want = infer.load(args, lively, "cpu").transformer, merge_lora(copy.deepcopy(base), adapter)
+    got = model_options.load(args, lively, "cpu", verified=True).transformer
+    want = merge_lora(copy.deepcopy(base), adapter)
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters(), strict=True))
 
 
