@@ -1,14 +1,16 @@
-"""Speed of scoring: images/s through each backbone at full size, from files and from pixels in memory.
+"""Speed of scoring: images/s through each backbone at full size, and through all at once, from files and from memory.
 
     python benchmarks/bench_scoring.py                      # random weights, images drawn by the script
-    python benchmarks/bench_scoring.py --images 2000 --batch 128
+    python benchmarks/bench_scoring.py --images 2000 --batch 128 --backbones "CLIP ViT-B/32" "DINO ViT-S/16"
 
-In float32.
+In float32. "opened": what all cores decode and resize for these backbones, without a network: the limit from files.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from mige.evaluation import backbones
-from mige.evaluation.scoring import Features
+from mige.evaluation.features import Features, compute_images
+from mige.evaluation.views import View
 
 # The towers' sizes as released: width, depth, heads, patch, projection.
 VISION = {"ViT-B/32": (768, 12, 12, 32, 512), "ViT-L/14": (1024, 24, 16, 14, 768)}
@@ -42,43 +45,72 @@ def random_clip(name: str, device: str) -> backbones.Clip:
 
 
 def random_dino(device: str) -> backbones.Dino:
+    """DINO's ViT-S/16 with random weights."""
     dino = backbones.Dino.__new__(backbones.Dino)
     dino.name, dino.device, dino.fingerprint = "DINO ViT-S/16", device, "random"
-    dino.model = timm.create_model(backbones.DINO["ViT-S/16"], num_classes=0).eval().to(device)
+    dino.model = timm.create_model(backbones.DINO[dino.name][0], num_classes=0).eval().to(device)
     dino.transform = backbones.dino_transform()
     return dino
 
 
-def draw_images(folder: Path, many: int) -> list[Path]:
+def draw_images(folder: Path, many: int, suffix: str) -> list[Path]:
     """Smooth noise of 512 x 512 px."""
-    paths = [folder / f"{n}.png" for n in range(many)]
-    for n, path in enumerate(paths):
-        noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(path, compress_level=1)
+    paths = [folder / f"{n}.{suffix}" for n in range(many)]
+    how = {"compress_level": 1} if suffix == "png" else {"quality": 90}
+
+    def draw(n: int) -> None:
+        noise = np.random.default_rng(n).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(paths[n], **how)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, range(many)))
     return paths
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__)
+    names = ["CLIP ViT-B/32", "CLIP ViT-L/14", "DINO ViT-S/16"]
     made.add_argument("--images", type=int, default=512, help="of 512 x 512 px (%(default)s)")
     made.add_argument("--batch", type=int, default=64, help="(%(default)s)")
+    made.add_argument("--backbones", nargs="+", choices=names, default=names, help="(all)")
+    made.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the files (%(default)s)")
     return made.parse_args(argv)
+
+
+def measure(machine: Machine, report: Report, args: argparse.Namespace, networks: Sequence, views: list[View]) -> None:
+    """A line for backbones that share the opened images: from files, opening alone, networks alone."""
+    levels = [torch.randint(0, 256, (args.batch, 224, 224, 3), dtype=torch.uint8) for _ in networks]
+    alone = machine.median_seconds(
+        lambda: [network.encode(one) for network, one in zip(networks, levels, strict=True)], repeats=5
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def open_for_all(view: View) -> None:
+            image = view.open()
+            for network in networks:
+                network.transform.levels(image)
+
+        opened = machine.seconds(lambda: list(pool.map(open_for_all, views)))
+    with tempfile.TemporaryDirectory() as cache:
+        stores = [Features(network, Path(cache) / str(n)) for n, network in enumerate(networks)]
+        from_files = machine.seconds(lambda: compute_images({store: views for store in stores}, args.batch))
+    report.add({"backbone": " and ".join(network.name for network in networks), "format": args.format,
+                "from_files_per_s": round(len(views) / from_files, 1), "opened_per_s": round(len(views) / opened, 1),
+                "network_per_s": round(args.batch / alone, 1)})  # fmt: skip
 
 
 def main() -> None:
     args = parse()
     machine = Machine(args.device)
     report = Report(machine, args.output, batch=args.batch)
-    networks = [random_clip(size, args.device) for size in VISION] + [random_dino(args.device)]
+    made = {"CLIP ViT-B/32": lambda: random_clip("ViT-B/32", args.device),
+            "CLIP ViT-L/14": lambda: random_clip("ViT-L/14", args.device),
+            "DINO ViT-S/16": lambda: random_dino(args.device)}  # fmt: skip
+    networks = [made[name]() for name in args.backbones]
     with tempfile.TemporaryDirectory() as folder:
-        paths = draw_images(Path(folder), args.images)
-        for network in networks:
-            pixels = torch.randn(args.batch, 3, 224, 224)
-            alone = machine.median_seconds(lambda: network.encode(pixels), repeats=5)  # noqa: B023
-            features = Features(network, Path(folder) / "cache", args.batch)
-            from_files = machine.seconds(lambda: features.compute(paths))  # noqa: B023
-            report.add({"backbone": network.name, "from_files_per_s": round(args.images / from_files, 1),
-                        "network_per_s": round(args.batch / alone, 1)})  # fmt: skip
+        views = [View(path) for path in draw_images(Path(folder), args.images, args.format)]
+        for some in [[network] for network in networks] + ([networks] if len(networks) > 1 else []):
+            measure(machine, report, args, some, views)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def dreambench(root: Path) -> Path:
     return root
 
 
-def emu_edit(root: Path, rows: int = 6) -> Path:
+def emu_edit(root: Path, rows: int = 6, size: tuple[int, int] = (64, 64)) -> Path:
     """facebook/emu_edit_test_set: data/validation-*.parquet with images embedded; the last captions are equal."""
 
     def cell(seed: int) -> dict:
         encoded = BytesIO()
-        image(seed, (64, 64)).save(encoded, "PNG")
+        image(seed, size).save(encoded, "PNG")
         return {"bytes": encoded.getvalue(), "path": None}
 
     table = {

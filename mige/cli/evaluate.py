@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--clip", choices=CLIP, default="ViT-B/32", help="(%(default)s)")
     group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
     group.add_argument("--dino-weights", help="file of DINO ViT-S/16 (default: the release, from the hub)")
+    group.add_argument("--jpeg", action="store_true", help="through JPEG first, as the official scripts save images")
     group.add_argument("--entities", type=Path, help="folder of extract_entities.py, for migebench's entity scores")
     group.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
@@ -113,7 +114,7 @@ def mini(args: argparse.Namespace) -> None:
 
 def published(args: argparse.Namespace) -> None:
     """Measure the images of a results folder on a published benchmark; raises BenchmarkError for another's."""
-    from mige.evaluation import backbones, page, scoring, summary
+    from mige.evaluation import backbones, outputs, page, scoring, summary
     from mige.evaluation.benchmarks.files import BenchmarkError
     from mige.evaluation.benchmarks.prepared import read
 
@@ -121,16 +122,18 @@ def published(args: argparse.Namespace) -> None:
     if prepared.name != args.benchmark:
         raise BenchmarkError(f"{prepared.folder} is {prepared.name}, expected {args.benchmark}")
     reports = [summary.read_report(path) for path in args.compare]
-    found = scoring.outputs(prepared, args.results)
-    crops = scoring.crops(prepared, args.entities) if args.entities else None
+    found = outputs.outputs(prepared, args.results)
+    crops = outputs.crops(prepared, args.entities) if args.entities else None
     backbones.require_file(args.clip_weights, "--clip-weights")
     backbones.require_file(args.dino_weights, "--dino-weights")
-    clip = backbones.Clip(args.clip, args.clip_weights, args.device)
-    dino = backbones.Dino("ViT-S/16", args.dino_weights, args.device)
-    protocol = summary.protocol(prepared, clip, dino)
+    networks = {
+        "clip": backbones.Clip(args.clip, args.clip_weights, args.device),
+        "dino": backbones.Dino("DINO ViT-S/16", args.dino_weights, args.device),
+    }
+    protocol = summary.protocol(prepared, networks, jpeg=args.jpeg)
     others = summary.beside({"protocol": protocol}, reports)  # refused before the work, not after it
     cache = prepared.folder / "features"
-    scores = scoring.score(prepared, found, clip, dino, cache, entities=crops, batch=args.batch)
+    scores = scoring.score(prepared, found, networks, cache, entities=crops, jpeg=args.jpeg, batch=args.batch)
     table = summary.table(prepared, scores.rows)
     facts = {"label": args.label or args.results.name, "clip": args.clip, "samples": len(scores.rows)}
     facts |= {"protocol": protocol, "versions": summary.versions()}

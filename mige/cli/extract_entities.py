@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
-    from mige.evaluation import entities, scoring
+    from mige.evaluation import entities, outputs
     from mige.evaluation.benchmarks.files import BenchmarkError
     from mige.evaluation.benchmarks.prepared import read
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [row for row in prepared.scored if "object" in row["score"]]
     if not rows:
         raise BenchmarkError(f"{prepared.name} names no objects; entities are cut out for migebench")
-    images = scoring.outputs(prepared, args.results)
+    images = outputs.outputs(prepared, args.results)
     finder = entities.EntityFinder(args.detector, args.segmenter, args.device)
     out = args.output or args.results / "entities"
     found, every = entities.extract(rows, images, finder, out, args.batch)

@@ -45,7 +45,10 @@ def l2(output: Image.Image, target: Image.Image) -> float:
 
 
 def to_target(output: Image.Image, target: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """MagicBrush's rule for two sizes: the output is resized (bicubic) to the target's."""
+    """MagicBrush's rule for two sizes, and of scripts made from its: the output is stretched (bicubic) to the other's.
+
+    A crop that shows a part of a wider image is so compared with all of it: a perfect copy is no longer one.
+    """
     return (output if output.size == target.size else output.resize(target.size, Image.Resampling.BICUBIC)), target
 
 

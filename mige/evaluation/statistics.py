@@ -1,6 +1,6 @@
 """95 % intervals: of means (bootstrap, Student's t), of shares (Wilson), of means over seeds and cases.
 
-Letters: S seeds (runs), C cases.
+Letters: K clusters, S seeds (runs), C cases.
 """
 
 import math
@@ -11,44 +11,74 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES, SEED = 2000, 0
-FEW = 30  # values below which a bootstrap is too narrow, and Student's t is taken
+FEW = 50  # clusters below which a bootstrap is too narrow, and Student's t is taken
 _TWO_SIDED = 0.975  # the quantile of a two-sided 95 % interval
 
 Interval = tuple[float | None, float | None]
 """Low and high; None where there is no interval: one value says nothing of another."""
 
+Clusters = Sequence[str] | None
+"""Which values go together: samples of one subject, session or source image. None: each is on its own."""
 
-def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean with its interval: by bootstrap, of fewer than 30 values by Student's t, of one value none.
+
+def interval(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> tuple[float, *Interval]:
+    """Mean with its interval: by bootstrap, of fewer than 50 clusters by Student's t, of one none.
 
     Raises ValueError without values or for one that is not finite.
     """
-    if len(values) >= FEW:
-        return bootstrap(values)
-    return _mean(values), *t_interval(values)
+    enough = len(values if clusters is None else set(clusters)) >= FEW
+    return bootstrap(values, clusters, level=level) if enough else (
+        _mean(values), *t_interval(values, clusters, level=level)
+    )  # fmt: skip
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean, and the 2.5 and 97.5 percentiles of the means of 2,000 resamples (Efron 1979), the same at every call.
+def bootstrap(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> tuple[float, *Interval]:
+    """Mean, and the percentiles of the means of 2,000 resamples of the clusters (Efron 1979), the same at every call.
 
-    Resamples are drawn as counts: scipy.stats.bootstrap would hold all their indices (some 60 MB of 3,589 values).
-    Raises ValueError without values or for one that is not finite.
+    A cluster is drawn with all its values, so that the interval holds for further clusters, not for further samples of
+    these. Raises ValueError without values or for one that is not finite.
     """
-    mean, n = _mean(values), len(values)
-    if n == 1:
+    mean = _mean(values)
+    sums_K, counts_K = _by_cluster(values, clusters)
+    if len(sums_K) == 1:
         return mean, None, None
-    counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    low, high = np.percentile(counts @ np.asarray(values, dtype=np.float64) / n, [2.5, 97.5])
-    return mean, float(low), float(high)
+    found = stats.bootstrap(
+        (sums_K, counts_K),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=100,  # all at once would hold some 60 MB of indices for 3,589 values
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of a mean; none of one value. Raises ValueError as `bootstrap` does."""
-    mean, n = _mean(values), len(values)
-    if n == 1:
+def t_interval(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> Interval:
+    """Student's t interval of a mean; none of one cluster. Raises ValueError as `bootstrap` does.
+
+    Of clusters the mean is a ratio of sums, whose variance is that of each cluster's sum of deviations (Cochran,
+    Sampling Techniques, 1977, eq. 6.13); where each value is on its own, that is the usual standard error.
+    """
+    mean = _mean(values)
+    sums_K, counts_K = _by_cluster(values, clusters)
+    num = len(sums_K)
+    if num == 1:
         return None, None
-    half = t_quantile(n - 1) * float(stats.sem(values))
+    error = math.sqrt(num / (num - 1) * np.square(sums_K - mean * counts_K).sum()) / counts_K.sum()
+    half = float(stats.t.ppf((1 + level) / 2, num - 1)) * error
     return mean - half, mean + half
+
+
+def _by_cluster(values: Sequence[float], clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of each cluster, float64 [K]."""
+    values = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return values, np.ones_like(values)
+    place_of = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return np.bincount(place_of, weights=values), np.bincount(place_of).astype(np.float64)
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

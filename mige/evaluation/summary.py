@@ -13,32 +13,39 @@ import transformers
 
 import mige
 from mige.evaluation import statistics
-from mige.evaluation.backbones import Clip, Dino
+from mige.evaluation.backbones import Backbone
 from mige.evaluation.benchmarks.files import BenchmarkError
 from mige.evaluation.benchmarks.prepared import Prepared
 from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS
 from mige.evaluation.scoring import VERSIONS
+from mige.evaluation.views import JPEG_QUALITY
 from mige.utils.files import read_json_object
 
 
-def protocol(prepared: Prepared, clip: Clip, dino: Dino) -> dict[str, str]:
+def protocol(prepared: Prepared, networks: Mapping[str, Backbone], *, jpeg: bool = False) -> dict[str, str]:
     """Everything that two tables must share to be compared, as text."""
-    options = prepared.options
+    options, clusters = prepared.options, BENCHMARKS[prepared.name].clusters or "samples"
     facts = {
         "benchmark": prepared.name,
-        "CLIP": f"{clip.name}, weights {clip.fingerprint}",
+        "CLIP": f"{networks['clip'].name}, weights {networks['clip'].fingerprint}",
         "CLIP's preprocessing": "shorter side to the input size (bicubic), centre crop",
-        "DINO": f"{dino.name}, weights {dino.fingerprint}",
+        "DINO": f"{networks['dino'].name}, weights {networks['dino'].fingerprint}",
         "DINO's preprocessing": "shorter side to 256 (bicubic), centre crop 224",
-        "intervals": f"percentiles of {statistics.RESAMPLES} bootstrap resamples, seed {statistics.SEED}; "
-        f"below {statistics.FEW} values Student's t",
+        "outputs": f"through JPEG of quality {JPEG_QUALITY}, as the official scripts save" if jpeg else "as saved",
+        "copy of the input": "fitted to the output's size as the model is shown it: an edit's source scaled and "
+        "cropped, a subject's image whole on black",
+        "intervals": f"of {clusters}: percentiles of {statistics.RESAMPLES} bootstrap resamples, "
+        f"seed {statistics.SEED}; below {statistics.FEW} Student's t",
     }
     if prepared.name == "dreambench":
         facts["images a prompt"] = str(options.samples)
         facts["compared with"] = "the input" if options.against == "input" else "all images of the subject"
     if prepared.name == "emu_edit":
         facts["split"] = options.split
-        facts["another size"] = "the source is scaled and centre-cropped to the output's, as the model was shown it"
+        facts["another size"] = (
+            "the source is scaled and centre-cropped to the output's, as the model was shown it; "
+            "L1 (stretched): the output is resized (bicubic) to the source's"
+        )
         facts["CLIPdir of equal captions"] = "0, counted in all rows, left out of the clean ones"
     if prepared.name == "magicbrush":
         facts["turns"] = "each on its own" if options.iterative is None else "final turn of iterative editing"
@@ -72,9 +79,10 @@ def table(prepared: Prepared, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
     for version in VERSIONS:
         for subset, some in subsets.items():
             for metric in prepared.metrics:
-                values = [row[version][metric.name] for row in some if metric.name in row.get(version, {})]
+                having = [row for row in some if metric.name in row.get(version, {})]
+                values = [row[version][metric.name] for row in having]
                 if values:
-                    mean, low, high = statistics.interval(values)
+                    mean, low, high = statistics.interval(values, [row["cluster"] for row in having])
                     entry = {"version": version, "subset": subset, "measure": metric.name, "mean": mean, "low": low}
                     of = size if subset == "all" else None
                     entries.append(entry | {"high": high, "n": len(values), "of": of})

@@ -161,10 +161,12 @@ def test_scoring_runs_on_small_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_scoring, "VISION", {"ViT-B/32": (32, 1, 2, 32, 16)})
     monkeypatch.setattr(bench_scoring, "random_dino", lambda device: bench_scoring.random_clip("ViT-B/32", device))
     monkeypatch.setattr(sys, "argv", ["bench_scoring.py", "--images", "2", "--batch", "1", "--device", "cpu",
+                                      "--backbones", "CLIP ViT-B/32", "DINO ViT-S/16",
                                       "--output", str(tmp_path / "lines.jsonl")])  # fmt: skip
     bench_scoring.main()
     _, *lines = read(tmp_path / "lines.jsonl")
-    assert len(lines) == 2 and all(line["from_files_per_s"] > 0 and line["network_per_s"] > 0 for line in lines)
+    assert [line["backbone"] for line in lines][2:] == ["CLIP ViT-B/32 and CLIP ViT-B/32"] and len(lines) == 3
+    assert all(line[f"{of}_per_s"] > 0 for line in lines for of in ("from_files", "opened", "network"))
 
 
 # ---- inference -------------------------------------------------------------------------------------------------------

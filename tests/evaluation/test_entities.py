@@ -10,7 +10,7 @@ import torch
 from conftest import image_size, run_here
 from PIL import Image
 
-from mige.evaluation import entities, scoring
+from mige.evaluation import entities, outputs, scoring
 from mige.evaluation.benchmarks.files import BenchmarkError, Options
 from mige.evaluation.benchmarks.prepared import prepare, read
 from mige.evaluation.entities import Entity, EntityFinder, best_box, caption, extract
@@ -84,7 +84,7 @@ def results(tmp_path):
     for n, row in enumerate(prepared.rows):
         files.save(tmp_path / "r" / "images" / f"{row['id']}.png", 500 + n, (64, 64))
     prepared.rows[4]["score"]["object"] = "Ghost"
-    return prepared, scoring.outputs(prepared, tmp_path / "r")
+    return prepared, outputs.outputs(prepared, tmp_path / "r")
 
 
 def test_a_run_that_is_stopped_goes_on(results, tmp_path):
@@ -104,26 +104,41 @@ def test_a_run_that_is_stopped_goes_on(results, tmp_path):
     assert "Nothing was found in 1 of 6 images (16.7%)" in html and "Not found" in html
 
 
-def test_entity_scores_leave_failures_out(results, tmp_path):
+def test_entity_scores_count_failures_in_three_ways(results, tmp_path):
     from mige.evaluation import backbones, page, summary
 
     prepared, images = results
     extract(prepared.rows, images, Finder("Ghost"), tmp_path / "e")
     clip = backbones.Clip("ViT-B/32", str(files.clip(tmp_path / "clip")))
-    dino = backbones.Dino("ViT-S/16", str(files.dino(tmp_path / "dino.safetensors")))
+    dino = backbones.Dino("DINO ViT-S/16", str(files.dino(tmp_path / "dino.safetensors")))
     dino.model.blocks = dino.model.blocks[:1]  # random all of them: eleven more would only take time
-    crops = scoring.crops(prepared, tmp_path / "e")
-    scores = scoring.score(prepared, images, clip, dino, tmp_path / "cache", entities=crops)
+    crops = outputs.crops(prepared, tmp_path / "e")
+    networks = {"clip": clip, "dino": dino}
+    scores = scoring.score(prepared, images, networks, tmp_path / "cache", entities=crops)
     first, missed = scores.rows[0], scores.rows[4]
     pair = [Image.open(crops[first["id"]]), Image.open(prepared.rows[0]["score"]["entity"])]
-    a, b = dino.encode(torch.stack(list(map(dino.transform, pair)))).double()
-    assert first["model"]["entity DINO"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=1e-6)
+    whole, ways = (
+        Image.open(images[missed["id"]]),
+        ("entity DINO (not found: whole image)", "entity DINO (not found: 0)"),
+    )
+
+    def cosine(*pair: Image.Image) -> float:
+        a, b = dino.encode(torch.stack(list(map(dino.transform.levels, pair)))).double()
+        return float(a @ b / (a.norm() * b.norm()))
+
+    for name in ("entity DINO", *ways):  # of what was found they are the same
+        assert first["model"][name] == pytest.approx(cosine(*pair), abs=1e-6)
     assert missed["entity_found"] is False and "entity DINO" not in missed["model"] and "DINO" in missed["model"]
+    expected = cosine(whole, Image.open(prepared.rows[4]["score"]["entity"]))
+    assert missed["model"][ways[0]] == pytest.approx(expected, abs=1e-6) and missed["model"][ways[1]] == 0
     table = summary.table(prepared, scores.rows)
     counts = {
         entry["measure"]: entry["n"] for entry in table if (entry["version"], entry["subset"]) == ("model", "all")
     }
     assert counts["DINO"] == 6 and counts["entity DINO"] == counts["entity CLIP-I"] == 5
+    assert {counts[f"entity {of} (not found: {how})"] for of in ("DINO", "CLIP-I") for how in ("whole image", "0")} == {
+        6
+    }
     assert "No entity was found in 1 outputs (16.7%)" in page.note(table, scores.notes, scores.rows)
 
 
@@ -132,9 +147,9 @@ def test_an_unfinished_extraction_is_refused(results, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         extract(prepared.rows, images, Finder(fail_at=2), tmp_path / "e", batch=4)
     with pytest.raises(BenchmarkError, match=r"2 ids missing \(replace-1, replace-2\)"):
-        scoring.crops(prepared, tmp_path / "e")
+        outputs.crops(prepared, tmp_path / "e")
     with pytest.raises(BenchmarkError, match=r"run tools/extract_entities\.py first"):
-        scoring.crops(prepared, tmp_path / "nowhere")
+        outputs.crops(prepared, tmp_path / "nowhere")
 
 
 def test_the_tool(results, tmp_path, weights):

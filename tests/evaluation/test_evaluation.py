@@ -19,11 +19,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from mige.cli import evaluate as cli_evaluate
 from mige.data.parsing import read_records
-from mige.evaluation import backbones, metrics, page, scoring, statistics, summary
+from mige.evaluation import backbones, metrics, outputs, page, scoring, statistics, summary
 from mige.evaluation.benchmarks.files import BenchmarkError, Options
 from mige.evaluation.benchmarks.prepared import Prepared, prepare, read
 from mige.evaluation.benchmarks.table import BENCHMARKS
+from mige.evaluation.features import Features, compute_images, compute_texts
 from mige.evaluation.published import PUBLISHED
+from mige.evaluation.views import View
 
 torch.set_num_threads(1)
 
@@ -87,7 +89,11 @@ def test_bootstrap():
 
 
 def features(network, *images: Image.Image) -> torch.Tensor:
-    return network.encode(torch.stack([network.transform(image) for image in images]))
+    return network.encode(torch.stack([network.transform.levels(image) for image in images]))
+
+
+def pixels(transform: backbones.Transform, image: Image.Image) -> torch.Tensor:
+    return transform.pixels(transform.levels(image)[None])[0]
 
 
 # ---- backbones -------------------------------------------------------------------------------------------------------
@@ -102,16 +108,17 @@ def weights(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def networks(weights):
     """A CLIP and a DINO."""
-    clip, dino = backbones.Clip("ViT-B/32", str(weights["clip"])), backbones.Dino("ViT-S/16", str(weights["dino"]))
+    clip = backbones.Clip("ViT-B/32", str(weights["clip"]))
+    dino = backbones.Dino("DINO ViT-S/16", str(weights["dino"]))
     dino.model.blocks = dino.model.blocks[:1]  # random all of them: eleven more would only take time
-    return clip, dino
+    return {"clip": clip, "dino": dino}
 
 
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (97, 333)])
 def test_clips_transform_is_its_processors(size):
     image = files.image(3, size)
     reference = CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"][0]
-    difference = (backbones.clip_transform(224)(image) - reference).abs()
+    difference = (pixels(backbones.clip_transform(224), image) - reference).abs()
     assert difference.shape == (3, 224, 224)
     assert difference.max() < 0.02  # one level of 256 over the deviation
 
@@ -120,41 +127,40 @@ def test_dinos_transform_by_hand():
     image = files.image(4, (512, 300))
     resized = image.resize((int(256 * 512 / 300), 256), Image.Resampling.BICUBIC)
     left = round((resized.width - 224) / 2)
-    pixels = np.asarray(resized.crop((left, 16, left + 224, 240))) / 255
-    expected = (pixels - np.array(backbones.IMAGENET_MEAN)) / np.array(backbones.IMAGENET_STD)
-    assert np.abs(backbones.dino_transform()(image).permute(1, 2, 0).numpy() - expected).max() < 1e-5
+    cut = np.asarray(resized.crop((left, 16, left + 224, 240))) / 255
+    expected = (cut - np.array(backbones.IMAGENET_MEAN)) / np.array(backbones.IMAGENET_STD)
+    assert np.abs(pixels(backbones.dino_transform(), image).permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def test_clips_features_are_the_models(networks, weights):
     model = CLIPModel.from_pretrained(weights["clip"]).eval()
     image, text = files.image(5), "a red dog."
-    tokens = networks[0].tokenizer([text], return_tensors="pt")
+    tokens = networks["clip"].tokenizer([text], return_tensors="pt")
     with torch.no_grad():
-        out = model(**tokens, pixel_values=networks[0].transform(image)[None])
-    ours = features(networks[0], image)[0], networks[0].texts([text])[0]
+        out = model(**tokens, pixel_values=pixels(networks["clip"].transform, image)[None])
+    ours = features(networks["clip"], image)[0], networks["clip"].texts([text])[0]
     for own, theirs in zip(ours, (out.image_embeds[0], out.text_embeds[0]), strict=True):
         assert torch.allclose(own / own.norm(), theirs, atol=1e-6)
 
 
 def test_long_captions_are_cut(networks):
     long = "a dog and " * 60
-    assert torch.equal(networks[0].texts([long]), networks[0].texts([long + "a cat"]))
+    assert torch.equal(networks["clip"].texts([long]), networks["clip"].texts([long + "a cat"]))
 
 
 def test_dinos_feature_is_the_class_token(networks):
-    pixels = networks[1].transform(files.image(6))[None]
     with torch.no_grad():
-        tokens = networks[1].model.forward_features(pixels)
-    assert torch.allclose(features(networks[1], files.image(6))[0], tokens[0, 0], atol=1e-6)
+        tokens = networks["dino"].model.forward_features(pixels(networks["dino"].transform, files.image(6))[None])
+    assert torch.allclose(features(networks["dino"], files.image(6))[0], tokens[0, 0], atol=1e-6)
     assert tokens.shape == (1, 197, 384)
 
 
 def test_the_fingerprint_is_of_the_weights(networks, weights):
-    assert backbones.Clip("ViT-B/32", str(weights["clip"])).fingerprint == networks[0].fingerprint
+    assert backbones.Clip("ViT-B/32", str(weights["clip"])).fingerprint == networks["clip"].fingerprint
     changed = CLIPModel.from_pretrained(weights["clip"])
     with torch.no_grad():
         changed.logit_scale += 1
-    assert backbones.fingerprint(changed) != networks[0].fingerprint
+    assert backbones.fingerprint(changed) != networks["clip"].fingerprint
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -234,9 +240,9 @@ def test_magicbrush_has_a_measure_for_each_kind_of_caption(tmp_path, networks):
     (data / "local_descriptions.json").write_text(json.dumps(local))
     prepare("magicbrush", Options(str(data)), out / "benchmark")
     prepared = read(out / "benchmark")
-    found = scoring.outputs(prepared, results(prepared, out))
-    row = scoring.score(prepared, found, *networks, tmp_path / "cache").rows[0]["model"]
-    clip = networks[0]
+    found = outputs.outputs(prepared, results(prepared, out))
+    row = scoring.score(prepared, found, networks, tmp_path / "cache").rows[0]["model"]
+    clip = networks["clip"]
     output = features(clip, Image.open(found["139-1"]))[0]
     for kind, text in (("local", "only a scene 1"), ("global", "a scene 1")):
         expected = metrics.cosine(output, clip.texts([text])[0])
@@ -342,11 +348,11 @@ def migebench(tmp_path_factory) -> tuple[Prepared, Path]:
 
 def test_scores_are_the_formulas_on_the_files(migebench, networks, tmp_path):
     prepared, folder = migebench
-    found = scoring.outputs(prepared, folder)
-    scores = scoring.score(prepared, found, *networks, tmp_path)
+    found = outputs.outputs(prepared, folder)
+    scores = scoring.score(prepared, found, networks, tmp_path)
     row, line = prepared.rows[4], scores.rows[4]
     output, target = Image.open(found[row["id"]]), Image.open(row["score"]["target"])
-    clip, dino = networks
+    clip, dino = networks.values()
 
     def expected(a, b) -> float:
         a, b = (x.double().numpy() for x in (a, b))
@@ -366,29 +372,29 @@ def test_scores_are_the_formulas_on_the_files(migebench, networks, tmp_path):
 
 def test_scores_do_not_depend_on_the_batch_and_are_kept(migebench, networks, tmp_path, monkeypatch):
     prepared, folder = migebench
-    found = scoring.outputs(prepared, folder)
-    one = scoring.score(prepared, found, *networks, tmp_path / "a", batch=1)
-    many = scoring.score(prepared, found, *networks, tmp_path / "b", batch=64)
+    found = outputs.outputs(prepared, folder)
+    one = scoring.score(prepared, found, networks, tmp_path / "a", batch=1)
+    many = scoring.score(prepared, found, networks, tmp_path / "b", batch=64)
     for a, b in zip(one.rows, many.rows, strict=True):
         assert a["model"] == pytest.approx(b["model"], abs=1e-5)
 
     def never(*_):
         raise AssertionError("a kept feature was computed again")
 
-    for network in networks:
+    for network in networks.values():
         monkeypatch.setattr(network, "encode", never)
-    monkeypatch.setattr(networks[0], "texts", never)
-    assert scoring.score(prepared, found, *networks, tmp_path / "a").rows == one.rows
+    monkeypatch.setattr(networks["clip"], "texts", never)
+    assert scoring.score(prepared, found, networks, tmp_path / "a").rows == one.rows
 
 
 def test_a_changed_image_is_scored_anew(migebench, networks, tmp_path):
     prepared, folder = migebench
     copied = tmp_path / "results"
     shutil.copytree(folder / "images", copied / "images")
-    before = scoring.score(prepared, scoring.outputs(prepared, copied), *networks, tmp_path / "cache")
+    before = scoring.score(prepared, outputs.outputs(prepared, copied), networks, tmp_path / "cache")
     row = prepared.rows[0]
     shutil.copy(row["score"]["target"], copied / "images" / f"{row['id']}.png")
-    after = scoring.score(prepared, scoring.outputs(prepared, copied), *networks, tmp_path / "cache")
+    after = scoring.score(prepared, outputs.outputs(prepared, copied), networks, tmp_path / "cache")
     assert after.rows[0]["model"]["DINO"] == pytest.approx(1) and before.rows[0]["model"]["DINO"] < 0.999
     assert after.rows[1:] == before.rows[1:]
 
@@ -397,14 +403,14 @@ def test_features_of_version_0_1_0_are_read(networks, tmp_path, monkeypatch):
     """A cache names its entries as it always has: images by "picture" and their hash, captions by "text"."""
     path = tmp_path / "a.png"
     files.save(path, 1)
-    features = scoring.Features(networks[0], tmp_path / "cache", 4)
+    kept_in = Features(networks["clip"], tmp_path / "cache").path
     keys = {f"picture {sha256(path.read_bytes()).hexdigest()}": 1.0, f"text {sha256(b'a dog').hexdigest()}": 2.0}
-    features.path.parent.mkdir()
-    features.path.write_bytes(save({key: torch.full((4,), value) for key, value in keys.items()}))
-    kept = scoring.Features(networks[0], tmp_path / "cache", 4)
-    monkeypatch.setattr(networks[0], "encode", None)  # nothing is computed
-    kept.compute([path], ["a dog"])
-    assert (kept[path][0], kept["a dog"][0]) == (1, 2)
+    kept_in.parent.mkdir()
+    kept_in.write_bytes(save({key: torch.full((4,), value) for key, value in keys.items()}))
+    kept = Features(networks["clip"], tmp_path / "cache")
+    monkeypatch.setattr(networks["clip"], "encode", None)  # nothing is computed
+    compute(kept, path, "a dog")
+    assert (kept[View(path)][0], kept["a dog"][0]) == (1, 2)
 
 
 def test_missing_extra_and_double_results_are_listed(migebench, tmp_path):
@@ -415,7 +421,7 @@ def test_missing_extra_and_double_results_are_listed(migebench, tmp_path):
     with pytest.raises(
         BenchmarkError, match=r"1 missing \(add-0\); 1 of no record \(strange\); 1 with two files \(add-1"
     ):
-        scoring.outputs(prepared, tmp_path)
+        outputs.outputs(prepared, tmp_path)
 
 
 def test_grey_and_transparent_results_are_counted(migebench, networks, tmp_path):
@@ -425,23 +431,28 @@ def test_grey_and_transparent_results_are_counted(migebench, networks, tmp_path)
     Image.open(path).convert("L").save(path)
     path = tmp_path / "images" / "add-1.png"
     Image.open(path).convert("RGBA").save(path)
-    scores = scoring.score(prepared, scoring.outputs(prepared, tmp_path), *networks, tmp_path / "cache")
+    scores = scoring.score(prepared, outputs.outputs(prepared, tmp_path), networks, tmp_path / "cache")
     assert scores.notes["not RGB"] == 2
 
 
 def test_nan_features_name_the_image(migebench, networks, tmp_path, monkeypatch):
     prepared, folder = migebench
-    monkeypatch.setattr(networks[1], "encode", lambda pixels: torch.full((len(pixels), 384), math.nan))
+    monkeypatch.setattr(networks["dino"], "encode", lambda pixels: torch.full((len(pixels), 384), math.nan))
     with pytest.raises(BenchmarkError, match=r"\.png: DINO ViT-S/16 gives NaN features"):
-        scoring.score(prepared, scoring.outputs(prepared, folder), *networks, tmp_path)
+        scoring.score(prepared, outputs.outputs(prepared, folder), networks, tmp_path)
+
+
+def compute(features: Features, path: Path, text: str) -> None:
+    compute_images({features: [View(path)]}, 4)
+    compute_texts(features, [text], 4)
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "other tensors", "NaN"])
 def test_a_damaged_cache_is_named_and_made_anew(tmp_path, networks, capsys, damage):
-    features = scoring.Features(networks[0], tmp_path, 4)
+    features = Features(networks["clip"], tmp_path)
     image = files.save(tmp_path / "a.png", 1, (64, 64)) or tmp_path / "a.png"
-    features.compute([image], ["a dog"])
-    want, path = features[image], features.path
+    compute(features, image, "a dog")
+    want, path = features[View(image)], features.path
     key = next(iter(features.known))
     path.write_bytes(
         {
@@ -451,18 +462,18 @@ def test_a_damaged_cache_is_named_and_made_anew(tmp_path, networks, capsys, dama
             "NaN": save({key: torch.full((8,), math.nan)}),
         }[damage]
     )
-    again = scoring.Features(networks[0], tmp_path, 4)
+    again = Features(networks["clip"], tmp_path)
     assert str(path) in capsys.readouterr().err and again.known == {}
-    again.compute([image], ["a dog"])
-    assert torch.equal(again[image], want)
-    assert torch.equal(scoring.Features(networks[0], tmp_path, 4).known[key], features.known[key])
+    compute(again, image, "a dog")
+    assert torch.equal(again[View(image)], want)
+    assert torch.equal(Features(networks["clip"], tmp_path).known[key], features.known[key])
 
 
 def test_emu_edit_all_and_clean(tmp_path, networks):
     prepare("emu_edit", Options(str(files.emu_edit(tmp_path / "data"))), tmp_path / "r" / "benchmark")
     prepared = read(tmp_path / "r" / "benchmark")
-    found = scoring.outputs(prepared, results(prepared, tmp_path / "r"))
-    rows = scoring.score(prepared, found, *networks, tmp_path / "cache").rows
+    found = outputs.outputs(prepared, results(prepared, tmp_path / "r"))
+    rows = scoring.score(prepared, found, networks, tmp_path / "cache").rows
     assert rows[5]["model"]["CLIPdir"] == 0 and rows[0]["model"]["CLIPdir"] != 0
     assert rows[0]["copy"]["CLIPim"] == pytest.approx(1) and rows[0]["copy"]["L1"] == 0
     table = summary.table(prepared, rows)
@@ -480,20 +491,23 @@ def test_dreambench_against_all_is_the_mean_over_images(tmp_path, networks):
         prepare("dreambench", Options(str(data), against=against), folder)
         prepared = read(folder)
         few = Prepared(prepared.name, prepared.options, prepared.rows[:2], folder)
-        found = scoring.outputs(few, results(few, tmp_path / against))
-        lines[against] = scoring.score(few, found, *networks, tmp_path / "cache").rows[0]
-    dino = networks[1]
+        found = outputs.outputs(few, results(few, tmp_path / against))
+        lines[against] = scoring.score(few, found, networks, tmp_path / "cache").rows[0]
+    dino = networks["dino"]
     paths = [found[few.rows[0]["id"]], *few.rows[0]["score"]["references"]]
     output, *others = features(dino, *map(Image.open, paths))
     cosines = [metrics.cosine(output, other) for other in others]
     assert lines["all"]["model"]["DINO"] == pytest.approx(sum(cosines) / 3, abs=1e-6)
     assert lines["input"]["model"]["DINO"] == pytest.approx(cosines[2], abs=1e-6)  # 02.jpg
-    assert lines["input"]["copy"]["DINO"] == pytest.approx(1)
+    shown = View(
+        Path(few.rows[0]["entity_path"][0]), (64, 64), letterboxed=True
+    ).open()  # as a copier would give it back
+    copied = [metrics.cosine(features(dino, shown)[0], other) for other in others]
+    assert lines["input"]["copy"]["DINO"] == pytest.approx(copied[2], abs=1e-6)
     assert lines["input"]["real"].keys() == {"DINO", "CLIP-I"}
     # 02.jpg was given: of 00 and 01 each is compared with the others alone, and the copy is of 02, not of the first.
     apart = [metrics.cosine(others[a], others[b]) for a, b in ((0, 1), (0, 2), (1, 0), (1, 2))]
     assert lines["all"]["real"]["DINO"] == pytest.approx(sum(apart) / 4, abs=1e-6)
-    copied = [metrics.cosine(others[2], other) for other in others]
     assert lines["all"]["copy"]["DINO"] == pytest.approx(sum(copied) / 3, abs=1e-6)
 
 
@@ -502,7 +516,7 @@ def test_dreambench_against_all_is_the_mean_over_images(tmp_path, networks):
 
 def test_two_protocols_are_refused(migebench, networks):
     prepared, _ = migebench
-    facts = {"protocol": summary.protocol(prepared, *networks)}
+    facts = {"protocol": summary.protocol(prepared, networks)}
     entry = {
         "version": "model",
         "subset": "all",
@@ -620,7 +634,7 @@ def test_the_script_edits_turn_by_turn(tmp_path, tiny_model):
     done = run_program("sh", script, data, tiny_model, out, "iterative", env=shell_environment())
     assert done.returncode == 0, done.stderr
     prepared = read(out / "benchmark")
-    assert scoring.outputs(prepared, out).keys() == {"139-1", "139-2", "30-1"}
+    assert outputs.outputs(prepared, out).keys() == {"139-1", "139-2", "30-1"}
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     second = next(line for line in lines if line["id"] == "139-2")
     assert second["record"]["source"] == str(out / "images" / "139-1.png") and second["steps"] == 60

@@ -1,5 +1,6 @@
 """Rows of the four benchmarks: their own files in, records with what is compared ("score") out."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -63,6 +64,7 @@ def dreambench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                     "task": "subject",
                     "score": {
                         "group": kind,
+                        "cluster": subject,
                         "caption": prompt.replace("{0} {1}", classes[subject]),
                         "references": [str(given)] if options.against == "input" else [str(one) for one in images],
                         "others": [str(one) for one in images if one != given],
@@ -93,6 +95,7 @@ def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
             "idx": row["idx"],
             "score": {
                 "group": str(row["task"]),
+                "cluster": hashlib.sha256(row["image"]["bytes"]).hexdigest()[:16],
                 "source": str(path),
                 "caption": captions[1],
                 "source_caption": captions[0],
@@ -155,6 +158,7 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                 first = existing_file(root / "images" / image_id / turns[0]["input"], where)
                 row["score"] = {
                     "group": f"turn {n}",
+                    "cluster": image_id,
                     "source": str(source if options.iterative is None else first),
                     "target": str(target),
                 }
@@ -200,6 +204,7 @@ def migebench(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                 "task": "subject_edit",
                 "score": {
                     "group": kind,
+                    "cluster": found[0],
                     "source": found[0],
                     "target": target,
                     "caption": checked_text(row["target_caption"], where, "target_caption"),

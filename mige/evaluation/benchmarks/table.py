@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mige.evaluation import metrics
 from mige.evaluation.benchmarks.files import Options
 from mige.evaluation.benchmarks.rows import dreambench, emu_edit, magicbrush, migebench
 
@@ -17,12 +18,20 @@ class Metric:
     of: str  # "clip", "dino", "l1", "l2", "direction"
     against: str  # "references", "source", "target", "caption", "local_caption", "entity"
     crop: bool = False  # of the entity cut out of the output instead of the output
+    not_found: str = "left out"  # an entity that was not: "left out", "whole" (the whole output stands for it), "zero"
+    fit: str = "stretch"  # pixels of two sizes: the output is stretched to the other's, or "crop": the other is cropped
 
     @property
     def lower_is_better(self) -> bool:
         """True of errors, False of similarities."""
-        return self.of in ("l1", "l2")
+        return self.of in PIXELS
 
+
+PIXELS = {"l1": metrics.l1, "l2": metrics.l2}
+"""Errors of two images of one size."""
+
+NOT_FOUND = {"left out": "", "whole": " (not found: whole image)", "zero": " (not found: 0)"}
+"""The three ways to count outputs without the entity, and what their columns are called; "whole" is the official."""
 
 CAPTIONS = ("caption", "local_caption")  # what a measure may compare with that is no image
 
@@ -35,6 +44,7 @@ class Benchmark:
     size: Callable[[Options], int]  # samples of the whole benchmark
     rows: Callable[[Options, Path], Iterator[dict[str, Any]]]
     metrics: tuple[Metric, ...]  # the first ranks the cases
+    clusters: str | None = None  # what samples share that go together, by "cluster" of a row; None: each is on its own
     hub: str | None = None
 
 
@@ -48,6 +58,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Metric("CLIP-I", "clip", "references"),
             Metric("CLIP-T", "clip", "caption"),
         ),
+        clusters="subjects",
     ),
     "emu_edit": Benchmark(
         "Emu Edit",
@@ -57,9 +68,11 @@ BENCHMARKS: dict[str, Benchmark] = {
             Metric("CLIPdir", "direction", "caption"),
             Metric("CLIPim", "clip", "source"),
             Metric("CLIPout", "clip", "caption"),
-            Metric("L1", "l1", "source"),
+            Metric("L1", "l1", "source", fit="crop"),
+            Metric("L1 (stretched)", "l1", "source"),
             Metric("DINO", "dino", "source"),
         ),
+        clusters="source images",
         hub="facebook/emu_edit_test_set",
     ),
     "magicbrush": Benchmark(
@@ -74,6 +87,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Metric("CLIP-T (local captions)", "clip", "local_caption"),
             Metric("CLIP-T (global captions)", "clip", "caption"),
         ),
+        clusters="editing sessions",
     ),
     "migebench": Benchmark(
         "MIGEBench",
@@ -84,9 +98,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             Metric("CLIP-I", "clip", "target"),
             Metric("CLIP-T", "clip", "caption"),
             Metric("L1", "l1", "target"),
-            Metric("entity DINO", "dino", "entity", crop=True),
-            Metric("entity CLIP-I", "clip", "entity", crop=True),
+            *(
+                Metric(f"entity {name}{words}", of, "entity", crop=True, not_found=how)
+                for how, words in NOT_FOUND.items()
+                for name, of in (("DINO", "dino"), ("CLIP-I", "clip"))
+            ),
         ),
+        clusters="source images",
         hub="EurekaTian/MIGEBench",
     ),
 }
