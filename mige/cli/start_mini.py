@@ -4,11 +4,14 @@
     python train_scripts/start_mini.py output/mini/again --from-model output/pretrained_models/mige-mini --seed 1
     python train_scripts/start_mini.py output/mini/on --finetune output/pretrained_models/mige-mini --seconds 150
     python train_scripts/start_mini.py output/mini/on --finetune output/pretrained_models/mige-mini --vae VAE --steps 0
+    python train_scripts/start_mini.py output/mini2/start --config configs/mini2.py --steps 0 \
+        --warm output/pretrained_models/mige-mini --vae output/pretrained_models/mini2-vae
 
 In the first line the VAE is trained for the error of its reconstructions, with a slight pull of its latents to a
 standard normal; its weights are averaged, and its scale factor is set so that scaled latents have variance 1. The
 second takes tokenizer and VAE of a model and trains nothing. The third trains the VAE of a model and keeps all else;
-the fourth puts another VAE in its place.
+the fourth puts another VAE in its place. The fifth makes a start for the second world of what MIGE-mini has learnt
+of the first, with a tokenizer of its own.
 """
 
 import argparse
@@ -32,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--finetune", type=Path, help="train the VAE of this checkpoint folder, keep its other parts")
     given.add_argument("--from-model", type=Path, help="take tokenizer and VAE of this checkpoint folder as they are")
+    given.add_argument("--warm", type=Path, help="take from this checkpoint folder, of another world, what fits")
     parser.add_argument("--vae", type=Path, help="fine-tune this one instead")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from mige.data.synthetic.world import WORLDS
     from mige.diffusion.solver import DPMSolver2M
     from mige.inference.pipeline import MIGEPipeline
-    from mige.mini.start import fresh_parts, start_from, write_tokenizer
+    from mige.mini.start import fresh_parts, start_from, take_what_fits, write_tokenizer
     from mige.mini.vae_training import set_scale, train_vae
     from mige.utils.files import atomic_directory
 
@@ -77,6 +81,9 @@ def run(args: argparse.Namespace) -> None:
     with atomic_directory(args.folder) as folder:
         if args.finetune is None:
             pipeline.register_modules(tokenizer=write_tokenizer(folder, sizes.text_encoder["vocab_size"], world))
+        if args.warm is not None:
+            parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+            print("values taken:", take_what_fits(parts, args.warm, pipeline.tokenizer))
         pipeline.save_pretrained(folder)
         (folder / "vae_curve.json").write_text(json.dumps(curve) + "\n")
     print(f"{args.folder}: {curve[-1]['psnr_unseen']} dB, scale factor {pipeline.vae.config.scaling_factor}")

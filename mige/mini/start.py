@@ -7,6 +7,7 @@ import sentencepiece
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
 
 from mige.checkpoints.folder import CheckpointError, verify
@@ -86,6 +87,39 @@ def start_from(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None
     parts = fresh_parts(sizes, seed) | {"vae": vae}
     with atomic_directory(folder) as tmp:
         MIGEPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolver2M()).save_pretrained(tmp)
+
+
+@torch.no_grad()
+def take_what_fits(parts: dict[str, nn.Module], model: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Copy into fresh parts what a model of another world has learnt; the number of values taken, by part.
+
+    Taken are all tensors of the same name and shape, but the VAE's; the text encoder's vectors of the tokens that both
+    vocabularies have; the vision tower's patch kernels, stretched to another size of patches (bilinear, times the ratio
+    of areas, so that an image that is stretched as much gives about the same). Raises CheckpointError if the folder is
+    not whole.
+    """
+    verify(model)
+    theirs = MIGEPipeline.from_pretrained(model, dtype=torch.float32)
+    taken = {}
+    for name, part in parts.items():
+        if name == "vae":
+            continue
+        own, other = part.state_dict(), getattr(theirs, name).state_dict()
+        fits = {key: value for key, value in other.items() if key in own and own[key].shape == value.shape}
+        for key in own.keys() & other.keys() - fits.keys():
+            if name == "image_encoder" and own[key].ndim == 4:
+                side = own[key].shape[-1]
+                stretched = F.interpolate(other[key], size=(side, side), mode="bilinear")
+                fits[key] = stretched * (other[key].shape[-1] / side) ** 2
+        if name == "text_encoder":
+            words, known = tokenizer.get_vocab(), theirs.tokenizer.get_vocab()
+            both = [(number, known[word]) for word, number in words.items() if word in known]
+            for key in [key for key in own if own[key].shape[0] == part.config.vocab_size]:
+                fits[key] = own[key].clone()
+                fits[key][[mine for mine, _ in both]] = other[key][[there for _, there in both]]
+        part.load_state_dict(own | fits)
+        taken[name] = sum(value.numel() for value in fits.values())
+    return taken
 
 
 def start_with(model: Path, folder: Path, sizes: ModelConfig, seed: int) -> None:

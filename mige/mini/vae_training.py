@@ -17,6 +17,7 @@ from mige.data.synthetic.scenes import Scene, Scenes, draw
 from mige.data.synthetic.world import FIRST, World
 
 CROP = 128  # px of an image that a step sees: more different images a second than whole ones of 256 px
+EDGES = 1.0  # weight of the error of differences between neighbouring pixels: small inner detail is little else
 KL = 1e-6  # weight of the pull where it and the error are both summed over an image, as in latent diffusion's VAEs
 
 
@@ -114,15 +115,16 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device, world: 
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Absolute and squared error of reconstructed images [N, 3, H, W], and a weak KL, all a pixel value: float32 [].
+    """Errors of reconstructed images [N, 3, H, W], and a weak KL, all a pixel value: float32 [].
 
-    Much more of it makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
+    Errors: absolute and squared, and absolute of the differences to the next pixel, across and down. Much more KL makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
     """
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample()).sample.float()
     error = decoded - images
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-    return error.abs().mean() + 2 * error.square().mean() + KL * kl.float().sum() / error.numel()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + EDGES * edges + KL * kl.float().sum() / error.numel()
 
 
 def set_scale(vae: AutoencoderKL, device: torch.device, world: World = FIRST) -> None:
