@@ -97,10 +97,10 @@ def train(args: argparse.Namespace, runs: Sequence[Run]) -> list[Run]:
     for number, run in enumerate(runs):
         run.folder.mkdir(parents=True, exist_ok=True)
         card = args.cards[number % len(args.cards)]
-        own = [*KINDS[run.kind], f"train.learning_rate={run.rate}", f"train.seed={run.seed}", f"train.steps={args.steps}",
-               f"train.pretrained={start}", f"train.held_out=['{held_out / 'records.jsonl'}']",
-               f"train.checkpoint_every={max(1, args.steps // 4)}", "train.keep_checkpoints=1", "data.workers=3",
-               *args.set]  # fmt: skip
+        own = [*KINDS[run.kind], *args.set]
+        own += [f"train.learning_rate={run.rate}", f"train.seed={run.seed}", f"train.steps={args.steps}"]
+        own += [f"train.pretrained={start}", f"train.held_out=['{held_out / 'records.jsonl'}']"]
+        own += [f"train.checkpoint_every={max(1, args.steps // 4)}", "train.keep_checkpoints=1", "data.workers=3"]
         command = [sys.executable, ROOT / "train_scripts" / "train_mige.py", args.config, "--output", run.folder, *own]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(card), "OMP_NUM_THREADS": "2"}
         output = (run.folder / "output.txt").open("w")
@@ -178,8 +178,8 @@ def main() -> None:
     last = [line for line in lines if steps and line["step"] == steps[-1]]
     if args.what == "tune":
         for kind in KINDS:
-            best = min((line for line in last if line["kind"] == kind), key=lambda line: line["held_out/loss"], default=None)
-            print("no run of" if best is None else f"best: {kind}={best['rate']}", kind if best is None else "", flush=True)
+            losses = {line["rate"]: line["held_out/loss"] for line in last if line["kind"] == kind}
+            print(f"best: {kind}={min(losses, key=losses.get)}" if losses else f"no run of {kind}", flush=True)
         return
     if len(whole) < len(runs):
         raise SystemExit("error: not all runs came to their end, nothing to compare")

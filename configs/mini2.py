@@ -17,6 +17,28 @@ model = dict(
 )
 
 # Squares, 4:3 nearly, 16:9 nearly, lying and standing: 256 and 252 patches.
-data = dict(size=256, world_name="second", shapes=[[16, 16], [14, 18], [18, 14], [12, 21], [21, 12]])
+data = dict(
+    size=256,
+    world_name="second",
+    shapes=[[16, 16], [14, 18], [18, 14], [12, 21], [21, 12]],
+    world=dict(  # three in ten draw scenes of their own, where MIGE-mini is weak
+        text_to_image=10,
+        one_reference=12,
+        two_references=8,
+        reference_and_name=4,
+        add=6,
+        add_relative=6,
+        remove=3,
+        replace=8,
+        background=5,
+        recolour=5,
+        move=8,
+        scale=8,
+        flip=9,
+        add_by_reference=6,
+        add_by_reference_relative=5,
+        replace_by_reference=7,
+    ),
+)
 
 train = dict(pretrained="output/mini2/start")

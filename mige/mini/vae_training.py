@@ -117,7 +117,8 @@ def train_vae(vae: AutoencoderKL, args: Namespace, device: torch.device, world: 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Errors of reconstructed images [N, 3, H, W], and a weak KL, all a pixel value: float32 [].
 
-    Errors: absolute and squared, and absolute of the differences to the next pixel, across and down. Much more KL makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
+    The errors are the absolute, the squared, and the absolute one of differences to the next pixel, across and down.
+    Much more KL makes the posterior wide, and a DiT that is trained on samples of it learns its noise.
     """
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample()).sample.float()

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import itertools
 import json
 import re
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_here
@@ -103,6 +105,7 @@ SMALL = {
 ELSEWHERE = {
     "bench_inference.py": "test_cases_of_the_speed_benchmark_may_have_their_own_steps",
     "bench_kernels.py": "test_kernels_need_a_gpu",
+    "bench_precision.py": "test_kinds_of_adamw_are_compared_by_the_bounds",
     "bench_scaling.py": "test_scaling_measures_the_trainer_itself",
     "bench_scoring.py": "test_scoring_runs_on_small_networks",
 }
@@ -256,3 +259,24 @@ def test_modes_keep_their_order_and_share_the_cards():
     names = ["one", "one_24", "lora", "default", "lora_kept", "fsdp2_float32"]
     assert grouped(names, 2) == [["one", "one_24"], ["lora"], ["default"], ["lora_kept"], ["fsdp2_float32"]]
     assert grouped(names, 1) == [["one"], ["one_24"], ["lora"], ["lora_kept"]]
+
+
+def test_kinds_of_adamw_are_compared_by_the_bounds():
+    module = importlib.import_module("bench_precision")
+    rng, found = np.random.default_rng(0), {}
+    shift = {"mixed": (0, 0, 0), "bfloat16": (0, 0.5, 0), "adamw_8bit": (-0.3, 0, 0.0001)}
+    base = {name: rng.random(400) for name in module.BOUNDS}
+    for kind, seed in itertools.product(module.KINDS, (0, 1)):
+        noise = {name: 1e-5 * rng.standard_normal(400) for name in module.BOUNDS}
+        found[kind, seed] = {name: base[name] + noise[name] + by
+                             for name, by in zip(module.BOUNDS, shift[kind], strict=True)}  # fmt: skip
+    lines = {(line["measure"], line["kind"]): line for line in module.compare(found, (0, 1))}
+    assert {key: line["verdict"] for key, line in lines.items()} == {
+        ("identity", "bfloat16"): "not worse", ("identity", "adamw_8bit"): "worse",
+        ("success", "bfloat16"): "not worse", ("success", "adamw_8bit"): "not worse",
+        ("l1_inside", "bfloat16"): "not worse", ("l1_inside", "adamw_8bit"): "not worse",
+    }  # fmt: skip
+    assert lines["success", "bfloat16"]["difference"] == pytest.approx(0.5, abs=1e-3)
+    found["bfloat16", 0]["l1_inside"] += 0.2  # its seeds lie far apart: nothing can be said
+    last = {(line["measure"], line["kind"]): line["verdict"] for line in module.compare(found, (0, 1))}
+    assert last["l1_inside", "bfloat16"] == "not resolved"

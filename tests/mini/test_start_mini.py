@@ -1,5 +1,7 @@
 """Where MIGE-mini starts: the VAE's loss, and going on with the VAE of a model that keeps the rest."""
 
+import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -8,9 +10,11 @@ import torch
 from conftest import ROOT, run_script
 from diffusers import AutoencoderKL
 
+from mige import config
 from mige.cli import start_mini
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import vae_training
+from mige.mini.start import fresh_parts, take_what_fits
 
 SCRIPT = ROOT / "train_scripts" / "start_mini.py"
 
@@ -87,3 +91,35 @@ def test_another_vae_takes_its_place_untrained(tiny_model, small_images, tmp_pat
     after = MIGEPipeline.from_pretrained(tmp_path / "on").vae
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in after.state_dict().items())
     assert math.isclose(after.config.scaling_factor, 10, rel_tol=0.01)  # its latents are noise of deviation 0.1
+
+
+def test_a_start_for_another_world_takes_what_fits(tiny_model):
+    theirs = MIGEPipeline.from_pretrained(tiny_model)
+    sizes = config.load(ROOT / "configs" / "tiny.py", []).model
+    vision = sizes.image_encoder | {"image_size": sizes.image_encoder["image_size"] * 2}
+    vision["patch_size"] *= 2
+    text = sizes.text_encoder | {"vocab_size": sizes.text_encoder["vocab_size"] + 8}
+    parts = fresh_parts(dataclasses.replace(sizes, image_encoder=vision, text_encoder=text), seed=1)
+    tokenizer = copy.deepcopy(theirs.tokenizer)
+    tokenizer.add_tokens(["wordthatisnew"])
+    new, before = len(tokenizer) - 1, parts["text_encoder"].shared.weight.clone()
+    vae = {key: value.clone() for key, value in parts["vae"].state_dict().items()}
+    taken = take_what_fits(parts, tiny_model, tokenizer)
+
+    for name in ("transformer", "qformer", "fusion"):
+        own, other = parts[name].state_dict(), getattr(theirs, name).state_dict()
+        assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
+        assert taken[name] == sum(value.numel() for value in other.values())
+    words, known = parts["text_encoder"].shared.weight, theirs.text_encoder.shared.weight
+    assert torch.equal(words[:new], known[:new]) and torch.equal(words[new:], before[new:])
+    small = torch.rand(1, 3, 2, 2)  # stretched twofold, a smooth image gives nearly what it gave
+    side = theirs.image_encoder.config.image_size
+    small = torch.nn.functional.interpolate(small, size=side, mode="bilinear")
+    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
+    kernel = next(key for key, value in parts["image_encoder"].state_dict().items() if value.ndim == 4)
+    outputs = []
+    for tower, image in ((theirs.image_encoder, small), (parts["image_encoder"], large)):
+        weight = tower.state_dict()[kernel]
+        outputs.append(torch.nn.functional.conv2d(image, weight, stride=weight.shape[-1]))
+    assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
+    assert all(torch.equal(value, vae[key]) for key, value in parts["vae"].state_dict().items())
