@@ -156,11 +156,11 @@ def compare(found: dict[tuple[str, int], dict[str, np.ndarray]], seeds: Sequence
         for kind in list(KINDS)[1:]:
             share = name in SHARES
             apart = estimate(runs[kind], runs["mixed"], alike=list(runs.values()), share=share)
-            worst = -apart.low if share else apart.high  # how much worse it may be
+            least, most = (-apart.high, -apart.low) if share else (apart.low, apart.high)  # how much worse it may be
             line = {"measure": name, "kind": kind, "its mean": digits(float(np.nanmean(runs[kind])))}
             line |= {"masters": digits(float(np.nanmean(runs["mixed"]))), "difference": digits(apart.mean)}
             line |= {"low": digits(apart.low), "high": digits(apart.high), "cases": apart.cases, "bound": bound}
-            verdict = "not worse" if worst < bound else "worse" if -worst > bound else "not resolved"
+            verdict = "not worse" if most < bound else "worse" if least > bound else "not resolved"
             lines.append(line | {"verdict": verdict})
     return lines
 
