@@ -8,13 +8,13 @@ from mige.data.records import Record
 
 
 class Crop(NamedTuple):
-    """The centre square of an image, at the size of training; of a pair, the same part of both.
+    """The centre of an image, in training's shape, mostly a square; of a pair, the same part of both.
 
-    Without `like` the image is scaled by its own shape to cover the size, and its centre square is kept
-    (`images.center_crop`, the official crop). With `like`, the path of another image, it is scaled to the very shape
-    that that one is scaled to, and the same square is kept: what lies at one relative place in both files comes to lie
-    at one pixel, and an image of another ratio is stretched. Images of one ratio are scaled to one shape anyway, so
-    for them both crops are equal, bit for bit.
+    Without `like` the image is scaled by its own shape to cover training's, and its centre is kept
+    (`images.center_crop`; of a square that is the official crop). With `like`, the path of another image, it is scaled
+    to the very shape that that one is scaled to, and the same part is kept: what lies at one relative place in both
+    files comes to lie at one pixel, and an image of another ratio is stretched. Images of one ratio are scaled to one
+    shape anyway, so for them both crops are equal, bit for bit.
     """
 
     path: Path

@@ -5,7 +5,7 @@ timestep and dropout (mige/data/randomness.py) follow from the seed and that num
 another number of GPUs, sees the same samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -20,6 +20,8 @@ from mige.data.crops import Crop, training_crops
 from mige.data.order import SampleOrder
 from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.data.records import BadRecordsError, Record
+from mige.data.shape_order import ShapeOrder
+from mige.data.shapes import ShapedRecords
 from mige.models.instruction import tokenize, training_text
 from mige.models.vae import Moments
 from mige.utils import images
@@ -59,9 +61,11 @@ class JointDataset(Dataset):
     Args:
         mixture: records (with targets) and their weights.
         tokenizer: of the text encoder.
-        size: side of the square images in pixels (512); `latent_shape`: of their latents (4, 64, 64).
+        size: side of square images in pixels (512); `latent_shape`: of their latents (4, 64, 64).
         vision_size: side of the vision tower's images in pixels (224).
-        features: a store of moments; None to return pixels, for the VAE to encode in the training step.
+        shaped: which record is shown in which shape; None: all images are squares.
+        features: a store of moments for each shape, by height and width in pixels; None to return pixels, for the VAE
+            to encode in the training step.
         train_timesteps: T; times are drawn uniformly from 0..T-1. noise_levels: times a sample.
 
     Raises BadRecordsError for a record without a target, naming set, file and record.
@@ -76,7 +80,8 @@ class JointDataset(Dataset):
         size: int,
         latent_shape: tuple[int, int, int],
         vision_size: int,
-        features: Features | None = None,
+        shaped: ShapedRecords | None = None,
+        features: Mapping[tuple[int, int], Features] | None = None,
         dropout: Dropout | None = None,
         noise_levels: int = 1,
         train_timesteps: int = 1000,
@@ -91,7 +96,11 @@ class JointDataset(Dataset):
         self.size, self.latent_shape, self.vision_size = size, latent_shape, vision_size
         self.features, self.dropout = features, dropout or Dropout()
         self.noise_levels, self.train_timesteps = noise_levels, train_timesteps
-        self.order = SampleOrder([len(records) for records in mixture.sets], mixture.weights, seed)
+        self.shaped = shaped
+        if shaped is None:
+            self.order = SampleOrder([len(records) for records in mixture.sets], mixture.weights, seed)
+        else:
+            self.order = ShapeOrder(shaped.of_sets, mixture.weights, seed, shaped.block)
 
     def __len__(self) -> int:
         """Samples of the longest epoch; sample indices run on beyond it."""
@@ -106,13 +115,21 @@ class JointDataset(Dataset):
         number, place = self.order.locate(index)
         return self.mixture.sets[number][place]
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of that sample's images, px."""
+        if self.shaped is None:
+            return self.size, self.size
+        number, place = self.order.locate(index)
+        return self.shaped.sizes[self.shaped.of_sets[number][place]]
+
     def __getitem__(self, index: int) -> TrainingSample:
-        record = self.record(index)
+        record, (height, width) = self.record(index), self.shape(index)
         crops = training_crops(record)
+        channels, *latent = self.latent_shape
         randomness = sample_randomness(
             sample_generator(self.seed, index),
             len(crops),
-            self.latent_shape,
+            (channels, height * latent[0] // self.size, width * latent[1] // self.size),
             self.dropout,
             self.noise_levels,
             self.train_timesteps,
@@ -120,10 +137,13 @@ class JointDataset(Dataset):
         opened = {path: images.open_image(path) for path in dict.fromkeys(record.references)}
         pixels = moments = None
         if self.features is not None:
-            moments = self.features.read(crops)
+            moments = self.features[height, width].read(crops)
         else:
             opened[record.target] = opened.get(record.target) or images.open_image(record.target)
-            pixels = torch.stack([self._pixels(opened[path], opened[like or path].size) for path, like in crops])
+            cut = [
+                images.center_crop(opened[path], height, width, like=opened[like or path].size) for path, like in crops
+            ]
+            pixels = torch.stack([images.to_pixels(image) for image in cut])
         return TrainingSample(
             record.id,
             record.where,
@@ -135,9 +155,6 @@ class JointDataset(Dataset):
             moments,
             **randomness,
         )
-
-    def _pixels(self, image: images.Image.Image, like: tuple[int, int]) -> Tensor:
-        return images.to_pixels(images.center_crop(image, self.size, self.size, like=like))
 
     def _vision(self, references: Sequence[images.Image.Image]) -> Tensor:
         """[R, 3, vision_size, vision_size]; R may be 0."""

@@ -14,7 +14,7 @@ Both orders are permutations by a keyed Feistel network, made to fit any length 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import floor
 
@@ -33,10 +33,10 @@ class SampleOrder:
     Args:
         counts: records of each set, at least 1.
         weights: views of each record an epoch, above 0; see `exact`.
-        seed: of the run.
+        seed: of the run; a text where a run has several orders.
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float | str], seed: int):
+    def __init__(self, counts: Sequence[int], weights: Sequence[float | str], seed: int | str):
         self.counts, self.seed = tuple(counts), seed
         self._rates = [count * exact(weight) for count, weight in zip(counts, weights, strict=True)]  # a_i
 
@@ -47,8 +47,8 @@ class SampleOrder:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(set, record) of a sample index from 0 on, both counted from 0."""
-        epoch = self._epoch(index)
-        place = self._place_in_epoch(epoch, index - self._start(epoch))
+        epoch = last_epoch(index, self.start, self.epoch_samples, late=len(self.counts))
+        place = self._place_in_epoch(epoch, index - self.start(epoch))
         for number, rate in enumerate(self._rates):
             first, end = floor(epoch * rate), floor((epoch + 1) * rate)
             if place < end - first:
@@ -57,26 +57,13 @@ class SampleOrder:
             place -= end - first
         raise AssertionError("a place beyond its epoch")
 
-    def _place_in_epoch(self, epoch: int, place: int) -> int:
-        """Where in the epoch's row of all sets' positions its sample of that place is taken from.
-
-        Shape buckets come in here and in `locate`'s row: a stream a (set, bucket), and for single places aligned
-        blocks of one bucket, as long as a micro-batch, which are permuted whole. Nothing else has to know of them.
-        """
-        return permute(place, self._start(epoch + 1) - self._start(epoch), f"places:{self.seed}:{epoch}")
-
-    def _start(self, epoch: int) -> int:
+    def start(self, epoch: int) -> int:
         """The first sample index of an epoch."""
         return sum(floor(epoch * rate) for rate in self._rates)
 
-    def _epoch(self, index: int) -> int:
-        """The last epoch that starts at or before the index, by bisection; epochs without samples are passed over."""
-        low = floor(index / self.epoch_samples)  # rounding down every set's share makes a start earlier, never later,
-        high = floor((index + len(self.counts)) / self.epoch_samples) + 1  # and by less than one sample a set
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._start(middle) <= index else (low, middle)
-        return low
+    def _place_in_epoch(self, epoch: int, place: int) -> int:
+        """Where in the epoch's row of all sets' positions its sample of that place is taken from."""
+        return permute(place, self.start(epoch + 1) - self.start(epoch), f"places:{self.seed}:{epoch}")
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
@@ -99,6 +86,18 @@ class ResumableBatchSampler(Sampler[list[int]]):
             first = (micro * self.processes + self.rank) * self.batch
             yield list(range(first, first + self.batch))
             micro += 1
+
+
+def last_epoch(index: int, start: Callable[[int], int], mean: Fraction, late: int) -> int:
+    """The last epoch that starts at or before the index, by bisection; epochs without samples are passed over.
+
+    start: the first index of an epoch, never after epoch * mean, and before it by less than `late`. mean: of an epoch.
+    """
+    low, high = floor(index / mean), floor((index + late) / mean) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if start(middle) <= index else (low, middle)
+    return low
 
 
 def exact(weight: float | str) -> Fraction:

@@ -2,26 +2,30 @@
 
 import logging
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
-from mige.config import Config, ConfigError, DataConfig
+from mige.config import Config, DataConfig
 from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.crops import training_crops
 from mige.data.dataset import JointDataset, Mixture
-from mige.data.latent_store.store import FeatureStore, NpyFolder, open_store
+from mige.data.latent_store.shaped import Size, Store, open_stores
 from mige.data.parsing import read_records
 from mige.data.randomness import Dropout
 from mige.data.records import BadRecordsError, Issue, Record, Report
-from mige.data.shapes import image_sizes
+from mige.data.shapes import ShapedRecords, image_sizes, nearest_shapes, read_target_sizes
 from mige.data.synthetic.stream import WorldDataset
 from mige.data.synthetic.world import WORLDS
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
 from mige.training.errors import TrainingError
+from mige.utils.images import open_image
 
 log = logging.getLogger("mige")
 
@@ -71,40 +75,72 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
             block=config.shape_block,
             **common,
         )
-    if data.shapes:
-        raise ConfigError("data.shapes is set, which only data.world knows so far: leave it empty for data.sets")
-    store = None if data.features is None else open_store(Path(data.features), vae=pipeline.vae, size=data.size)
-    sets = []
-    for one in data.sets:
-        task = None if one.get("task") is None else Task(one["task"])
-        root = None if one.get("root") is None else Path(one["root"])
-        report = read_records([Path(one["file"])], root=root, task=task)
-        good = check_set(report, data)
-        kept = good if store is None else stored(good, store, data)
-        if not kept:
+    sizes = image_sizes(data, pipeline.sizes.step)
+    stores = None if data.features is None else open_stores(Path(data.features), pipeline.vae, sizes)
+    sets, shapes = [], []
+    for number, one in enumerate(data.sets):
+        records, own = load_set(one, data, sizes, stores)
+        if not records:
             raise BadRecordsError(
-                f"data.sets[{len(sets)}], {one['file']}: no record is left to train on; correct what the log names, or "
+                f"data.sets[{number}], {one['file']}: no record is left to train on; correct what the log names, or "
                 "leave the set out"
             )
-        sets.append(PackedRecords(kept))
+        sets.append(PackedRecords(records))
+        shapes.append(own)
     return JointDataset(
         Mixture(sets, [one["weight"] for one in data.sets]),
         pipeline.tokenizer,
         size=data.size,
         vision_size=pipeline.image_encoder.config.image_size,
-        features=store,
+        shaped=ShapedRecords(sizes, shapes, config.shape_block) if data.shapes else None,
+        features=stores,
         **common,
     )
 
 
-def check_set(report: Report, data: DataConfig) -> list[Record]:
+def load_set(
+    one: Mapping[str, Any], data: DataConfig, sizes: Sequence[Size], stores: Mapping[Size, Store] | None
+) -> tuple[list[Record], np.ndarray]:
+    """The records of an entry of `data.sets` that are fit to train on, and their shapes as places in `sizes`, int8.
+
+    Raises BadRecordsError and TrainingError as `check_set` and `stored`.
+    """
+    task = None if one.get("task") is None else Task(one["task"])
+    root = None if one.get("root") is None else Path(one["root"])
+    seen: dict[Path, tuple[int, int]] | None = {} if data.shapes else None
+    records = check_set(read_records([Path(one["file"])], root=root, task=task), data, sizes, seen)
+    shapes = np.zeros(len(records), np.int8)
+    if seen is not None:
+        shapes = nearest_shapes([seen[record.target] for record in records], sizes)
+    if stores is not None:
+        kept: set[str] = set()
+        for number, size in enumerate(sizes):
+            own = [record for record, shape in zip(records, shapes, strict=True) if shape == number]
+            kept |= {record.id for record in stored(own, stores[size], data)}
+        shapes = shapes[[record.id in kept for record in records]]
+        records = [record for record in records if record.id in kept]
+    return records, shapes
+
+
+def check_set(
+    report: Report,
+    data: DataConfig,
+    sizes: Sequence[Size] = (),
+    seen: dict[Path, tuple[int, int]] | None = None,
+) -> list[Record]:
     """A file's records that are fit to train on.
 
+    sizes: heights and widths that images are cropped to, px; none: squares of `data.size`.
+    seen: width and height of every target are added to it, for which headers are read where images are not checked.
     Raises BadRecordsError with every error unless `data.skip_bad`, which logs them.
     """
     issues = list(report.issues) + check_repeats(report.records)
     if data.check_images:
-        issues += check_images(report.records, size=(data.size, data.size), training=True)
+        side = max(map(max, sizes), default=data.size)
+        opener = None if seen is None else partial(_open_and_note, seen)
+        issues += check_images(report.records, size=(side, side), training=True, opener=opener)
+    elif seen is not None:
+        issues += read_target_sizes(report.records, seen)
     for record in report.records:
         issues += check_training_text(record)
         if record.target is None:
@@ -116,7 +152,13 @@ def check_set(report: Report, data: DataConfig) -> list[Record]:
     return checked.records if data.skip_bad else checked.raise_if_errors()
 
 
-def stored(records: Sequence[Record], store: FeatureStore | NpyFolder, data: DataConfig) -> list[Record]:
+def _open_and_note(seen: dict[Path, tuple[int, int]], path: Path) -> Image.Image:
+    image = open_image(path)
+    seen[path] = image.size
+    return image
+
+
+def stored(records: Sequence[Record], store: Store, data: DataConfig) -> list[Record]:
     """The records whose images are all in the store, and are still what was extracted.
 
     Raises TrainingError if any is not, unless `data.skip_bad`, which logs those.

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from mige.config import Config, ModelConfig, TrainConfig
 from mige.data.order import ORDER, exact
 from mige.data.records import Record
+from mige.data.shape_order import SHAPE_ORDER
 from mige.inference.pipeline import MIGEPipeline
 from mige.training.errors import TrainingError
 
@@ -35,11 +36,12 @@ def resume_invariants(
         sharding: the layout of the saved state: ANY, ZeRO-2, or in checkpoints of version 0.1 none or FSDP2.
     """
     data, train = config.data, config.train
+    order = SHAPE_ORDER if data.shapes else ORDER
     facts = {
         "seed": train.seed,
         "global_batch_size": global_batch_size,
         "epoch_samples": len(dataset),
-        "order": ORDER if data.sets else None,  # the miniature world's cases come as they are numbered
+        "order": order if data.sets else None,  # the miniature world's cases come as they are numbered
         "world": [[kind, float(weight)] for kind, weight in data.world.items()],
         "world_name": None if data.world_name == "first" else data.world_name,  # as before there were two
         "image_size": data.size,
@@ -71,6 +73,8 @@ def resume_invariants(
             "weight": float(exact(one["weight"])),
             "digest": _digest(records, Path(one.get("root") or Path(one["file"]).parent)),
         }
+        if dataset.shaped is not None:  # which shape a record has follows from its image
+            facts[f"set_{number}"]["shapes"] = hashlib.sha256(dataset.shaped.of_sets[number]).hexdigest()[:16]
     facts["sets"] = len(data.sets)
     if config.distillation is not None:
         facts["distillation"] = dataclasses.asdict(config.distillation)
