@@ -27,9 +27,9 @@ def open_stores(folder: Path, vae: AutoencoderKL, sizes: Sequence[Size]) -> dict
     """
     folders = store_folders(folder, sizes)
     for path in folders.values():
-        if not path.is_dir():
+        if path != folder and not path.is_dir():
             raise StoreError(
-                f"{path}: no such folder; images of {len(sizes)} shapes have a store each there: make them with "
+                f"{path}: no such folder; of {len(sizes)} shapes each has a store of its own: make them with "
                 "tools/extract_features.py --config"
             )
     return {size: open_store(path, vae=vae, size=size) for size, path in folders.items()}
