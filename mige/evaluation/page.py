@@ -41,7 +41,7 @@ def write(
     ranked = sorted(rows, key=lambda row: row["model"][metrics[0].name], reverse=not metrics[0].lower_is_better)
     of_id, draw = {row["id"]: row for row in prepared.rows}, Drawing(out)
     for name, some in _extremes(ranked).items():
-        articles = [draw.article(_case(of_id[row["id"]], row, found[row["id"]])) for row in some]
+        articles = [draw.article(case(of_id[row["id"]], row["model"], found[row["id"]])) for row in some]
         sections.append(Section(f"{name} by {metrics[0].name}", len(articles), articles=articles))
     summary = {"model": facts["label"], **facts["protocol"], **facts["versions"]}
     return write_page(out / "report.html", benchmark.title, sections, note=facts["note"], summary=summary)
@@ -132,7 +132,8 @@ def _extremes(ranked: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping
     }
 
 
-def _case(row: Mapping[str, Any], scores: Mapping[str, Any], output: Path) -> Case:
+def case(row: Mapping[str, Any], scores: Mapping[str, float], output: Path) -> Case:
+    """A row of a prepared benchmark as reports show it: inputs, instruction, output, scores by measure."""
     if "instruction" in row:  # Emu Edit's layout
         prompt, references, sources = row["instruction"], [row["image"]], [row["image"]]
     else:
@@ -142,6 +143,6 @@ def _case(row: Mapping[str, Any], scores: Mapping[str, Any], output: Path) -> Ca
     ]
     if "target" in row["score"]:
         inputs.append(("true image", Path(row["score"]["target"])))
-    detail = ", ".join(f"{name} {value:.4f}" for name, value in scores["model"].items())
+    detail = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     detail += f"; {row['score']['caption']}" if "caption" in row["score"] else ""
     return Case(row["id"], row["score"]["group"], prompt, tuple(inputs), output, detail)

@@ -21,15 +21,23 @@ Clusters = Sequence[str] | None
 """Which values go together: samples of one subject, session or source image. None: each is on its own."""
 
 
-def interval(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> tuple[float, *Interval]:
+def interval(
+    values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95, share: bool = False
+) -> tuple[float, *Interval]:
     """Mean with its interval: by bootstrap, of fewer than 50 clusters by Student's t, of one none.
+
+    Args:
+        share: the values are differences of 0 and 1. Student's t, as `estimate` has it: with two cases added, one for
+            and one against, so that no few equal ones seem certain, and the interval ends at -1 and 1.
 
     Raises ValueError without values or for one that is not finite.
     """
-    enough = len(values if clusters is None else set(clusters)) >= FEW
-    return bootstrap(values, clusters, level=level) if enough else (
-        _mean(values), *t_interval(values, clusters, level=level)
-    )  # fmt: skip
+    if share:
+        low, high = t_interval(values, clusters, level=level, squares=2)
+        return _mean(values), *((None, None) if low is None else (max(-1.0, low), min(1.0, high)))
+    if len(values if clusters is None else set(clusters)) >= FEW:
+        return bootstrap(values, clusters, level=level)
+    return _mean(values), *t_interval(values, clusters, level=level)
 
 
 def bootstrap(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> tuple[float, *Interval]:
@@ -56,19 +64,23 @@ def bootstrap(values: Sequence[float], clusters: Clusters = None, *, level: floa
     return mean, float(found.low), float(found.high)
 
 
-def t_interval(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> Interval:
+def t_interval(
+    values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95, squares: float = 0
+) -> Interval:
     """Student's t interval of a mean; none of one cluster. Raises ValueError as `bootstrap` does.
 
     Of clusters the mean is a ratio of sums, whose variance is that of each cluster's sum of deviations (Cochran,
-    Sampling Techniques, 1977, eq. 6.13); where each value is on its own, that is the usual standard error.
+    Sampling Techniques, 1977, eq. 6.13); where each value is on its own, it is the usual standard error. `squares` are
+    added to the sum of squared deviations.
     """
     mean = _mean(values)
     sums_K, counts_K = _by_cluster(values, clusters)
     num = len(sums_K)
     if num == 1:
         return None, None
-    error = math.sqrt(num / (num - 1) * np.square(sums_K - mean * counts_K).sum()) / counts_K.sum()
-    half = float(stats.t.ppf((1 + level) / 2, num - 1)) * error
+    deviations = np.square(sums_K - mean * counts_K).sum() + squares
+    error = math.sqrt(num / (num - 1) * deviations) / counts_K.sum()
+    half = float(stats.t.ppf((1 + level) / 2, num - 1) * error)
     return mean - half, mean + half
 
 

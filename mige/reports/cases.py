@@ -35,6 +35,7 @@ class Case:
     output: ImageSource
     detail: str
     beside: tuple[tuple[str, ImageSource], ...] = ()
+    made_by: str = "output"  # the label of the output on a page
 
 
 def require_cases(cases: Sequence[Case]) -> None:

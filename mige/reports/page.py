@@ -150,7 +150,7 @@ class Drawing:
         """A case with its inputs, its output and what is beside it."""
         inputs = [self._figure(case, label, self.inputs.show(image)) for label, image in case.inputs]
         references = [figure for figure in inputs if figure.caption != "source"]
-        outputs = [self._figure(case, "output", self.outputs.show(case.output))]
+        outputs = [self._figure(case, case.made_by, self.outputs.show(case.output))]
         outputs += [self._figure(case, label, self.inputs.show(image)) for label, image in case.beside]
         return Article(case.title, instruction(case.instruction, references), inputs, outputs, case.detail)
 
