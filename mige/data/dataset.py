@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mige.data.batch import TrainingSample
 from mige.data.crops import Crop, training_crops
+from mige.data.mapped_records import MappedRecords
 from mige.data.order import SampleOrder
 from mige.data.randomness import Dropout, sample_generator, sample_randomness
 from mige.data.records import BadRecordsError, Record
@@ -87,7 +88,7 @@ class JointDataset(Dataset):
         train_timesteps: int = 1000,
     ):
         for number, records in enumerate(mixture.sets):
-            for record in records:
+            for record in () if isinstance(records, MappedRecords) and records.fit else records:
                 if record.target is None:
                     raise BadRecordsError(
                         f'set {number}, {record.where}: no target, the field "image"; training needs one'

@@ -1,10 +1,11 @@
 """Rows of .json and .jsonl files, with every error named by file and line; nothing is raised for what a file holds."""
 
+import itertools
 import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mige.data.records import Issue
 from mige.utils.path_hints import path_hint
 
 Rows = list[tuple[int, Any]]
+Line = tuple[int, int, str]
+"""Number of a line and its position among those that are not blank, both from 1, and its text."""
 
 
 def read_rows(file: Path) -> tuple[Rows, list[Issue]]:
@@ -144,25 +147,64 @@ def _skip_blanks(text: str, place: int) -> int:
     return re.compile(r"[ \t\r\n]*").match(text, place).end()
 
 
-def _parse_lines(where: str, text: str) -> tuple[Rows, list[Issue]]:
+def line_blocks(file: Path, size: int) -> Iterator[list[Line]] | None:
+    """The lines of a .jsonl file, up to `size` at a time, for `parse_lines`: a file of any length in little memory.
+
+    None for what `read_rows` is to be asked about: another kind of file, or one that is odd from its first line on.
+    Raises UnicodeDecodeError on the way, of which `read_rows` tells the place.
+    """
+    if file.suffix.lower() != ".jsonl":
+        return None
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            if "\0" in opened.read(4):
+                return None
+            opened.seek(0)
+            first = next(filter(str.strip, opened), "")
+        if type(_Decoder().decode(first)) is list:
+            return None
+    except (OSError, ValueError):  # JSONDecodeError and UnicodeDecodeError among them
+        return None
+    return _line_blocks(file, size)
+
+
+def _line_blocks(file: Path, size: int) -> Iterator[list[Line]]:
+    with file.open(encoding="utf-8-sig") as opened:
+        lines = ((number, line) for number, line in enumerate(opened, 1) if line.strip())
+        counted = ((number, position, line.removesuffix("\n")) for position, (number, line) in enumerate(lines, 1))
+        while block := list(itertools.islice(counted, size)):
+            yield block
+
+
+def parse_lines(where: str, lines: Iterable[Line]) -> tuple[Rows, list[Issue]]:
+    """The rows of lines, each with its position, and the errors of lines that hold none. where: names the file."""
     rows, issues, decoder = [], [], _Decoder()
-    # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for position, (number, line) in enumerate(lines, 1):
+    for number, position, line in lines:
         try:
             row = decoder.decode(line)
         except json.JSONDecodeError as error:
-            if position == 1 and _is_list_or_spread(text):
-                message = "it holds one JSON value over several lines, not an object a line"
-                return [], [Issue(where, message, "name it .json (a list of records), or write a record a line")]
             issues.append(_malformed(where, number, error))
             continue
-        if isinstance(row, list) and len(lines) == 1 and not decoder.problems:
-            return [], [Issue(where, "it holds one JSON list, not an object a line", "name it .json")]
         issues += [_odd(f"{where}, line {number}", problem) for problem in decoder.problems]
         if not decoder.problems:
             rows.append((position, row))
     return rows, issues
+
+
+def _parse_lines(where: str, text: str) -> tuple[Rows, list[Issue]]:
+    # Not splitlines(): it would also break at U+2028, which a JSON string may hold. Blank lines are no rows.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    decoder = _Decoder()
+    try:
+        first = decoder.decode(lines[0][1])
+    except json.JSONDecodeError:
+        if _is_list_or_spread(text):
+            message = "it holds one JSON value over several lines, not an object a line"
+            return [], [Issue(where, message, "name it .json (a list of records), or write a record a line")]
+    else:
+        if isinstance(first, list) and len(lines) == 1 and not decoder.problems:
+            return [], [Issue(where, "it holds one JSON list, not an object a line", "name it .json")]
+    return parse_lines(where, ((number, position, line) for position, (number, line) in enumerate(lines, 1)))
 
 
 def _are_lines(text: str) -> bool:

@@ -49,7 +49,7 @@ def read_records(files: Sequence[Path], *, root: Path | None = None, task: Task 
             report.issues += issues
             records += [record] if record else []
         records_of.append((file, records))
-    _gather(records_of, report)
+    gather(records_of, report)
     return report
 
 
@@ -251,7 +251,7 @@ class _RowReader:
         return None
 
 
-def _gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None:
+def gather(records_of: list[tuple[Path, list[Record]]], report: Report) -> None:
     """Put the records of all files into the report under ids that are unique in the run."""
     # Case-folded: some file systems know "a" and "A" as one name. Ids are ASCII, so accents cannot differ.
     files_with = Counter(folded for _, records in records_of for folded in {r.id.casefold() for r in records})

@@ -1,8 +1,8 @@
-"""What a run trains on: record files -> checked records, in little memory -> the dataset."""
+"""What a run trains on: record files -> checked records, mapped from the disk -> the dataset."""
 
+import itertools
 import logging
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mige.config import Config, DataConfig
-from mige.data.checks import check_images, check_repeats, check_training_text
+from mige.data.checks import check_images
 from mige.data.crops import training_crops
 from mige.data.dataset import JointDataset, Mixture
 from mige.data.latent_store.shaped import Size, Store, open_stores
-from mige.data.parsing import read_records
+from mige.data.mapped_records import MappedRecords
+from mige.data.mapping import MappedSet, map_records
 from mige.data.randomness import Dropout
-from mige.data.records import BadRecordsError, Issue, Record, Report
+from mige.data.records import BadRecordsError, Record, Report
 from mige.data.shapes import ShapedRecords, image_sizes, nearest_shapes, read_target_sizes
 from mige.data.synthetic.stream import WorldDataset
 from mige.data.synthetic.world import WORLDS
@@ -29,27 +30,7 @@ from mige.utils.images import open_image
 
 log = logging.getLogger("mige")
 
-
-class PackedRecords(Sequence[Record]):
-    """Records as bytes, a seventh of their size as objects, in one block that worker processes share.
-
-    Of objects each process would come to own a copy, as counting references writes to them. A record is made anew
-    whenever it is asked for.
-    """
-
-    def __init__(self, records: Iterable[Record]):
-        packed = [pickle.dumps(record) for record in records]
-        self._ends = np.cumsum([len(one) for one in packed], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        first = self._ends[index - 1] if index else 0
-        return pickle.loads(self._bytes[first : self._ends[index]])
+_CHUNK = 16_384  # records that are checked together: an image that several of them name is decoded once
 
 
 def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
@@ -85,7 +66,7 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
                 f"data.sets[{number}], {one['file']}: no record is left to train on; correct what the log names, or "
                 "leave the set out"
             )
-        sets.append(PackedRecords(records))
+        sets.append(records)
         shapes.append(own)
     return JointDataset(
         Mixture(sets, [one["weight"] for one in data.sets]),
@@ -100,56 +81,60 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
 
 def load_set(
     one: Mapping[str, Any], data: DataConfig, sizes: Sequence[Size], stores: Mapping[Size, Store] | None
-) -> tuple[list[Record], np.ndarray]:
+) -> tuple[MappedRecords, np.ndarray | None]:
     """The records of an entry of `data.sets` that are fit to train on, and their shapes as places in `sizes`, int8.
 
-    Raises BadRecordsError and TrainingError as `check_set` and `stored`.
+    None for shapes where the config names none. Raises BadRecordsError and TrainingError as `check_set` and
+    `not_stored`.
     """
     task = None if one.get("task") is None else Task(one["task"])
     root = None if one.get("root") is None else Path(one["root"])
     seen: dict[Path, tuple[int, int]] | None = {} if data.shapes else None
-    records = check_set(read_records([Path(one["file"])], root=root, task=task), data, sizes, seen)
-    shapes = np.zeros(len(records), np.int8)
+    records, shapes = check_set(map_records(Path(one["file"]), root=root, task=task), data, sizes, seen), None
     if seen is not None:
         shapes = nearest_shapes([seen[record.target] for record in records], sizes)
-    if stores is not None:
-        kept: set[str] = set()
-        for number, size in enumerate(sizes):
-            own = [record for record, shape in zip(records, shapes, strict=True) if shape == number]
-            kept |= {record.id for record in stored(own, stores[size], data)}
-        shapes = shapes[[record.id in kept for record in records]]
-        records = [record for record in records if record.id in kept]
+    if stores is not None and (bad := not_stored(records, [stores[size] for size in sizes], data, shapes)):
+        records, shapes = records.without(bad), None if shapes is None else np.delete(shapes, bad)
     return records, shapes
 
 
 def check_set(
-    report: Report,
+    found: MappedSet,
     data: DataConfig,
     sizes: Sequence[Size] = (),
     seen: dict[Path, tuple[int, int]] | None = None,
-) -> list[Record]:
+) -> MappedRecords:
     """A file's records that are fit to train on.
 
     sizes: heights and widths that images are cropped to, px; none: squares of `data.size`.
     seen: width and height of every target are added to it, for which headers are read where images are not checked.
     Raises BadRecordsError with every error unless `data.skip_bad`, which logs them.
     """
-    issues = list(report.issues) + check_repeats(report.records)
-    if data.check_images:
+    issues, bad = list(found.issues), list(found.unfit)
+    if data.check_images or seen is not None:
         side = max(map(max, sizes), default=data.size)
         opener = None if seen is None else partial(_open_and_note, seen)
-        issues += check_images(report.records, size=(side, side), training=True, opener=opener)
-    elif seen is not None:
-        issues += read_target_sizes(report.records, seen)
-    for record in report.records:
-        issues += check_training_text(record)
-        if record.target is None:
-            issues.append(Issue(record.where, 'no target, the field "image"', "training needs one"))
-    bad = {issue.where for issue in issues if issue.fatal}
-    checked = Report([record for record in report.records if record.where not in bad], issues)
-    if checked.issues:
+        for first, some in chunks(found.records):
+            if data.check_images:
+                new = check_images(some, size=(side, side), training=True, opener=opener)
+            else:
+                new = read_target_sizes(some, seen)
+            issues += new
+            named = {issue.where for issue in new if issue.fatal}
+            bad += [first + at for at, record in enumerate(some) if record.where in named]
+    checked = Report(issues=issues)
+    if issues:
         log.warning("%s", checked.text())
-    return checked.records if data.skip_bad else checked.raise_if_errors()
+    if not data.skip_bad:
+        checked.raise_if_errors()
+    return found.records.without(bad, fit=True)
+
+
+def chunks(records: MappedRecords) -> Iterator[tuple[int, list[Record]]]:
+    """The records some at a time, each time with the place of the first: all at once may not fit into memory."""
+    iterator = iter(records)
+    for first in range(0, len(records), _CHUNK):
+        yield first, list(itertools.islice(iterator, _CHUNK))
 
 
 def _open_and_note(seen: dict[Path, tuple[int, int]], path: Path) -> Image.Image:
@@ -158,11 +143,29 @@ def _open_and_note(seen: dict[Path, tuple[int, int]], path: Path) -> Image.Image
     return image
 
 
-def stored(records: Sequence[Record], store: Store, data: DataConfig) -> list[Record]:
-    """The records whose images are all in the store, and are still what was extracted.
+def not_stored(
+    records: MappedRecords, stores: Sequence[Store], data: DataConfig, shapes: np.ndarray | None = None
+) -> list[int]:
+    """Places of the records of which an image is not in the store, or is not any more what was extracted.
 
-    Raises TrainingError if any is not, unless `data.skip_bad`, which logs those.
+    stores: one a shape; `shapes`: which of them each record is of, int8 [records], None if there is one.
+    Raises TrainingError if there is such a record, unless `data.skip_bad`, which logs them.
     """
+    bad = []
+    for first, some in chunks(records):
+        own = np.zeros(len(some), np.int8) if shapes is None else shapes[first : first + len(some)]
+        for number, store in enumerate(stores):
+            places = np.flatnonzero(own == number)
+            found = _not_in(store, [some[place] for place in places], data)
+            bad += [(first + int(places[at]), why) for at, why in found]
+    bad.sort()
+    if bad:
+        log.warning("%s: %d records are left out: %s", data.features, len(bad), "; ".join(why for _, why in bad))
+    return [place for place, _ in bad]
+
+
+def _not_in(store: Store, records: Sequence[Record], data: DataConfig) -> list[tuple[int, str]]:
+    """Places of records that the store does not serve, and what they lack."""
     named = {}
     for record in records:
         for crop in training_crops(record):
@@ -176,13 +179,9 @@ def stored(records: Sequence[Record], store: Store, data: DataConfig) -> list[Re
                 "or set data.skip_bad=True to leave these out"
             )
         unusable |= dict.fromkeys(crops, how)
-    kept, left_out = [], []
-    for record in records:
+    left_out = []
+    for at, record in enumerate(records):
         bad = [f"{crop} {unusable[crop]}" for crop in training_crops(record) if crop in unusable]
         if bad:
-            left_out.append(f"{record.where}: {', '.join(bad)}")
-        else:
-            kept.append(record)
-    if left_out:
-        log.warning("%s: %d records are left out: %s", data.features, len(left_out), "; ".join(left_out))
-    return kept
+            left_out.append((at, f"{record.where}: {', '.join(bad)}"))
+    return left_out

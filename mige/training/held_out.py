@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from mige.config import Config
 from mige.data.batch import TrainingSample, collate
 from mige.data.dataset import JointDataset, Mixture
-from mige.data.parsing import read_records
+from mige.data.mapping import map_records
 from mige.data.randomness import Dropout
 from mige.diffusion.gaussian import Diffusion
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
-from mige.training.data import PackedRecords, check_set
+from mige.training.data import check_set
 from mige.training.ema import AveragedWeights
 from mige.training.metrics import QUARTILES
 from mige.training.objective import NoiseObjective
@@ -36,11 +36,11 @@ class HeldOutLoss:
     """Measures `train.held_out`. Raises BadRecordsError for records that cannot be trained on, as a training's own."""
 
     def __init__(self, config: Config, pipeline: MIGEPipeline, diffusion: Diffusion):
-        records = []
-        for file in config.train.held_out:
-            records += check_set(read_records([Path(file)]), config.data)
+        records = [
+            record for file in config.train.held_out for record in check_set(map_records(Path(file)), config.data)
+        ]
         data = JointDataset(
-            Mixture([PackedRecords(records)], [1.0]),
+            Mixture([records], [1.0]),
             pipeline.tokenizer,
             seed=0,
             size=config.data.size,

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import logging
-import pickle
 import re
 import shutil
 from collections.abc import Iterable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_trainer import build
@@ -18,11 +18,12 @@ from mige import config
 from mige.data.batch import collate
 from mige.data.crops import Crop
 from mige.data.dataset import JointDataset, Mixture
+from mige.data.mapping import map_records
 from mige.data.parsing import read_records
 from mige.data.records import BadRecordsError
 from mige.tasks import Task
 from mige.training.checkpointing import TrainingError
-from mige.training.data import PackedRecords, check_set, stored
+from mige.training.data import check_set, not_stored
 from mige.utils.errors import UserError
 
 TRAIN = ROOT / "example_data" / "train.jsonl"
@@ -50,33 +51,27 @@ class Holding:
         return [crop for crop in crops if crop.path.name in self.gone_by]
 
 
-def test_packed_records_are_the_records(records):
-    packed = PackedRecords(records)
-    assert len(packed) == len(records) and list(packed) == records
-    assert [packed[i] for i in (3, 0, 3)] == [records[3], records[0], records[3]]
-    for index in (len(records), -1):
-        with pytest.raises(IndexError):
-            packed[index]
-    assert len(PackedRecords([])) == 0
-    assert list(pickle.loads(pickle.dumps(packed))) == records  # as spawned workers get it
-
-
-def test_records_whose_images_are_not_stored_are_left_out_and_named(records, caplog):
+def test_records_whose_images_are_not_stored_are_left_out_and_named(records, caplog, monkeypatch):
+    monkeypatch.setattr("mige.training.data._CHUNK", 2)
+    mapped = map_records(TRAIN).records
+    assert len(mapped) == 6
     message = r"store: \d of \d+ images not in it, the first .*cat\.jpg.* of .*, record \d .*: run tools/extract"
     with pytest.raises(TrainingError, match=message):
-        stored(records, Holding("cat.jpg"), settings())
+        not_stored(mapped, [Holding("cat.jpg")], settings())
     with caplog.at_level(logging.WARNING, "mige"):
-        kept = stored(records, Holding("cat.jpg"), settings(skip_bad=True))
+        bad = not_stored(mapped, [Holding("cat.jpg")], settings(skip_bad=True))
     shown = [r for r in records if any(path.name == "cat.jpg" for path in (r.target, *r.references))]
-    assert 0 < len(shown) < len(records)
-    assert kept == [record for record in records if record not in shown]
+    assert 0 < len(shown) < len(records) and [records[place] for place in bad] == shown
     assert f"store: {len(shown)} records are left out" in caplog.text
     assert all(f"{record.where}: " in caplog.text for record in shown)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "mige"):
-        assert stored(records, Holding(changed=("cat.jpg",)), settings(skip_bad=True)) == kept
+        assert not_stored(mapped, [Holding(changed=("cat.jpg",))], settings(skip_bad=True)) == bad
     assert all(f"{record.where}: " in caplog.text for record in shown) and "changed or gone since" in caplog.text
-    assert stored(records, Holding(), settings()) == records
+    assert not_stored(mapped, [Holding()], settings()) == []
+    shapes = np.array([place % 2 for place in range(len(records))], np.int8)
+    of_one = not_stored(mapped, [Holding(), Holding("cat.jpg")], settings(skip_bad=True), shapes)
+    assert of_one == [place for place in bad if place % 2] and len(of_one) < len(bad)
 
 
 def test_images_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
@@ -84,10 +79,13 @@ def test_images_are_decoded_first_unless_the_set_was_checked_before(tmp_path):
     shutil.copytree(ROOT / "example_data", folder)
     broken = folder / "images" / "cat.jpg"
     broken.write_bytes(broken.read_bytes()[:2000])
-    report = read_records([folder / "train.jsonl"])
+    found = map_records(folder / "train.jsonl")
     with pytest.raises(BadRecordsError, match=r"cat\.jpg"):
-        check_set(report, settings())
-    assert check_set(report, settings(check_images=False)) == report.records
+        check_set(found, settings())
+    assert list(check_set(found, settings(check_images=False))) == list(found.records)
+    shown = [record for record in found.records if broken not in (record.target, *record.references)]
+    assert 0 < len(shown) < len(found.records)
+    assert list(check_set(found, settings(skip_bad=True))) == shown
 
 
 def test_texts_that_cancel_in_a_batch_end_the_start_by_file_and_record(tmp_path):
@@ -98,7 +96,7 @@ def test_texts_that_cancel_in_a_batch_end_the_start_by_file_and_record(tmp_path)
     (tmp_path / "x.json").write_text(json.dumps(rows))
     data = SimpleNamespace(check_images=False, skip_bad=False, size=512)
     with pytest.raises(BadRecordsError) as raised:
-        check_set(read_records([tmp_path / "x.json"]), data)
+        check_set(map_records(tmp_path / "x.json"), data)
     for number, found in ((1, "2 <imagehere> for 1 reference"), (2, "1 <imagehere> for 2 references")):
         assert (
             f"{tmp_path / 'x.json'}, record {number} (id 0000{number}): the text it is trained on has {found}"
@@ -135,7 +133,7 @@ def test_a_batch_compares_markers_with_references_record_by_record(tiny_model, r
 
 def test_such_a_record_ends_a_training_by_its_name(tiny_model, tmp_path, monkeypatch):
     """Through the loader, where it has come past the check of the records."""
-    monkeypatch.setattr("mige.training.data.check_training_text", lambda record: [])
+    monkeypatch.setattr("mige.data.mapping.check_training_text", lambda record: [])
     row = {"multi_prompt": "make the photo brighter, then frame the picture", "entity_path": ["images/cat.jpg"]}
     row |= {"id": "twice", "source_path": ["images/cat.jpg"], "image": "images/cat.jpg"}
     (tmp_path / "x.json").write_text(json.dumps([row]))
