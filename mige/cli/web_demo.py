@@ -8,6 +8,7 @@ Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -36,6 +37,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="who may enter; or @FILE with a line each; may be given again",
     )  # fmt: skip
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers; needs --auth")
+    parser.add_argument("--no-page", action="store_true", help="the HTTP endpoint alone")
+    parser.add_argument(
+        "--api-key", metavar="KEY", default=os.environ.get("MIGE_API_KEY"),
+        help="what requests to the HTTP endpoint have to bear (default: MIGE_API_KEY, where it is set; else nothing)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     args.auth = {name: password for given in args.auth for name, password in given.items()}
     if args.port is not None and not 1 <= args.port <= 65535:
@@ -47,6 +53,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--root-path is {args.root_path!r}; expected a path such as /mige")
     if args.share and not args.auth:
         parser.error("--share makes the page public: say with --auth NAME:PASSWORD who may enter")
+    if args.no_page and (args.auth or args.share or args.root_path):
+        parser.error("--auth, --share and --root-path are the page's: leave them out with --no-page")
+    if args.api_key is not None and not re.fullmatch(r"[!-~]{1,200}", args.api_key):
+        parser.error("--api-key is empty, too long or has other than visible ASCII characters; name another")
     return args
 
 
@@ -78,8 +88,12 @@ def users(text: str) -> dict[str, str]:
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
     from mige.inference.pipeline import MIGEPipeline
-    from mige.web.page import serving
     from mige.web.service import GenerationService
+
+    if args.no_page:
+        from mige.web.api_server import serving_endpoint as serving
+    else:
+        from mige.web.page import serving
 
     model_options.resolve(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder goes then, too
@@ -87,9 +101,11 @@ def run(args: argparse.Namespace) -> None:
     folder = MIGEPipeline.locate(args.model)
     pipeline = model_options.load(args, folder, args.device, verified=False)
     name = " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
-    where = dict(host=args.host, port=args.port, public_hosts=args.public_host, root_path=args.root_path)
-    with serving(GenerationService(pipeline, name), **where, users=args.auth, share=args.share) as address:
-        print(f"Open {address} (Ctrl-C ends it)", flush=True)
+    where = dict(host=args.host, port=args.port, public_hosts=args.public_host, api_key=args.api_key)
+    if not args.no_page:
+        where |= dict(root_path=args.root_path, users=args.auth, share=args.share)
+    with serving(GenerationService(pipeline, name), **where) as address:
+        print(f"{'Listening at' if args.no_page else 'Open'} {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 
 

@@ -1,13 +1,14 @@
 """Masks: which pixels of an image may change. White (128 and above) may, black stays."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mige.utils.arrays import is_tensor
 from mige.utils.bad_image import BadImageError
-from mige.utils.images import as_image
+from mige.utils.images import as_image, open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,3 +36,17 @@ def as_mask(value: "Image.Image | np.ndarray | Tensor | Any", size: tuple[int, i
     if mask.getbbox() is None:
         raise BadImageError(name, "has no white pixel, so nothing may change", "paint white what may change")
     return mask
+
+
+def open_mask(path: Path, size: tuple[int, int], *, max_pixels: int) -> Image.Image:
+    """The mask in a file, as `as_mask` gives it; of one with transparent pixels, those may change, as OpenAI has it.
+
+    path, size, max_pixels and errors: as of `as_image` and `as_mask`; BadImageError names the file "mask" there.
+    """
+    mask = open_image(path, max_pixels=max_pixels)  # whole, and cheap enough to open once more
+    with Image.open(path) as image:
+        if image.has_transparency_data:
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+            if alpha.getextrema()[0] < 128:
+                mask = ImageOps.invert(alpha)
+    return as_mask(mask, size, max_pixels=max_pixels)

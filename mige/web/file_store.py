@@ -142,6 +142,10 @@ class FileStore:
             return None
         return file
 
+    def discard(self, path: str) -> None:
+        """Delete an upload whose owner has no more use for it."""
+        self._delete(self._entry(Path(path)))
+
     def sweep(self, keep_seconds: float) -> None:
         """Delete every folder and file older than that, the examples apart, and forget what lay in them."""
         oldest = time.time() - keep_seconds

@@ -6,7 +6,6 @@ event it is for, and written anew. A value that looks like a file becomes the pa
 `NOT_UPLOADED`, whatever it named; the fields turn that into a sentence.
 """
 
-import asyncio
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from urllib.parse import quote
 
 import gradio as gr
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,15 +25,9 @@ from mige.web import event_body
 from mige.web.event_body import BadRequestError
 from mige.web.file_store import SUFFIXES, FileStore, StoreFullError
 from mige.web.origin import OwnNames
+from mige.web.traffic import MAX_FILES, UPLOAD_MB, Traffic, read_json
 
-UPLOAD_MB = 20  # of one file
-MAX_FILES = 4  # of one upload
-MAX_UPLOAD = (MAX_FILES * UPLOAD_MB + 1) * 2**20  # bytes of one with what stands between its files
-MAX_ARRIVING = 8 * MAX_UPLOAD  # of all uploads that arrive at the same time
-MAX_BODY = 256 * 1024  # bytes of an event
-MAX_IN_FLIGHT = 64  # requests that send something, at the same time; finished ones wait in the queue instead
 CHUNK = 256 * 1024  # bytes of a file that is sent at once
-BODY_SECONDS = 120  # for a body to arrive
 
 API = "/gradio_api"
 _SEGMENT = r"[\w@+-][\w.@+-]*"
@@ -63,10 +55,10 @@ class Guard:
         names: of the server, to which a request may be sent.
     """
 
-    def __init__(self, app: ASGIApp, store: FileStore, page: Callable[[], gr.Blocks], names: OwnNames):
-        self.app, self.store, self.page, self.names = app, store, page, names
-        self.in_flight = 0  # requests
-        self.arriving = 0  # bytes of uploads
+    def __init__(
+        self, app: ASGIApp, store: FileStore, page: Callable[[], gr.Blocks], names: OwnNames, traffic: Traffic
+    ):
+        self.app, self.store, self.page, self.names, self.traffic = app, store, page, names, traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; whatever goes wrong ends in a sentence, and in the log if it is a fault of ours."""
@@ -103,13 +95,8 @@ class Guard:
         if method in ("GET", "HEAD"):
             await self._read(path, scope, receive, send)
         elif method == "POST":
-            if self.in_flight >= MAX_IN_FLIGHT:
-                raise BadRequestError("The server has too many requests at once: try again in a moment.", 503)
-            self.in_flight += 1
-            try:
+            with self.traffic.sending():
                 await self._write(path, scope, receive, send)
-            finally:
-                self.in_flight -= 1
         elif method == "OPTIONS":
             await Response(status_code=204)(scope, receive, send)
         else:
@@ -133,17 +120,17 @@ class Guard:
 
     async def _write(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path == f"{API}/upload":
-            answer = await self._arriving(scope, receive)
+            answer = await self._upload(scope, receive)
             await answer(scope, receive, send)
             return
         match = _EVENT.fullmatch(path)
         if not match and path.rstrip("/") not in (f"{API}/cancel", f"{API}/reset"):
             raise _NOTHING_HERE
-        sent = await _json(Request(scope, _limited(receive, MAX_BODY)))
+        sent = await read_json(scope, receive)
         if not match:
             body = event_body.of_cancel(sent)
         else:
-            self._require_room()
+            self.traffic.require_room()
             route, name = match.groups()
             body = event_body.of_event(self.page(), self.store, route, name, sent)
             if route == "call/v2":  # parameters by name: now in their order
@@ -163,50 +150,21 @@ class Guard:
         }
         return StreamingResponse(_chunks(file), headers=headers, media_type=shown_as or "application/octet-stream")
 
-    async def _arriving(self, scope: Scope, receive: Receive) -> Response:
-        """The answer to an upload, whose bytes count until it is kept: they lie on the disk all the while."""
-        taken = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            taken += num_bytes
-            self.arriving += num_bytes
-            if self.arriving > MAX_ARRIVING:
-                raise BadRequestError("The server receives too many uploads at once: try again in a moment.", 503)
-
-        try:
-            return await self._upload(Request(scope, _limited(receive, MAX_UPLOAD, take)))
-        finally:
-            self.arriving -= taken
-
-    async def _upload(self, request: Request) -> Response:
+    async def _upload(self, scope: Scope, receive: Receive) -> Response:
         """Keep the files of a form; answers with the paths by which the sender, and nobody else, may name them."""
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            return PlainTextResponse("An upload is a form of type multipart/form-data, its files named “files”.", 400)
         try:
-            form = await asyncio.wait_for(request.form(max_files=MAX_FILES, max_fields=8), BODY_SECONDS)
+            async with self.traffic.form(scope, receive, max_files=MAX_FILES, max_fields=8) as form:
+                files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
+                if not files:
+                    return PlainTextResponse("The upload holds no whole file: send the form again.", 400)
+                if too_large := [file for file in files if (file.size or 0) > UPLOAD_MB * 2**20]:
+                    size = (too_large[0].size or 0) / 2**20
+                    return PlainTextResponse(f"The file has a size of {size:.1f} MB: send at most {UPLOAD_MB} MB.", 413)
+                return JSONResponse([self.store.add_upload(one.filename or "image", await one.read()) for one in files])
         except BadRequestError as refusal:
             return PlainTextResponse(str(refusal), refusal.status)
-        except (HTTPException, TimeoutError, UnicodeError, ValueError) as error:
-            reason = getattr(error, "detail", "") or "cut short"
-            return PlainTextResponse(f"The upload cannot be read: {reason.rstrip('.')}.", 400)
-        try:
-            files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
-            if not files:
-                return PlainTextResponse("The upload holds no whole file: send the form again.", 400)
-            if too_large := [file for file in files if (file.size or 0) > UPLOAD_MB * 2**20]:
-                size = (too_large[0].size or 0) / 2**20
-                return PlainTextResponse(f"The file has a size of {size:.1f} MB: send at most {UPLOAD_MB} MB.", 413)
-            return JSONResponse([self.store.add_upload(one.filename or "image", await one.read()) for one in files])
         except StoreFullError:
             return PlainTextResponse("The server holds too many files: try again in an hour.", 507)
-        finally:
-            await form.close()
-
-    def _require_room(self) -> None:
-        queue = self.page()._queue
-        if queue.max_size is not None and len(queue) >= queue.max_size:
-            raise BadRequestError(f"{queue.max_size} requests wait already: try again in some minutes.", 503)
 
     def _require_session(self, session: str | None) -> str:
         """Gradio would open a stream and fail within."""
@@ -238,32 +196,6 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
     with file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def _limited(receive: Receive, most: int, take: Callable[[int], None] = lambda num_bytes: None) -> Receive:
-    """The same messages, refused once their bodies come to more than that many bytes; `take` is told of each."""
-    total = 0
-
-    async def limited() -> Message:
-        nonlocal total
-        message = await receive()
-        size = len(message.get("body", b""))
-        take(size)
-        total += size
-        if total > most:
-            raise BadRequestError(f"The request has a size of more than {most / 2**20:g} MB: send less.", 413)
-        return message
-
-    return limited
-
-
-async def _json(request: Request) -> Any:
-    try:
-        return json.loads(await asyncio.wait_for(request.body(), BODY_SECONDS))
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
-        raise BadRequestError("The request is no JSON that can be read: send an object.") from error
-    except TimeoutError as error:
-        raise BadRequestError("The request was cut short: send it again.", 408) from error
 
 
 def _with_body(scope: Scope, receive: Receive, body: dict[str, Any]) -> tuple[Scope, Receive]:

@@ -19,19 +19,19 @@ from starlette.middleware import Middleware
 
 from mige.tasks import Task
 from mige.utils.errors import UserError
-from mige.web import theme
+from mige.web import theme, traffic
+from mige.web.api import Api, Endpoint
 from mige.web.components import JOBS
 from mige.web.events import connect
 from mige.web.examples import Example, of_records, of_the_world
 from mige.web.file_store import FileStore
-from mige.web.guard import UPLOAD_MB, Guard
+from mige.web.guard import Guard
 from mige.web.layout import lay_out
 from mige.web.login import Login
 from mige.web.origin import OwnNames
 from mige.web.service import GenerationService
 
 EXAMPLE_DATA = Path(__file__).parents[2] / "example_data"  # of the checkout this runs from
-MAX_WAITING = 100  # requests in the queue; one more is told that it is full
 KEPT_SECONDS = 2 * 3600.0  # uploads and results older than this are deleted
 SWEEP_SECONDS = 300.0
 
@@ -52,8 +52,9 @@ def serving(
     users: Mapping[str, str] | None = None,
     share: bool = False,
     root_path: str = "",
+    api_key: str | None = None,
 ) -> Iterator[str]:
-    """Serve the page while the context lasts, and yield its address; closes the service in the end.
+    """Serve page and HTTP endpoint while the context lasts, and yield their address; closes the service in the end.
 
     Args:
         host: the address to listen at.
@@ -63,6 +64,7 @@ def serving(
         share: through a public address of Gradio's, which is then yielded. Raises ValueError without users, and
             ShareError where there is no such address to be had.
         root_path: where a proxy serves the page, as "/mige"; it has to strip that from what it sends on.
+        api_key: what a request to the endpoint has to bear.
     """
     if share and not users:
         raise ValueError("share makes the page public: name the users who may enter")
@@ -70,9 +72,11 @@ def serving(
         store = FileStore(Path(folder))
         with _environment(GRADIO_TEMP_DIR=str(store.folder), GRADIO_ANALYTICS_ENABLED="False"), _sweeping(store), \
              _server_folder(store.folder / "gradio"):  # fmt: skip
-            page, names = build(service, store), OwnNames(host, public_hosts)
-            guard = Middleware(Guard, store=store, page=lambda: page, names=names)
-            login = Middleware(Login, users=users or {})
+            page, names, shared = build(service, store), OwnNames(host, public_hosts), traffic.Traffic()
+            shared.queued = lambda: len(page._queue)
+            api = Api(service, store, names, shared, api_key)
+            login = Middleware(Login, users=users or {}, has_key=api_key is not None)
+            guard = Middleware(Guard, store=store, page=lambda: page, names=names, traffic=shared)
             try:
                 _, address, public = page.launch(
                     server_name=host,
@@ -81,7 +85,7 @@ def serving(
                     quiet=True,
                     share=share,
                     root_path=root_path or None,
-                    max_file_size=f"{UPLOAD_MB}mb",
+                    max_file_size=f"{traffic.UPLOAD_MB}mb",
                     footer_links=["api"],
                     run_history=False,
                     enable_monitoring=False,
@@ -89,7 +93,7 @@ def serving(
                     mcp_server=False,
                     theme=theme.THEME,
                     css=theme.CSS,
-                    app_kwargs={"middleware": [login, guard]},
+                    app_kwargs={"middleware": [login, Middleware(Endpoint, api=api), guard]},
                 )
                 if share:
                     names.add(_host_of(public))
@@ -110,7 +114,7 @@ def build(service: GenerationService, store: FileStore) -> gr.Blocks:
                 examples = _examples(service, job.task, store)
                 with gr.Tab(job.title):
                     connect(lay_out(service, job, examples), service, store, examples)
-    return page.queue(max_size=MAX_WAITING, api_open=False)  # no direct call passes the queue by
+    return page.queue(max_size=traffic.MAX_WAITING, api_open=False)  # no direct call passes the queue by
 
 
 def _host_of(public: str | None) -> str:

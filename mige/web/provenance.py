@@ -1,5 +1,6 @@
 """The settings of a picture, kept in its PNG file as text and read back from there."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,22 @@ def save_with_settings(image: Image.Image, path: Path, settings: dict[str, Any])
 
     The texts are "Software", "Description" (the instruction) and "mige" (all settings as JSON, with the version).
     """
+    save_image(image, path, pnginfo=_texts(settings))
+
+
+def png_with_settings(image: Image.Image, settings: dict[str, Any]) -> bytes:
+    """The bytes of the file that `save_with_settings` writes."""
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=_texts(settings))
+    return file.getvalue()
+
+
+def _texts(settings: dict[str, Any]) -> PngInfo:
     text = PngInfo()
     text.add_itxt("Software", f"MIGE {mige.__version__}")
     text.add_itxt("Description", settings["instruction"])
     text.add_itxt(_KEY, json.dumps(settings | {"version": mige.__version__}, ensure_ascii=False))
-    save_image(image, path, pnginfo=text)
+    return text
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from mige.inference.shapes import Shape, SizeWish
 from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
+from mige.utils.masks import open_mask
 from mige.web.instructions import Reading, RefusedError, read
 
 STEPS = (1, 100)
@@ -54,6 +55,8 @@ class Request:
     source_guidance: float
     width: int  # px; 0, and the height too: an edit is as its source, anything else has the native size
     height: int
+    mask: Path | None = None  # of picture 1: what may change
+    reading: Reading | None = None  # of an instruction that was read already, by other rules than the page's
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ class GenerationService:
         Raises RefusedError as `instructions.read`, and for an instruction too long for its pictures.
         """
         reading = read(task, text, given)
+        return reading, full_text(task, reading.prompt), self._oddities(task, reading)
+
+    def _oddities(self, task: Task, reading: Reading) -> list[str]:
+        """What is odd about a reading; raises RefusedError for one too long for its pictures."""
         named = tuple(Path(str(number)) for number in reading.numbers)
         record = Record("request", task, reading.prompt, named, None, None, None, "request")
         fusion = self.pipeline.fusion.config
@@ -133,7 +140,7 @@ class GenerationService:
                 f"The instruction is too long: a picture in it would not be read. The model takes {MAX_WORDS} words "
                 f"and {fusion.max_tokens} tokens, of which each picture takes {fusion.num_queries}: use fewer."
             )
-        return reading, full_text(task, reading.prompt), [issue.message for issue in issues]
+        return [issue.message for issue in issues]
 
     def check(self, request: Request) -> Reading:
         """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
@@ -156,10 +163,19 @@ class GenerationService:
             raise RefusedError(f"{error}.") from error
         for seed in request.seeds:
             check_range("seed", seed, SEEDS)
-        return self.explain(request.task, request.instruction, [path is not None for path in request.pictures])[0]
+        if request.reading is None:
+            return self.explain(request.task, request.instruction, [path is not None for path in request.pictures])[0]
+        self._oddities(request.task, request.reading)
+        return request.reading
 
-    def run(self, request: Request) -> Iterator[Step | Made]:
+    def run(
+        self, request: Request, stop: threading.Event | None = None, *, previews: bool = True
+    ) -> Iterator[Step | Made]:
         """Make the pictures of a request; yields its steps, then the result.
+
+        Args:
+            stop: set it, from any thread, to stop the work at its next step, or before it begins.
+            previews: whether some of the steps come with what the pictures would be.
 
         Raises RefusedError for what `check` refuses and for unusable pictures, Stopped if the service closes,
         and whatever goes wrong at work.
@@ -168,8 +184,9 @@ class GenerationService:
         if self._closed.is_set():
             raise Stopped
         events: SimpleQueue[Step | None] = SimpleQueue()
-        stop = threading.Event()
-        job = self._worker.submit(self._make, request, reading, events, stop)
+        stop = stop or threading.Event()
+        on_step = self._watch(request.steps, events, stop, PREVIEWS if previews else 0)
+        job = self._worker.submit(self._make, request, reading, on_step, stop)
         job.add_done_callback(lambda _: events.put(None))
         try:
             yield from iter(events.get, None)
@@ -182,8 +199,10 @@ class GenerationService:
         self._closed.set()
         self._worker.shutdown(cancel_futures=True)
 
-    def _make(self, request: Request, reading: Reading, events: SimpleQueue, stop: threading.Event) -> Made:
+    def _make(self, request: Request, reading: Reading, on_step: OnStep, stop: threading.Event) -> Made:
         """The work itself, in the worker's thread."""
+        if stop.is_set():  # while it waited
+            raise Stopped
         started = time.perf_counter()
         opened = {number: _open(request.pictures[number - 1], number) for number in sorted(set(reading.numbers))}
         references = [opened[number] for number in reading.numbers]
@@ -202,16 +221,17 @@ class GenerationService:
                 guidance_scale=request.guidance,
                 source_guidance_scale=request.source_guidance,
                 seed=request.seeds,
-                on_step=self._watch(request.steps, events, stop),
+                mask=request.mask and _open_mask(request.mask, source),
+                on_step=on_step,
             ).images
         except images.BadImageError as error:  # one so long that scaling it would need too much memory
             raise RefusedError(f"A {error.args[0]} has {error.message}: {error.hint}.") from error
         settings = [self._settings(request, reading, seed) for seed in request.seeds]
         return Made(pictures, settings, before, time.perf_counter() - started)
 
-    def _watch(self, steps: int, events: SimpleQueue, stop: threading.Event) -> OnStep:
+    def _watch(self, steps: int, events: SimpleQueue, stop: threading.Event, previews: int) -> OnStep:
         """What happens after every step: stop if asked to, else report, now and then with previews."""
-        every = -(-steps // PREVIEWS)
+        every = -(-steps // previews) if previews else steps
 
         def on_step(step: int, x: Tensor, x0: Tensor) -> None:
             if stop.is_set() or self._closed.is_set():
@@ -257,3 +277,10 @@ def _open(path: Path, number: int) -> Image.Image:
         return images.open_image(path, max_pixels=MAX_IMAGE_PIXELS)
     except images.BadImageError as error:
         raise RefusedError(f"Picture {number}: {error.message}; {error.hint}.") from error
+
+
+def _open_mask(path: Path, source: Image.Image) -> Image.Image:
+    try:
+        return open_mask(path, source.size, max_pixels=MAX_IMAGE_PIXELS)
+    except images.BadImageError as error:
+        raise RefusedError(f"The mask: {error.message}; {error.hint}.") from error

@@ -16,7 +16,7 @@ from test_web_service import BAD_FILES
 from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
 from mige.utils.images import open_image
-from mige.web import guard, page
+from mige.web import page, traffic
 from mige.web.examples import of_the_world
 from mige.web.provenance import read_settings
 from mige.web.service import GenerationService
@@ -255,7 +255,7 @@ def test_a_bad_file_is_said_and_the_next_run_works(opened, pictures, tmp_path):
 
 def test_an_upload_over_the_limit_is_said(opened, tmp_path):
     window, tab = opened(tab=EDIT)
-    (tmp_path / "large.png").write_bytes(bytes(guard.UPLOAD_MB * 2**20 + 1))
+    (tmp_path / "large.png").write_bytes(bytes(traffic.UPLOAD_MB * 2**20 + 1))
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
     playwright.expect(message(window)).to_contain_text("size")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from test_web_service import CAT
 from tiny_page import edit, http, tiny_service, upload
 
-from mige.web import file_store, guard, page
+from mige.web import file_store, guard, page, traffic
 from mige.web.file_store import FileStore
 from mige.web.service import GenerationService
 
@@ -126,12 +126,14 @@ def test_a_form_without_a_whole_file_is_refused(http, body):
 
 def test_as_many_files_as_an_upload_takes_may_each_have_its_most_bytes(http):
     answer = form(
-        http, FILE % bytes(guard.UPLOAD_MB * 2**20) * guard.MAX_FILES + b"--B--\r\n", "Multipart/Form-Data; boundary=B"
+        http,
+        FILE % bytes(traffic.UPLOAD_MB * 2**20) * traffic.MAX_FILES + b"--B--\r\n",
+        "Multipart/Form-Data; boundary=B",
     )
-    assert [Path(path).stat().st_size for path in answer.json()] == [guard.UPLOAD_MB * 2**20] * guard.MAX_FILES
+    assert [Path(path).stat().st_size for path in answer.json()] == [traffic.UPLOAD_MB * 2**20] * traffic.MAX_FILES
     for path in answer.json():
         shutil.rmtree(Path(path).parent)
-    answer = form(http, FILE % b"a" * (guard.MAX_FILES + 1) + b"--B--\r\n")
+    answer = form(http, FILE % b"a" * (traffic.MAX_FILES + 1) + b"--B--\r\n")
     assert answer.text == "The upload cannot be read: Too many files. Maximum number of files is 4."
 
 
@@ -147,16 +149,18 @@ def slow_upload(http: httpx.Client, sent: int, announced: int = 10**6) -> socket
 
 def test_uploads_that_arrive_count_and_who_leaves_is_no_fault(http, monkeypatch, caplog):
     """Their bytes lie on the disk before they are kept."""
-    monkeypatch.setattr(guard, "MAX_ARRIVING", 1000)
-    receive, guards = guard.Guard._arriving, []
+    monkeypatch.setattr(traffic, "MAX_ARRIVING", 1000)
+    receive, guards = guard.Guard._upload, []
 
-    async def arriving(self, *request):
+    async def upload(self, *request):
         guards.append(self)
         return await receive(self, *request)
 
-    monkeypatch.setattr(guard.Guard, "_arriving", arriving)
+    monkeypatch.setattr(guard.Guard, "_upload", upload)
     slow = slow_upload(http, 900)
-    wait_until(lambda: guards and guards[0].arriving == 900)  # asked before, the form's bytes might push the other out
+    wait_until(
+        lambda: guards and guards[0].traffic.arriving == 900
+    )  # asked before, the form's bytes might push the other out
     answer = form(http, FILE % bytes(200) + b"--B--\r\n")
     said = "The server receives too many uploads at once: try again in a moment."
     assert (answer.status_code, answer.text) == (503, said)
@@ -186,12 +190,12 @@ def test_a_full_folder_takes_no_file_and_starts_no_run(http, monkeypatch):
 
 def test_requests_in_flight_are_limited(http, monkeypatch):
     """Two that never finish sending take the places; once they leave there is room again."""
-    monkeypatch.setattr(guard, "MAX_IN_FLIGHT", 2)
+    monkeypatch.setattr(traffic, "MAX_IN_FLIGHT", 2)
     receive, begun = guard.Guard._upload, []
 
-    async def upload(self, request):
+    async def upload(self, *request):
         begun.append(request)
-        return await receive(self, request)
+        return await receive(self, *request)
 
     monkeypatch.setattr(guard.Guard, "_upload", upload)
     slow = [slow_upload(http, 0) for _ in range(2)]
@@ -209,7 +213,7 @@ def test_requests_in_flight_are_limited(http, monkeypatch):
 
 
 def test_a_full_queue_and_a_full_folder_refuse_a_client_with_a_sentence(tiny_service, monkeypatch):
-    monkeypatch.setattr(page, "MAX_WAITING", 2)
+    monkeypatch.setattr(traffic, "MAX_WAITING", 2)
     service, release = GenerationService(tiny_service.pipeline, "tiny"), threading.Event()
     with page.serving(service) as address, httpx.Client(base_url=address, timeout=60) as client:
         service._worker.submit(release.wait)

@@ -22,7 +22,7 @@ from test_web_service import BAD_FILES, CAT, CUP
 from mige.cli import web_demo
 from mige.inference.pipeline import MIGEPipeline
 from mige.utils import images
-from mige.web import guard, page
+from mige.web import page, traffic
 from mige.web.provenance import read_settings
 from mige.web.service import GenerationService
 
@@ -149,7 +149,7 @@ def test_a_mismatch_gets_a_sentence(client, named, words):
 
 def test_an_upload_over_the_limit_is_refused_and_not_kept(client, folder, tmp_path):
     large = tmp_path / "large.png"
-    large.write_bytes(bytes(guard.UPLOAD_MB * 2**20 + 1))
+    large.write_bytes(bytes(traffic.UPLOAD_MB * 2**20 + 1))
     before = set(folder.rglob("*"))
     with pytest.raises(Exception, match=r"413|size|large"):
         client.predict("a picture 1", handle_file(str(large)), api_name="/generate", **FEW)
