@@ -3,13 +3,16 @@
 import base64
 import io
 import json
+import os
 import platform
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -56,8 +59,10 @@ class Served:
 
     @property
     def is_idle(self) -> bool:
-        files = [path for path in self.api.store.folder.rglob("*") if path.is_file() and "gradio" not in path.parts]
-        stored = [path for path in files if path.parent not in self.api.store._permanent]
+        store = self.api.store
+        others = {*store._permanent, store.folder / "gradio"}
+        walked = ((Path(where), names) for where, _, names in os.walk(store.folder))  # unlike rglob: they may go
+        stored = [where for where, names in walked if names and not {where, *where.parents} & others]
         return not (stored or self.api.traffic.waiting or self.api.traffic.in_flight or self.api.traffic.arriving)
 
 
@@ -478,10 +483,35 @@ def test_a_client_that_leaves_stops_its_work(served, caplog):
     assert len(served.calls) < before + 90 and caplog.records == []
 
 
+@contextmanager
+def held(service: GenerationService) -> Iterator[threading.Event]:
+    """The one worker at something else until the event is set, or the context ends."""
+    release = threading.Event()
+    service._worker.submit(release.wait)
+    try:
+        yield release
+    finally:
+        release.set()
+
+
+def test_a_client_that_leaves_behind_the_page_s_work_is_never_worked_for(served, monkeypatch):
+    run, stops, before = served.service.run, [], len(served.calls)
+
+    def noted(request, stop, **options):
+        stops.append(stop)
+        return run(request, stop, **options)
+
+    monkeypatch.setattr(served.service, "run", noted)
+    with held(served.service):
+        leave_after(served, 100, lambda: len(stops) == 1)
+        wait_until(stops[0].is_set)
+    wait_until(lambda: served.is_idle)
+    assert len(served.calls) == before
+
+
 def test_a_client_that_leaves_the_queue_is_never_worked_for(served):
-    release, before = threading.Event(), len(served.calls)
-    served.service._worker.submit(release.wait)
-    with ThreadPoolExecutor(1) as pool:
+    before = len(served.calls)
+    with ThreadPoolExecutor(1) as pool, held(served.service) as release:
         first = pool.submit(lambda: served.client().images.edit(image=CAT, prompt="a", extra_body=FAST))
         wait_until(lambda: served.api.traffic.waiting == 1)
         leave_after(served, 100, lambda: served.api.traffic.waiting == 2)
@@ -493,9 +523,7 @@ def test_a_client_that_leaves_the_queue_is_never_worked_for(served):
 
 def test_as_many_wait_as_may_and_the_next_is_told_when_to_come(served, monkeypatch):
     monkeypatch.setattr(traffic, "MAX_WAITING", 2)
-    release = threading.Event()
-    served.service._worker.submit(release.wait)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, held(served.service) as release:
 
         def ask():
             return served.client().images.edit(image=CAT, prompt="a", extra_body=FAST)
@@ -508,7 +536,7 @@ def test_as_many_wait_as_may_and_the_next_is_told_when_to_come(served, monkeypat
         assert refused.value.response.status_code == 503 and refused.value.response.headers["Retry-After"] == "5"
         if served.has_page:  # the page's visitors wait in the same queue
             with httpx.Client(base_url=served.url.rstrip("/")) as client:
-                assert "2 requests wait already" in edit(client)
+                assert "2 requests wait already" in edit(client, picture_1=None)
         release.set()
         assert all(len(one.result().data) == 1 for one in two)
     assert served.is_idle
