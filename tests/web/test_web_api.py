@@ -430,6 +430,22 @@ def test_with_a_key_only_who_bears_it_is_answered(tiny_service):
         assert httpx.get(f"{url}health").status_code == 200
 
 
+@pytest.mark.parametrize("key", [None, "s3cret"])
+def test_beside_a_page_with_a_login_the_endpoint_has_its_key_or_that_login(tiny_service, key):
+    service = GenerationService(tiny_service.pipeline, "tiny")
+    with page.serving(service, users={"ada": "pass"}, api_key=key) as url:
+        bearer = {"headers": {"Authorization": "Bearer s3cret"}}
+        ways = {"nothing": {}, "login": {"auth": ("ada", "pass")}, "key": bearer}
+        found = {
+            name: [httpx.get(f"{url}{path}", **way).status_code for path in ("v1/models", "config", "health")]
+            for name, way in ways.items()
+        }
+    let_in = {"login": [200, 200, 200], "key": [401, 401, 200]} if key is None else {
+        "login": [401, 200, 200], "key": [200, 401, 200]
+    }  # fmt: skip
+    assert found == {"nothing": [401, 401, 200]} | let_in
+
+
 # ---- many clients, and those that leave ------------------------------------------------------------------------------
 
 
