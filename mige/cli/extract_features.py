@@ -2,6 +2,7 @@
 
     python tools/extract_features.py --model output/pretrained_models/mige --records train.json --output output/features
     accelerate launch --num_processes 8 tools/extract_features.py ...    # the same on 8 GPUs, of one machine or more
+    python tools/extract_features.py ... --config configs/mine.py        # in the shapes of the config (data.shapes)
 
 A second run encodes what is missing and what has changed. Images that cannot be used are listed in the store's
 failures.jsonl; the others are done and the exit code is 3 (launchers make it 1). See docs/features.md.
@@ -10,7 +11,7 @@ failures.jsonl; the others are done and the exit code is 3 (launchers make it 1)
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from mige.data.crops import Crop
+    from mige.data.latent_store.shaped import Size
     from mige.data.latent_store.store import FeatureStore
     from mige.data.records import Report
+    from mige.inference.sizes import SizeGrid
 
 SOME_FAILED = 3
 
@@ -36,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub; its VAE is used")
     parser.add_argument("--output", type=command.folder_to_write, required=True, help="the store")
     parser.add_argument("--size", type=int, help="side in pixels (default: the model's)")
+    parser.add_argument("--config", type=Path, help="of the training whose data.size and data.shapes are wanted")
     parser.add_argument("--dtype", choices=STORE_DTYPES, default="float32", help="stored (default: %(default)s)")
     parser.add_argument("--precision", choices=STORE_PRECISIONS, default="auto",
                         help="of the VAE (default: on a GPU bfloat16, if its first moments are as good)")  # fmt: skip
@@ -47,29 +51,45 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if (args.size is not None and args.size < 1) or args.batch_size < 1 or (args.workers or 0) < 0:
         parser.error(f"--size is {args.size}, --batch-size {args.batch_size}, --workers {args.workers}; "
                      "expected >= 1, >= 1 and >= 0")  # fmt: skip
+    if args.size is not None and args.config is not None:
+        parser.error("--size and --config both say how large images are: give one of them")
     return args
 
 
-def load_vae(model: Path) -> "tuple[AutoencoderKL, int]":
-    """The checkpoint's VAE in float32, and the side of the images the model was trained on."""
+def load_vae(model: Path) -> "tuple[AutoencoderKL, SizeGrid]":
+    """The checkpoint's VAE in float32, and the sizes of images that the model knows."""
     from diffusers import AutoencoderKL
 
     from mige.checkpoints import folder as checkpoint
     from mige.inference.sizes import SizeGrid
 
     checkpoint.verify(model)
-    return AutoencoderKL.from_pretrained(model / "vae").float().eval(), SizeGrid.of_folder(model).native
+    return AutoencoderKL.from_pretrained(model / "vae").float().eval(), SizeGrid.of_folder(model)
 
 
-def precision_of(vae: "AutoencoderKL", crops: "dict[Crop, str]", folder: Path, size: int) -> str:
-    """The precision of the store in the folder, or for a new one what `choose_precision` says, which is printed."""
+def wanted_sizes(args: argparse.Namespace, grid: "SizeGrid") -> "tuple[Size, ...]":
+    """Heights and widths, px, that images are to be cropped to."""
+    from mige import config
+    from mige.data.shapes import image_sizes
+
+    if args.config is not None:
+        return image_sizes(config.load(args.config).data, grid.step)
+    return ((args.size or grid.native, args.size or grid.native),)
+
+
+def precision_of(
+    vae: "AutoencoderKL", crops: Mapping["Size", "dict[Crop, str]"], folders: Mapping["Size", Path]
+) -> str:
+    """The precision of the stores in the folders, or for new ones what `choose_precision` says, which is printed."""
     from mige.data.latent_store.encoding import ENOUGH_DB
     from mige.data.latent_store.extraction import choose_precision
     from mige.data.latent_store.meta import make_meta, read_meta
 
-    if (folder / "meta.json").is_file():
-        return read_meta(folder).precision
-    precision, decibels = choose_precision(vae, crops, make_meta(vae, size))
+    for folder in folders.values():
+        if (folder / "meta.json").is_file():
+            return read_meta(folder).precision
+    size = next((size for size in crops if crops[size]), next(iter(crops)))
+    precision, decibels = choose_precision(vae, crops[size], make_meta(vae, size))
     if decibels is not None:
         print(f"the VAE encodes in {precision}: in bfloat16 the first moments have {decibels:.1f} dB "
               f"({ENOUGH_DB:.0f} are enough); --precision decides otherwise")  # fmt: skip
@@ -83,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     from accelerate.utils import broadcast_object_list, gather_object
 
     from mige.data.latent_store import extraction
-    from mige.data.latent_store import store as features
+    from mige.data.latent_store.shaped import crops_of_shapes, store_folders
+    from mige.data.latent_store.store import create_store
     from mige.data.parsing import read_records
     from mige.data.records import Report
     from mige.inference.pipeline import MIGEPipeline
@@ -93,43 +114,52 @@ def run(args: argparse.Namespace) -> int:
     # Shares may end hours apart, and all wait for the last one.
     on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
-    crops = extraction.distinct_crops(read_records(args.records, root=args.root).raise_if_errors())
-    vae, native = load_vae(MIGEPipeline.locate(args.model))
-    root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
-    size, device = args.size or native, torch.device(args.device or state.device)
+    records = read_records(args.records, root=args.root).raise_if_errors()
+    vae, grid = load_vae(MIGEPipeline.locate(args.model))
+    crops, unusable = crops_of_shapes(records, wanted_sizes(args, grid))
+    folders, device = store_folders(args.output, list(crops)), torch.device(args.device or state.device)
     vae.to(device)
     precision = args.precision
     if precision == "auto":
-        chosen = precision_of(vae, crops, args.output, size) if state.is_main_process else None
+        chosen = precision_of(vae, crops, folders) if state.is_main_process else None
         [precision] = broadcast_object_list([chosen])
-    settings = dict(vae=vae, size=size, root=root, dtype=args.dtype, precision=precision)
+    root = args.root or Path(os.path.commonpath([file.absolute().parent for file in args.records]))
+    settings = dict(vae=vae, root=root, dtype=args.dtype, precision=precision)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    issues = extraction.extract(
-        features.create_store(args.output, **settings),
-        vae,
-        crops,
-        process=state.process_index,
-        processes=state.num_processes,
-        wait=state.wait_for_everyone,
-        batch_size=args.batch_size,
-        workers=max(1, cores) if args.workers is None else args.workers,
-        compiled=device.type == "cuda" if args.compile is None else args.compile,
-        progress=state.is_main_process,
-    )
-    issues = gather_object(issues)
+    issues = []
+    for size, folder in folders.items():
+        issues += extraction.extract(
+            create_store(folder, size=size, **settings),
+            vae,
+            crops[size],
+            process=state.process_index,
+            processes=state.num_processes,
+            wait=state.wait_for_everyone,
+            batch_size=args.batch_size,
+            workers=max(1, cores) if args.workers is None else args.workers,
+            compiled=device.type == "cuda" if args.compile is None else args.compile,
+            progress=state.is_main_process,
+        )
+    issues = unusable + gather_object(issues)
     if state.is_main_process:
-        report(features.create_store(args.output, **settings), crops, Report(issues=issues), args.output)
+        for size, folder in folders.items():
+            count(create_store(folder, size=size, **settings), crops[size])
+        report(Report(issues=issues), args.output)
     state.wait_for_everyone()  # a launcher stops all processes when one ends with a failure
     return SOME_FAILED if issues and state.is_main_process else 0
 
 
-def report(store: "FeatureStore", crops: "dict[Crop, str]", failures: "Report", folder: Path) -> None:
-    """Print what is in the store; failures go to its folder and, the first of them, to stderr."""
+def count(store: "FeatureStore", crops: "dict[Crop, str]") -> None:
+    """Print what is in the store."""
+    there = len(crops) - len(store.missing(crops))
+    print(f"{store.folder}: {there:,} of {len(crops):,} images, {len(store):,} in all, "
+          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes an image")  # fmt: skip
+
+
+def report(failures: "Report", folder: Path) -> None:
+    """Write the failures to the folder and, the first of them, to stderr."""
     from mige.inference.run import write_failures
 
-    there = len(crops) - len(store.missing(crops))
-    print(f"{folder}: {there:,} of {len(crops):,} images, {len(store):,} in all, "
-          f"{store.bytes_on_disk / max(1, len(store)):,.0f} bytes an image")  # fmt: skip
     path = write_failures(failures, folder)
     if failures.issues:
         print(f"{len(failures.issues)} could not be used, listed in {path}", file=sys.stderr)

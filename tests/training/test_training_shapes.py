@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import run_here
 from processes import run_python
 from test_pair_crop import draw
 from test_trainer import ON_CPU, ROOT, build, command, metrics, torchrun, weights
@@ -14,6 +15,7 @@ from test_warm_up import graphs_alone  # noqa: F401 - a fixture
 
 from mige import config
 from mige.config import ConfigError
+from mige.data.latent_store.store import StoreError
 from mige.data.records import BadRecordsError
 from mige.data.shapes import image_sizes
 from mige.data.synthetic import stream
@@ -207,6 +209,74 @@ def test_a_target_that_is_no_image_is_named_before_the_first_step(tiny_model, re
     trainer = build(tiny_model, tmp_path / "run", *steps, "data.skip_bad=True")
     assert len(trainer.dataset) == 6 and "record 4 (id r3)" in caplog.text
     assert {trainer.dataset.record(index).id for index in range(60)} == {f"r{number}" for number in (0, 1, 2, 4, 5, 6)}
+
+
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes_config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "shapes.py"
+    file.write_text(f"_base_ = {str(ROOT / 'configs' / 'tiny.py')!r}\ndata = dict({GRIDS.removeprefix('data.')})\n")
+    return file
+
+
+def extract(model, records, store, *options):
+    options = ("--output", store, "--workers", 0, "--device", "cpu", *options)
+    return run_here("tools/extract_features.py", "--records", records, "--model", model, *options)
+
+
+def test_training_from_the_stores_of_all_shapes_is_training_from_images(lively, records, shapes_config, tmp_path):
+    """One shape a store; batches are as large as those of extraction here, so only the last bits may differ."""
+    done = extract(lively, records, tmp_path / "store", "--config", shapes_config)
+    assert done.returncode == 0, done.stderr
+    for size, many in (("128x128", 4), ("112x144", 4), ("144x112", 6)):
+        assert f"{tmp_path / 'store' / size}: {many} of {many} images, {many} in all" in done.stdout
+    steps, store = on(records, "train.steps=4", "train.batch_size=2"), f"data.features={str(tmp_path / 'store')!r}"
+    assert build(lively, tmp_path / "images", *steps).run() == 0
+    assert build(lively, tmp_path / "stored", *steps, store).run() == 0
+    for one, other in zip(losses(tmp_path / "images"), losses(tmp_path / "stored"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_store_of_other_shapes_is_refused(lively, records, shapes_config, tmp_path):
+    assert extract(lively, records, tmp_path / "square").returncode == 0
+    store = f"data.features={str(tmp_path / 'square')!r}"
+    with pytest.raises(StoreError, match=r"square/128x128: no such folder; of 3 shapes .*extract_features.py --config"):
+        build(lively, tmp_path / "run", *on(records), store)
+    assert extract(lively, records, tmp_path / "store", "--config", shapes_config).returncode == 0
+    (tmp_path / "store" / "112x144").rename(tmp_path / "store" / "lying")
+    (tmp_path / "store" / "144x112").rename(tmp_path / "store" / "112x144")
+    store = f"data.features={str(tmp_path / 'store')!r}"
+    message = "112x144: made with other settings: height 144 there, 112 expected; width 112 there, 144 expected"
+    with pytest.raises(StoreError, match=message):
+        build(lively, tmp_path / "run", *on(records, "data.shapes=[[8, 8], [7, 9]]"), store)
+
+
+def test_an_image_that_has_another_shape_now_is_missed_in_its_store(lively, records, shapes_config, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(records.parent, folder)
+    assert extract(lively, folder / "records.json", tmp_path / "store", "--config", shapes_config).returncode == 0
+    draw(folder / "t0.png", 144, 112)
+    steps = on(folder / "records.json", "train.steps=1", f"data.features={str(tmp_path / 'store')!r}")
+    with pytest.raises(TrainingError, match=r"2 of 6 images not in it, the first .*t0\.png of .*record 1 \(id r0\)"):
+        build(lively, tmp_path / "run", *steps)
+    trainer = build(lively, tmp_path / "run", *steps, "data.skip_bad=True")
+    assert {trainer.dataset.record(index).id for index in range(60)} == {f"r{number}" for number in range(1, 7)}
+    assert {trainer.dataset[index].moments.mean.shape[2:] for index in range(12)} == {(16, 16), (14, 18), (18, 14)}
+
+
+def test_records_without_a_known_shape_are_listed(lively, records, shapes_config, tmp_path):
+    rows = json.loads(records.read_text())
+    del rows[2]["image"]
+    rows[5]["image"] = "records.json"
+    (records.parent / "odd.json").write_text(json.dumps(rows))
+    done = extract(lively, records.parent / "odd.json", tmp_path / "store", "--config", shapes_config)
+    assert done.returncode == 3
+    listed = [json.loads(line)["where"] for line in (tmp_path / "store" / "failures.jsonl").read_text().splitlines()]
+    assert [place.split(", ")[1] for place in listed] == ["record 3 (id r2)", "record 6 (id r5)"]
+    done = extract(lively, records, tmp_path / "store", "--config", shapes_config, "--size", 128)
+    assert done.returncode == 2 and "--size and --config both say how large images are" in done.stderr
 
 
 # ---- compiled blocks -------------------------------------------------------------------------------------------------
