@@ -85,8 +85,8 @@ def emu_edit(root: Path, rows: int = 6, size: tuple[int, int] = (64, 64)) -> Pat
     return root
 
 
-def magicbrush(root: Path) -> Path:
-    """The unpacked test archive: one session of two turns, one of one."""
+def magicbrush(root: Path, local: bool = False) -> Path:
+    """The unpacked test archive: one session of two turns, one of one; with global captions, or local ones too."""
     sessions, captions = {}, {}
     for image_id, turns in (("139", 2), ("30", 1)):
         names = [f"{image_id}-input.png"] + [f"{image_id}-output{n}.png" for n in range(1, turns + 1)]
@@ -98,7 +98,8 @@ def magicbrush(root: Path) -> Path:
         ]
         captions[image_id] = {name: f"a scene {n}" for n, name in enumerate(names)}
     (root / "edit_sessions.json").write_text(json.dumps(sessions))
-    (root / "global_descriptions.json").write_text(json.dumps(captions))
+    for kind in ("global", "local") if local else ("global",):
+        (root / f"{kind}_descriptions.json").write_text(json.dumps(captions))
     return root
 
 
