@@ -69,13 +69,17 @@ class Samples(Dataset):
     def epochs(self, samples: int) -> float:
         return samples / len(self)
 
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        """Of the images of that sample."""
+        return self.shape
+
     def __getitem__(self, number: int) -> TrainingSample:
-        generator = sample_generator(self.seed, number)
-        randomness = sample_randomness(generator, 2, self.shape, self.dropout, self.levels, 1000)
+        generator, shape = sample_generator(self.seed, number), self.latent_shape(number)
+        randomness = sample_randomness(generator, 2, shape, self.dropout, self.levels, 1000)
         least = min(self.queries + 8, self.limit - 1)
         tokens = BENCH["tokens"] or int(torch.randint(least, self.limit + 1, (), generator=generator))
         words = torch.randint(3, self.vocabulary, (tokens - self.queries - 3,), generator=generator).tolist()
-        mean, std = torch.randn(2, 2, *self.shape, generator=generator)
+        mean, std = torch.randn(2, 2, *shape, generator=generator)
         vision = torch.randn(1, 3, self.side, self.side, generator=generator)
         instruction = Instruction(((5, 6), (*words, 1)))
         name, moments = str(number), Moments(mean, std.abs())

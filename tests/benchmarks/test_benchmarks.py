@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, run_here
 from diffusers import AutoencoderKL
 from processes import start_python
@@ -108,6 +109,7 @@ ELSEWHERE = {
     "bench_precision.py": "test_kinds_of_adamw_are_compared_by_the_bounds",
     "bench_scaling.py": "test_scaling_measures_the_trainer_itself",
     "bench_scoring.py": "test_scoring_runs_on_small_networks",
+    "bench_shapes.py": "test_shapes_take_turns_with_squares",
 }
 
 
@@ -156,6 +158,31 @@ def test_scaling_measures_the_trainer_itself(tmp_path, monkeypatch):
     (row,) = module.rows(tmp_path)
     assert row["complete"] and row["exit_code"] == 0 and row["tokens"] == 20
     assert row["a_card"] == pytest.approx(2 / row["seconds"], rel=0.01) and row["recompiles"] == 0
+
+
+def test_shapes_take_turns_with_squares(tmp_path, monkeypatch, capsys):
+    """Two turns of each, of two steps; the shapes of all micro-batches."""
+    module, seen = importlib.import_module("bench_shapes"), []
+    for name in ("load_pretrained", "load_dataset", "frozen_digest"):  # which it puts others in the place of
+        monkeypatch.setattr(module.trainer, name, getattr(module.trainer, name))
+    monkeypatch.setenv("MIGE_BENCH", "")
+    monkeypatch.delitem(sys.modules, "training_worker", raising=False)
+    step = module.Trainer._loss
+    noted = lambda self, batch: (seen.append(tuple(batch.noise_BCHW.shape[2:])), step(self, batch))[1]  # noqa: E731
+    monkeypatch.setattr(module.Trainer, "_loss", noted)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = tmp_path / "shapes.py"
+    config.write_text(f"_base_ = {str(ROOT / 'configs' / 'tiny.py')!r}\ndata = dict(shapes=[[8, 8], [7, 9]])\n")
+    words = ["bench_shapes.py", tmp_path / "run", "--config", config, "--batch", 2, "--steps", 2, "--warm-up", 1,
+             "--tokens", 40, "--precision", "float32", "--workers", 0]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with torch.compiler.set_stance("force_eager"):
+        module.main()
+    *turns, last = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["turn"] for line in turns] == list(module.TURNS) and last["recompiles"] == 0
+    assert last["ratio"] == pytest.approx(last["shapes"] / last["squares"], abs=1e-3)
+    square, wide = (16, 16), (14, 18)
+    assert seen[-9:] == [square, square, square, square, wide, square, square, square, wide]
 
 
 def test_scoring_runs_on_small_networks(tmp_path, monkeypatch):
