@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mige.cli import command
+from mige.cli import command, places
 
 
 def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argparse.Namespace:
@@ -21,7 +21,9 @@ def parse(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> argpa
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made or resumed")
     parser.add_argument("--resume", type=Path, help="a checkpoint folder (default: the newest of the run)")
-    return parser.parse_intermixed_args(argv)  # overrides may come before and after the options
+    args = parser.parse_intermixed_args(argv)  # overrides may come before and after the options
+    args.config = places.config(args.config)
+    return args
 
 
 def run(args: argparse.Namespace) -> int:

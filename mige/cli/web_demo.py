@@ -4,7 +4,7 @@
     python infer_scripts/web_demo.py --model output/pretrained_models/mige --port 8000
     python infer_scripts/web_demo.py --model output/pretrained_models/mige --offload --t5-bits 8 --auth @users.txt
 
-Needs the extra "web": pip install -e ".[web]" (`make web` does that). See docs/web.md.
+Installed, it is `mige serve`. Needs the extra "web": pip install -e ".[web]" (`make web`). See docs/web.md.
 """
 
 import argparse
@@ -16,14 +16,16 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from mige.cli import command, model_options
+from mige.cli import command, model_options, places
 from mige.cli.places import MINI
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
-    parser.add_argument("--model", default=str(MINI), help="checkpoint folder, or a name on the hub (%(default)s)")
+    parser.add_argument(
+        "--model", help=f"checkpoint folder, or a name on the hub (default: MIGE_MODEL, where it is set; else {MINI})"
+    )
     model_options.add(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -43,6 +45,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what requests to the HTTP endpoint have to bear (default: MIGE_API_KEY, where it is set; else nothing)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    args.model = places.model(args.model, MINI)
+    if args.model is None:
+        parser.error(places.NO_MODEL)
     args.auth = {name: password for given in args.auth for name, password in given.items()}
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 1 to 65535")

@@ -105,7 +105,9 @@ def _settings(service: GenerationService, task: Task) -> list[gr.Component]:
 
 
 def _examples(examples: list[Example], inputs: list[gr.Component]) -> gr.Dataset:
-    columns = 1 + max(len(example.pictures) for example in examples)  # no column for a slot that none of them fills
+    columns = 1 + max(
+        (len(example.pictures) for example in examples), default=0
+    )  # no column for a slot that none of them fills
     rows = [values_of(example, columns) for example in examples]
     return Dataset(components=inputs[:columns], samples=rows, label="Examples: click one, then Run", type="index")
 

@@ -31,7 +31,7 @@ from mige.web.login import Login
 from mige.web.origin import OwnNames
 from mige.web.service import GenerationService
 
-EXAMPLE_DATA = Path(__file__).parents[2] / "example_data"  # of the checkout this runs from
+EXAMPLE_DATA = Path(__file__).parents[2] / "example_data"  # of the checkout this runs from, if any
 KEPT_SECONDS = 2 * 3600.0  # uploads and results older than this are deleted
 SWEEP_SECONDS = 300.0
 
@@ -126,7 +126,10 @@ def _host_of(public: str | None) -> str:
 
 def _examples(service: GenerationService, task: Task, store: FileStore) -> list[Example]:
     with tempfile.TemporaryDirectory() as drawn:
-        found = of_the_world(task, Path(drawn)) if service.is_miniature else of_records(task, EXAMPLE_DATA)
+        if service.is_miniature:
+            found = of_the_world(task, Path(drawn))
+        else:
+            found = of_records(task, EXAMPLE_DATA) if EXAMPLE_DATA.is_dir() else []
         return [
             Example(one.instruction, tuple(Path(store.add_example(path)) for path in one.pictures)) for one in found
         ]
