@@ -93,6 +93,13 @@ def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     return step, invariants
 
 
+class _KeptStager(DefaultStager):
+    """Kept for the next checkpoint, with its memory: torch 2.11 closes the one it is given after each."""
+
+    def close(self) -> None:
+        """Nothing; the memory goes with the process."""
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, while training goes on. All calls are by every process.
 
@@ -103,7 +110,7 @@ class CheckpointWriter:
     def __init__(self, accelerator: Accelerator, run: Path, keep: int):
         self.accelerator, self.run, self.keep = accelerator, run, keep
         cuda = accelerator.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned, kept for the next one
+        self.stager = _KeptStager(StagingOptions(cuda, False, False, cuda))  # pinned
         # One of its own: the writing thread's messages must not mix with those of the training.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
         self.thread = ThreadPoolExecutor(1, "checkpoint")

@@ -45,6 +45,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_model, finished, tm
         assert all(torch.equal(there[key], here[key]) for key in there)
 
 
+def test_the_second_is_written_where_torch_closes_the_stager(tiny_model, finished, tmp_path, monkeypatch):
+    """As torch 2.11 does, on GPUs in use; later versions leave it to its owner."""
+    save = dcp.async_save
+
+    def closing(*args, **kwargs):
+        writing = save(*args, **kwargs)
+        kwargs["async_stager"].close()
+        return writing
+
+    monkeypatch.setattr(dcp, "async_save", closing)
+    assert build(tiny_model, tmp_path / "run", *SHORT).run() == 0
+    assert line(tmp_path / "run") == ["step-00000002", "step-00000004"]
+    there, here = (weights(one / "checkpoints" / "step-00000004") for one in (finished, tmp_path / "run"))
+    assert all(torch.equal(there[key], here[key]) for key in there)
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tiny_model, tmp_path, monkeypatch):
     rename = CheckpointWriter._rename
 
