@@ -81,53 +81,52 @@ def load_dataset(config: Config, pipeline: MIGEPipeline) -> Dataset:
 
 def load_set(
     one: Mapping[str, Any], data: DataConfig, sizes: Sequence[Size], stores: Mapping[Size, Store] | None
-) -> tuple[MappedRecords, np.ndarray | None]:
+) -> tuple[MappedRecords, np.ndarray]:
     """The records of an entry of `data.sets` that are fit to train on, and their shapes as places in `sizes`, int8.
 
-    None for shapes where the config names none. Raises BadRecordsError and TrainingError as `check_set` and
-    `not_stored`.
+    Raises BadRecordsError and TrainingError as `check_set` and `not_stored`.
     """
     task = None if one.get("task") is None else Task(one["task"])
     root = None if one.get("root") is None else Path(one["root"])
-    seen: dict[Path, tuple[int, int]] | None = {} if data.shapes else None
-    records, shapes = check_set(map_records(Path(one["file"]), root=root, task=task), data, sizes, seen), None
-    if seen is not None:
-        shapes = nearest_shapes([seen[record.target] for record in records], sizes)
+    records, shapes = check_in_shapes(map_records(Path(one["file"]), root=root, task=task), data, sizes)
     if stores is not None and (bad := not_stored(records, [stores[size] for size in sizes], data, shapes)):
-        records, shapes = records.without(bad), None if shapes is None else np.delete(shapes, bad)
+        records, shapes = records.without(bad), np.delete(shapes, bad)
     return records, shapes
 
 
-def check_set(
-    found: MappedSet,
-    data: DataConfig,
-    sizes: Sequence[Size] = (),
-    seen: dict[Path, tuple[int, int]] | None = None,
-) -> MappedRecords:
-    """A file's records that are fit to train on.
+def check_set(found: MappedSet, data: DataConfig) -> MappedRecords:
+    """A file's records that are fit to train on, in squares of `data.size`.
 
-    sizes: heights and widths that images are cropped to, px; none: squares of `data.size`.
-    seen: width and height of every target are added to it, for which headers are read where images are not checked.
     Raises BadRecordsError with every error unless `data.skip_bad`, which logs them.
     """
-    issues, bad = list(found.issues), list(found.unfit)
-    if data.check_images or seen is not None:
-        side = max(map(max, sizes), default=data.size)
-        opener = None if seen is None else partial(_open_and_note, seen)
-        for first, some in chunks(found.records):
-            if data.check_images:
-                new = check_images(some, size=(side, side), training=True, opener=opener)
-            else:
-                new = read_target_sizes(some, seen)
-            issues += new
-            named = {issue.where for issue in new if issue.fatal}
-            bad += [first + at for at, record in enumerate(some) if record.where in named]
+    return check_in_shapes(found, data, [(data.size, data.size)])[0]
+
+
+def check_in_shapes(found: MappedSet, data: DataConfig, sizes: Sequence[Size]) -> tuple[MappedRecords, np.ndarray]:
+    """As `check_set`, and of each record the shape that is nearest to its target's, as places in `sizes`, int8.
+
+    The sizes of images are those that the check has seen; without a check, headers are read.
+    """
+    issues, bad, shapes = list(found.issues), list(found.unfit), np.zeros(len(found.records), np.int8)
+    side, many = max(map(max, sizes)), len(sizes) > 1
+    for first, some in chunks(found.records) if data.check_images or many else ():
+        seen: dict[Path, tuple[int, int]] = {}
+        if data.check_images:
+            new = check_images(some, size=(side, side), training=True, opener=partial(_open_and_note, seen))
+        else:
+            new = read_target_sizes(some, seen)
+        issues += new
+        named = {issue.where for issue in new if issue.fatal}
+        bad += [first + at for at, record in enumerate(some) if record.where in named]
+        if many:
+            known = [at for at, record in enumerate(some) if record.target in seen]
+            shapes[first + np.array(known, int)] = nearest_shapes([seen[some[at].target] for at in known], sizes)
     checked = Report(issues=issues)
     if issues:
         log.warning("%s", checked.text())
     if not data.skip_bad:
         checked.raise_if_errors()
-    return found.records.without(bad, fit=True)
+    return found.records.without(bad, fit=True), np.delete(shapes, np.array(bad, int))
 
 
 def chunks(records: MappedRecords) -> Iterator[tuple[int, list[Record]]]:

@@ -199,7 +199,11 @@ def test_a_run_of_before_there_were_shapes_is_resumed(tiny_model, records, tmp_p
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_target_that_is_no_image_is_named_before_the_first_step(tiny_model, records, tmp_path, check, caplog):
+def test_a_target_that_is_no_image_is_named_before_the_first_step(
+    tiny_model, records, tmp_path, check, caplog, monkeypatch
+):
+    """And without it the others have their shapes, however many are checked at a time."""
+    monkeypatch.setattr("mige.training.data._CHUNK", 2)
     folder = tmp_path / "data"
     shutil.copytree(records.parent, folder)
     (folder / "t3.png").write_bytes(b"nothing")
@@ -208,7 +212,8 @@ def test_a_target_that_is_no_image_is_named_before_the_first_step(tiny_model, re
         build(tiny_model, tmp_path / "run", *steps)
     trainer = build(tiny_model, tmp_path / "run", *steps, "data.skip_bad=True")
     assert len(trainer.dataset) == 6 and "record 4 (id r3)" in caplog.text
-    assert {trainer.dataset.record(index).id for index in range(60)} == {f"r{number}" for number in (0, 1, 2, 4, 5, 6)}
+    shown = {(trainer.dataset.record(index).id, trainer.dataset.shape(index)) for index in range(60)}
+    assert shown == {(f"r{number}", SHAPE_OF[number]) for number in (0, 1, 2, 4, 5, 6)}
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------
