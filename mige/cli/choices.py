@@ -2,6 +2,8 @@
 
 BENCHMARKS = ("dreambench", "emu_edit", "magicbrush", "migebench")
 CLIP = ("ViT-B/32", "ViT-L/14")
+BACKBONES = ("DINOv2 ViT-B/14", "DINOv3 ViT-B/16", "SigLIP 2 B/16")
+PRESERVATION = ("psnr", "ssim", "lpips")
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
 SOURCES = ("instructpix2pix", "magicbrush", "seed_data_edit", "subjects200k")
 STORE_DTYPES = ("float32", "float16")

@@ -12,10 +12,17 @@ RESULTS holds. Mini-bench 2 is of the second world: --per-kind is of a kind and 
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mige.cli import command
-from mige.cli.choices import BENCHMARKS, CLIP, WORLD_KINDS
+from mige.cli.choices import BACKBONES, BENCHMARKS, CLIP, PRESERVATION, WORLD_KINDS
+
+if TYPE_CHECKING:
+    from mige.evaluation.backbones import Backbone
+    from mige.evaluation.benchmarks.prepared import Prepared
+    from mige.evaluation.scoring import PixelMeasure
 
 MINI = ("mini", "mini2")  # make their images themselves
 
@@ -38,6 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
     group.add_argument("--dino-weights", help="file of DINO ViT-S/16 (default: the release, from the hub)")
     group.add_argument("--jpeg", action="store_true", help="through JPEG first, as the official scripts save images")
+    _add_extras(group)
     group.add_argument("--entities", type=Path, help="folder of extract_entities.py, for migebench's entity scores")
     group.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
@@ -67,6 +75,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--model belongs to --benchmark mini and mini2, which need it: the others score images that are there"
         )
     return args
+
+
+def _add_extras(group: argparse._ArgumentGroup) -> None:
+    """Measures beside a benchmark's own."""
+    group.add_argument("--also", nargs="+", default=[], type=_backbone, metavar="NAME[=WEIGHTS]",
+                       help=f"further backbones, a column each: {', '.join(BACKBONES)}")  # fmt: skip
+    group.add_argument("--preservation", nargs="+", default=[], choices=PRESERVATION,
+                       help="how much is kept, inside and outside of masks where there are some")  # fmt: skip
+    group.add_argument("--lpips-weights", help="torchvision's AlexNet, a .pth file (default: fetched)")
+
+
+def _backbone(text: str) -> tuple[str, str | None]:
+    """The type of --also: a name, and a file or folder of weights behind an equals sign."""
+    name, equals, weights = text.partition("=")
+    if name not in BACKBONES:
+        raise argparse.ArgumentTypeError(f"{name!r}, expected one of {', '.join(BACKBONES)}")
+    return name, weights if equals else None
 
 
 def _fits(args: argparse.Namespace) -> bool:
@@ -114,7 +139,7 @@ def mini(args: argparse.Namespace) -> None:
 
 def published(args: argparse.Namespace) -> None:
     """Measure the images of a results folder on a published benchmark; raises BenchmarkError for another's."""
-    from mige.evaluation import backbones, outputs, page, scoring, summary
+    from mige.evaluation import outputs, page, scoring, summary
     from mige.evaluation.benchmarks.files import BenchmarkError
     from mige.evaluation.benchmarks.prepared import read
 
@@ -124,16 +149,13 @@ def published(args: argparse.Namespace) -> None:
     reports = [summary.read_report(path) for path in args.compare]
     found = outputs.outputs(prepared, args.results)
     crops = outputs.crops(prepared, args.entities) if args.entities else None
-    backbones.require_file(args.clip_weights, "--clip-weights")
-    backbones.require_file(args.dino_weights, "--dino-weights")
-    networks = {
-        "clip": backbones.Clip(args.clip, args.clip_weights, args.device),
-        "dino": backbones.Dino("DINO ViT-S/16", args.dino_weights, args.device),
-    }
+    prepared, pixels = _with_extras(args, prepared)
+    networks = _networks(args)
     protocol = summary.protocol(prepared, networks, jpeg=args.jpeg)
     others = summary.beside({"protocol": protocol}, reports)  # refused before the work, not after it
     cache = prepared.folder / "features"
-    scores = scoring.score(prepared, found, networks, cache, entities=crops, jpeg=args.jpeg, batch=args.batch)
+    how = {"entities": crops, "jpeg": args.jpeg, "pixels": pixels, "batch": args.batch}
+    scores = scoring.score(prepared, found, networks, cache, **how)
     table = summary.table(prepared, scores.rows)
     facts = {"label": args.label or args.results.name, "clip": args.clip, "samples": len(scores.rows)}
     facts |= {"protocol": protocol, "versions": summary.versions()}
@@ -144,6 +166,40 @@ def published(args: argparse.Namespace) -> None:
     scoring.write_rows(scores.rows, out / "samples.jsonl")
     print(page.text_table(prepared, facts))
     print(f"{written}: the tables and images")
+
+
+def _networks(args: argparse.Namespace) -> "dict[str, Backbone]":
+    """The backbones by the names that measures call them; nothing is loaded where a file is missing."""
+    from mige.evaluation import backbones
+
+    given = [("--clip-weights", args.clip_weights), ("--dino-weights", args.dino_weights)]
+    for option, path in given + [(f"--also {name}", path) for name, path in args.also]:
+        backbones.require_file(path, option)
+    networks = {
+        "clip": backbones.Clip(args.clip, args.clip_weights, args.device),
+        "dino": backbones.Dino("DINO ViT-S/16", args.dino_weights, args.device),
+    }
+    for name, path in args.also:
+        network = backbones.Siglip if name in backbones.SIGLIP else backbones.Dino
+        networks[name] = network(name, path, args.device)
+    return networks
+
+
+def _with_extras(args: argparse.Namespace, prepared: "Prepared") -> "tuple[Prepared, dict[str, PixelMeasure]]":
+    """The benchmark with the measures asked for beside its own, and what measures pixels."""
+    from mige.evaluation import backbones, extra_metrics, metrics
+
+    backbones.require_file(args.lpips_weights, "--lpips-weights")
+    extra = [metric for name, _ in args.also for metric in extra_metrics.by_backbone(prepared, name)]
+    pixels = dict(metrics.PIXELS)
+    if args.preservation:
+        from mige.evaluation import preservation
+
+        extra += extra_metrics.of_preservation(prepared, args.preservation)
+        pixels |= {"psnr": preservation.psnr, "ssim": preservation.ssim}
+        if "lpips" in args.preservation:
+            pixels["lpips"] = preservation.Lpips(args.lpips_weights, args.device)
+    return replace(prepared, extra=extra), pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,6 +41,14 @@ class Transform:
     std: tuple[float, float, float]
     interpolation: InterpolationMode = InterpolationMode.BICUBIC
 
+    @property
+    def words(self) -> str:
+        """The transform in words, for protocols."""
+        how = self.interpolation.value
+        if self.resized is None:
+            return f"squeezed to {self.size} x {self.size} ({how})"
+        return f"shorter side to {self.resized} ({how}), centre crop {self.size}"
+
     def levels(self, image: Image.Image) -> Tensor:
         """Uint8 [S, S, 3]."""
         if self.resized is None:

@@ -34,14 +34,21 @@ def direction(edited_D: Tensor, source_D: Tensor, caption_D: Tensor, source_capt
     return cosine(moved, asked)
 
 
-def l1(output: Image.Image, target: Image.Image) -> float:
-    """Mean absolute difference of two RGB images of one size, in [0, 1]."""
-    return float(np.abs(_levels(output, target)).mean())
+def l1(output: Image.Image, target: Image.Image, region: np.ndarray | None = None) -> float:
+    """Mean absolute difference of two RGB images of one size, in [0, 1]; over the region, bool [H, W], if given."""
+    return float(np.abs(_levels(output, target)[... if region is None else region]).mean())
 
 
-def l2(output: Image.Image, target: Image.Image) -> float:
-    """Mean squared difference of two RGB images of one size, in [0, 1]: MagicBrush's L2, without a root."""
-    return float(np.square(_levels(output, target)).mean())
+def l2(output: Image.Image, target: Image.Image, region: np.ndarray | None = None) -> float:
+    """Mean squared difference of two RGB images of one size, in [0, 1]: MagicBrush's L2, without a root.
+
+    region: bool [H, W], over which the mean is; None: all.
+    """
+    return float(np.square(_levels(output, target)[... if region is None else region]).mean())
+
+
+PIXELS = {"l1": l1, "l2": l2}
+"""What scoring always has of the measures of pixels; `preservation` has the others."""
 
 
 def to_target(output: Image.Image, target: Image.Image) -> tuple[Image.Image, Image.Image]:

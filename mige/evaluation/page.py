@@ -62,8 +62,7 @@ def note(table: Sequence[Mapping[str, Any]], notes: Mapping[str, int], rows: Seq
 
 def text_table(prepared: Prepared, facts: Mapping[str, Any]) -> str:
     """The means over all samples, for a terminal."""
-    metrics = BENCHMARKS[prepared.name].metrics
-    names = [m.name for m in metrics if any(entry["measure"] == m.name for entry in facts["table"])]
+    names = [m.name for m in prepared.metrics if any(entry["measure"] == m.name for entry in facts["table"])]
     lines = [("", *names, "n"), *((label, *cells, n) for label, cells, n in _lines(facts["table"], "all", names))]
     plain = [tuple(cell if isinstance(cell, str) else " ".join(cell) for cell in line) for line in lines]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]

@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,7 +26,11 @@ from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS, PIXELS, Metri
 from mige.evaluation.features import Features, compute_images, compute_texts
 from mige.evaluation.views import View
 from mige.utils.files import json_lines, write_text
-from mige.utils.images import image_size
+from mige.utils.images import MAX_PIXELS, center_crop, image_size
+from mige.utils.masks import open_mask
+
+PixelMeasure = Callable[[Image.Image, Image.Image, np.ndarray | None], float]
+"""Output, image compared with, both RGB of one size, and the region that counts, bool [H, W], or None -> value."""
 
 VERSIONS = {"model": "this model", "copy": "copy of the input", "target": "the true image", "real": "real images"}
 
@@ -66,6 +71,7 @@ def score(
     *,
     entities: Mapping[str, Path] | None = None,
     jpeg: bool = False,
+    pixels: Mapping[str, PixelMeasure] = metrics.PIXELS,
     batch: int = 64,
 ) -> Scores:
     """Score every record of a prepared benchmark and its baselines.
@@ -75,6 +81,7 @@ def score(
             folder: of features, kept from one run to the next. entities: crops of the outputs, without which the
             entity measures are left out.
             jpeg: outputs, and what stands for them, are scored through the JPEG that the official scripts save.
+            pixels: the measures of pixels by the names that the benchmark's measures call them.
             batch: images at a time; does not change the scores.
 
     Raises BenchmarkError for NaN features and rows of an older version, BadImageError for an image that cannot be read.
@@ -91,7 +98,7 @@ def score(
         compute_texts(features, texts, batch) if texts else None
     images = {stores[name]: [one for answer in answers for one in _images(answer, used[name])] for name in networks}
     compute_images(images, batch)
-    measure = partial(_measure, wanted=wanted, networks=stores, entities=entities is not None)
+    measure = partial(_measure, wanted=wanted, networks=stores, pixels=pixels, entities=entities is not None)
     scores = Scores([])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pixels are opened and compared on all cores
         for line, notes in tqdm(pool.map(measure, answers), desc="scores", total=len(answers)):
@@ -149,7 +156,11 @@ def _texts(row: Mapping[str, Any], used: Sequence[Metric]) -> Iterable[str]:
 
 
 def _measure(
-    answer: Answer, wanted: Sequence[Metric], networks: Mapping[str, Features], entities: bool
+    answer: Answer,
+    wanted: Sequence[Metric],
+    networks: Mapping[str, Features],
+    pixels: Mapping[str, PixelMeasure],
+    entities: bool,
 ) -> tuple[dict[str, Any], Counter]:
     """The line of a record, and what had to be done to its output."""
     score, notes = answer.row["score"], Counter()
@@ -160,11 +171,12 @@ def _measure(
         line[version] = {}
         for metric in wanted:
             values = [
-                _pixel_value(metric, one, score, opened)
+                _pixel_value(metric, one, score, opened, pixels)
                 if metric.of in PIXELS
                 else _value(metric, one, score, networks, version == "real")
                 for one in answer.of(metric, version)
             ]
+            values = [value for value in values if value is not None]
             if values:
                 line[version][metric.name] = sum(values) / len(values)
             elif version == "model" and metric.crop and metric.not_found == "zero":
@@ -197,10 +209,22 @@ def _value(
 
 
 def _pixel_value(
-    metric: Metric, answer: View, score: Mapping[str, Any], opened: Callable[[View], Image.Image]
-) -> float:
-    fit = metrics.to_target if metric.fit == "stretch" else metrics.to_output
-    return PIXELS[metric.of](*fit(opened(answer), opened(View(Path(score[metric.against])))))
+    metric: Metric,
+    answer: View,
+    score: Mapping[str, Any],
+    opened: Callable[[View], Image.Image],
+    pixels: Mapping[str, PixelMeasure],
+) -> float | None:
+    """A measure of pixels; None where its region is empty."""
+    other = opened(View(Path(score[metric.against])))
+    pair = (metrics.to_target if metric.fit == "stretch" else metrics.to_output)(opened(answer), other)
+    if not metric.region:
+        return pixels[metric.of](*pair, None)
+    mask = open_mask(Path(score["mask"]), other.size, max_pixels=MAX_PIXELS)
+    if mask.size != pair[0].size:  # cropped as the image compared with was
+        mask = center_crop(mask, pair[0].height, pair[0].width)
+    region = (np.asarray(mask) >= 128) == (metric.region == "inside")
+    return pixels[metric.of](*pair, region) if region.any() else None
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

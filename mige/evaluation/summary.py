@@ -16,7 +16,7 @@ from mige.evaluation import statistics
 from mige.evaluation.backbones import Backbone
 from mige.evaluation.benchmarks.files import BenchmarkError
 from mige.evaluation.benchmarks.prepared import Prepared
-from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS
+from mige.evaluation.benchmarks.table import BENCHMARKS, CAPTIONS, PIXELS
 from mige.evaluation.scoring import VERSIONS
 from mige.evaluation.views import JPEG_QUALITY
 from mige.utils.files import read_json_object
@@ -37,6 +37,11 @@ def protocol(prepared: Prepared, networks: Mapping[str, Backbone], *, jpeg: bool
         "intervals": f"of {clusters}: percentiles of {statistics.RESAMPLES} bootstrap resamples, "
         f"seed {statistics.SEED}; below {statistics.FEW} Student's t",
     }
+    for name, network in networks.items():
+        if name not in ("clip", "dino"):
+            facts[name] = f"weights {network.fingerprint}, {network.transform.words}"
+    if kept := [metric.name for metric in prepared.extra if metric.of in PIXELS]:
+        facts["preservation"] = f"{', '.join(kept)} ({prepared.extra[-1].against}); LPIPS 0.1, AlexNet"
     if prepared.name == "dreambench":
         facts["images a prompt"] = str(options.samples)
         facts["compared with"] = "the input" if options.against == "input" else "all images of the subject"

@@ -57,12 +57,14 @@ def test_names_of_options_are_the_facts():
     from mige.data.prepare.sources import SOURCES
     from mige.data.synthetic import tasks
     from mige.data.synthetic.cases import PER_KIND
-    from mige.evaluation import backbones, entities
+    from mige.evaluation import backbones, entities, extra_metrics
     from mige.evaluation.benchmarks.table import BENCHMARKS
     from mige.mini import ablation, pretraining
 
     assert tuple(BENCHMARKS) == choices.BENCHMARKS
     assert tuple(backbones.CLIP) == choices.CLIP
+    assert tuple(extra_metrics.BACKBONES) == choices.BACKBONES and extra_metrics.PRESERVATION == choices.PRESERVATION
+    assert set(choices.BACKBONES) <= {*backbones.DINO, *backbones.SIGLIP}
     assert (entities.DETECTOR, entities.SEGMENTER) == (choices.DETECTOR, choices.SEGMENTER)
     assert set(SOURCES) == set(choices.SOURCES)
     assert tuple(DTYPES) == choices.STORE_DTYPES and ("auto", *PRECISIONS) == choices.STORE_PRECISIONS

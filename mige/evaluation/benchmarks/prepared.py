@@ -26,6 +26,7 @@ class Prepared:
     options: Options
     rows: Sequence[Mapping[str, Any]]  # every row, scored or not
     folder: Path = field(compare=False)
+    extra: Sequence[Metric] = ()  # measures beside the benchmark's own
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:
@@ -35,7 +36,8 @@ class Prepared:
     @property
     def metrics(self) -> list[Metric]:
         """The measures that the rows have something to compare with for (a caption may be missing)."""
-        return [m for m in BENCHMARKS[self.name].metrics if all(self._has(m, row["score"]) for row in self.scored)]
+        own = [m for m in BENCHMARKS[self.name].metrics if all(self._has(m, row["score"]) for row in self.scored)]
+        return [*own, *self.extra]
 
     def _has(self, metric: Metric, score: Mapping[str, Any]) -> bool:
         return metric.against not in CAPTIONS or metric.against in score

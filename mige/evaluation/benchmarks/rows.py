@@ -162,6 +162,8 @@ def magicbrush(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                     "source": str(source if options.iterative is None else first),
                     "target": str(target),
                 }
+                mask = root / "images" / image_id / str(turn.get("mask"))
+                row["score"] |= {"mask": str(mask.resolve())} if mask.is_file() else {}
                 for name, of in captions.items():
                     caption = of.get(image_id, {}).get(turn["output"])
                     row["score"][name] = checked_text(caption, where, f"{name.replace('_', ' ')} of {turn['output']}")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mige.evaluation import metrics
 from mige.evaluation.benchmarks.files import Options
 from mige.evaluation.benchmarks.rows import dreambench, emu_edit, magicbrush, migebench
 
@@ -15,20 +14,21 @@ class Metric:
     """One column: which function of the output and of the entry of this name in a row's "score"."""
 
     name: str
-    of: str  # "clip", "dino", "l1", "l2", "direction"
+    of: str  # "clip", "dino" or another backbone's name, "direction", or one of PIXELS
     against: str  # "references", "source", "target", "caption", "local_caption", "entity"
     crop: bool = False  # of the entity cut out of the output instead of the output
     not_found: str = "left out"  # an entity that was not: "left out", "whole" (the whole output stands for it), "zero"
     fit: str = "stretch"  # pixels of two sizes: the output is stretched to the other's, or "crop": the other is cropped
+    region: str = ""  # pixels: of all, or only "inside" or "outside" of the row's mask
 
     @property
     def lower_is_better(self) -> bool:
         """True of errors, False of similarities."""
-        return self.of in PIXELS
+        return self.of in ("l1", "l2", "lpips")
 
 
-PIXELS = {"l1": metrics.l1, "l2": metrics.l2}
-"""Errors of two images of one size."""
+PIXELS = ("l1", "l2", "psnr", "ssim", "lpips")
+"""Measures of two images of one size, which need no features."""
 
 NOT_FOUND = {"left out": "", "whole": " (not found: whole image)", "zero": " (not found: 0)"}
 """The three ways to count outputs without the entity, and what their columns are called; "whole" is the official."""
