@@ -1,6 +1,7 @@
 """Names that options choose from, before anything heavy is imported; a test compares them with the facts."""
 
-BENCHMARKS = ("dreambench", "emu_edit", "magicbrush", "migebench")
+MEASURED = ("dreambench", "emu_edit", "magicbrush", "migebench", "dreambench_plus")
+BENCHMARKS = (*MEASURED, "gedit", "imgedit", "omnicontext")  # the last ones are scored by a judge alone
 CLIP = ("ViT-B/32", "ViT-L/14")
 BACKBONES = ("DINOv2 ViT-B/14", "DINOv3 ViT-B/16", "SigLIP 2 B/16")
 PRESERVATION = ("psnr", "ssim", "lpips")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mige.cli import command
-from mige.cli.choices import BACKBONES, BENCHMARKS, CLIP, PRESERVATION, WORLD_KINDS
+from mige.cli.choices import BACKBONES, CLIP, MEASURED, PRESERVATION, WORLD_KINDS
 
 if TYPE_CHECKING:
     from mige.evaluation.backbones import Backbone
@@ -30,7 +30,7 @@ MINI = ("mini", "mini2")  # make their images themselves
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, as `--help` lists them; neither torch nor transformers is imported for it."""
     parser = command.parser(__doc__)
-    parser.add_argument("--benchmark", choices=[*MINI, *BENCHMARKS], required=True)
+    parser.add_argument("--benchmark", choices=[*MINI, *MEASURED], required=True)
     parser.add_argument(
         "--results",
         type=command.folder_to_write,
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    group = parser.add_argument_group("dreambench, emu_edit, magicbrush, migebench")
+    group = parser.add_argument_group(", ".join(MEASURED))
     group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
     group.add_argument("--clip", choices=CLIP, default="ViT-B/32", help="(%(default)s)")
     group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")

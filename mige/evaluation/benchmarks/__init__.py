@@ -1,1 +1,1 @@
-"""The four benchmarks: rows from their own files, the table of measures, prepared folders."""
+"""The benchmarks: rows from their own files, the table of measures, prepared folders."""

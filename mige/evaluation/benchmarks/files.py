@@ -1,11 +1,16 @@
 """Files of a benchmark: what is read of them and how they are refused."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mige.utils.errors import UserError
+from mige.utils.files import write_bytes
 
 
 class BenchmarkError(UserError, RuntimeError):
@@ -65,3 +70,21 @@ def checked_text(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BenchmarkError(f"{where}: the {name} is {value!r}, expected a text; correct the row")
     return value
+
+
+def write_image(cell: Any, stem: Path, where: str) -> Path:
+    """The bytes of a parquet image cell as a file, unchanged; its suffix is the format that they are in.
+
+    Raises BenchmarkError, naming the record, `where`, for a cell without the bytes of an image.
+    """
+    if not isinstance(cell, Mapping) or not cell.get("bytes"):
+        raise BenchmarkError(f"{where}: the image holds no bytes; fetch the files with their images embedded")
+    try:
+        kind = Image.open(BytesIO(cell["bytes"])).format.lower()
+    except Image.UnidentifiedImageError as error:
+        raise BenchmarkError(f"{where}: the image is of no known format; fetch the file again") from error
+    path = stem.with_suffix(f".{kind}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != cell["bytes"]:
+        write_bytes(path, cell["bytes"])
+    return path.resolve()

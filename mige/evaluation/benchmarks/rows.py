@@ -2,12 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from io import BytesIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from mige.data.prepare import sources
 from mige.evaluation.benchmarks.files import (
@@ -18,8 +15,8 @@ from mige.evaluation.benchmarks.files import (
     first_of,
     read_file,
     read_json,
+    write_image,
 )
-from mige.utils.files import write_bytes
 
 # ---- DreamBench ------------------------------------------------------------------------------------------------------
 
@@ -85,7 +82,7 @@ def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
         where = f"Emu Edit, {options.split}, row {n}"
         for name in ("instruction", "input_caption", "output_caption"):
             checked_text(row[name], where, name)
-        path = _write_image(row["image"], folder / "sources" / f"{n:05d}", where)
+        path = write_image(row["image"], folder / "sources" / f"{n:05d}", where)
         captions = row["input_caption"].strip(), row["output_caption"].strip()
         yield {
             "id": f"{n:05d}",
@@ -102,20 +99,6 @@ def emu_edit(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
                 "clean": captions[0] != captions[1],
             },
         }
-
-
-def _write_image(cell: Any, stem: Path, where: str) -> Path:
-    """The bytes of a parquet image cell as a file, unchanged; its suffix is the format that they are in."""
-    if not isinstance(cell, Mapping) or not cell.get("bytes"):
-        raise BenchmarkError(f"{where}: the image holds no bytes; fetch the files with their images embedded")
-    try:
-        kind = Image.open(BytesIO(cell["bytes"])).format.lower()
-    except Image.UnidentifiedImageError as error:
-        raise BenchmarkError(f"{where}: the image is of no known format; fetch the file again") from error
-    path = stem.with_suffix(f".{kind}")
-    if not path.exists() or path.read_bytes() != cell["bytes"]:
-        write_bytes(path, cell["bytes"])
-    return path.resolve()
 
 
 # ---- MagicBrush ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The four benchmarks as a table: rows, size, measures."""
+"""The benchmarks as a table: rows, size, measures. Those without measures are scored by a judge alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mige.evaluation.benchmarks.files import Options
+from mige.evaluation.benchmarks.judged_rows import dreambench_plus, gedit, imgedit, omnicontext
 from mige.evaluation.benchmarks.rows import dreambench, emu_edit, magicbrush, migebench
 
 
@@ -107,4 +108,18 @@ BENCHMARKS: dict[str, Benchmark] = {
         clusters="source images",
         hub="EurekaTian/MIGEBench",
     ),
+    "dreambench_plus": Benchmark(
+        "DreamBench++",
+        lambda options: 1350,
+        dreambench_plus,
+        (
+            Metric("DINO", "dino", "references"),
+            Metric("CLIP-I", "clip", "references"),
+            Metric("CLIP-T", "clip", "caption"),
+        ),
+        clusters="subjects",
+    ),
+    "gedit": Benchmark("GEdit-Bench", lambda options: 606, gedit, (), "source images", "stepfun-ai/GEdit-Bench"),
+    "imgedit": Benchmark("ImgEdit-Bench", lambda options: 737, imgedit, (), "source images"),
+    "omnicontext": Benchmark("OmniContext", lambda options: 400, omnicontext, (), hub="OmniGen2/OmniContext"),
 }
