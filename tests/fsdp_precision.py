@@ -9,11 +9,12 @@ import runpy
 from pathlib import Path
 
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 
+from mige.training import clipping
+
 seen: dict[str, list[float]] = {"timesteps": [], "beyond_bfloat16": []}
-forward, clip, layer_norm = PixArtTransformer2DModel.forward, Accelerator.clip_grad_norm_, F.layer_norm
+forward, norm, layer_norm = PixArtTransformer2DModel.forward, clipping.gradient_norm, F.layer_norm
 
 
 def noting_forward(self, *args, timestep, **kwargs):
@@ -21,7 +22,7 @@ def noting_forward(self, *args, timestep, **kwargs):
     return forward(self, *args, timestep=timestep, **kwargs)
 
 
-def noting_clip(self, parameters, *args, **kwargs):
+def noting_norm(parameters):
     """Shares of a matrix's gradient, averaged over the processes, that no bfloat16 number is."""
     for parameter in parameters:
         if parameter.grad is not None and parameter.ndim == 2:
@@ -29,7 +30,7 @@ def noting_clip(self, parameters, *args, **kwargs):
             if gradient.any():
                 seen["beyond_bfloat16"].append(float((gradient != gradient.bfloat16()).float().mean()))
     Path(f"{os.environ['PROBE']}-{os.environ['RANK']}.json").write_text(json.dumps(seen))
-    return clip(self, parameters, *args, **kwargs)
+    return norm(parameters)
 
 
 def float32_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -38,5 +39,5 @@ def float32_norm(x, shape, weight=None, bias=None, eps=1e-5):
     return layer_norm(x.float(), shape, weight, bias, eps)
 
 
-PixArtTransformer2DModel.forward, Accelerator.clip_grad_norm_, F.layer_norm = noting_forward, noting_clip, float32_norm
+PixArtTransformer2DModel.forward, clipping.gradient_norm, F.layer_norm = noting_forward, noting_norm, float32_norm
 runpy.run_path(str(Path(__file__).with_name("fsdp_on_cpu.py")), run_name="__main__")

@@ -9,7 +9,8 @@ right, arXiv 2010.06192) saves each of them:
 * the first moment's last 2-4 %, where 0.1 (g - m) is too small to move it.
 
 The random bits are a hash of (seed, step, tensor, position): no generator to save, so a resumed run equals one that
-never stopped. The arithmetic is float32. Float32 weights get plain AdamW.
+never stopped. Of a sharded tensor (FSDP2) every process updates its own part, at the positions of the whole: any number
+of processes rounds alike. The arithmetic is float32. Float32 weights get plain AdamW.
 """
 
 import functools
@@ -18,6 +19,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 try:  # comes with CUDA builds of torch
     import triton
@@ -33,7 +36,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     """AdamW with moments in the weights' dtype; on a GPU one kernel for all tensors together.
 
     Args:
-        params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; parameters are contiguous, bfloat16 or float32.
+        params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; parameters are contiguous, bfloat16 or float32,
+            and may be sharded along their first dimension.
         seed: of the rounding.
 
     Attributes:
@@ -44,6 +48,13 @@ class StochasticAdamW(torch.optim.Optimizer):
     def __init__(self, params: Iterable, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, seed: int = 0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed))
         self.scale: Tensor | None = None
+        self.firsts: dict[Tensor, int] = {}  # of sharded parameters: the position of this process's first value
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, also of a state of `torch.optim.AdamW`, whose steps are tensors."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["step"] = int(state["step"])
 
     def add_param_group(self, group: dict) -> None:
         """As torch's; raises ValueError for parameters that are not contiguous, or neither bfloat16 nor float32."""
@@ -62,21 +73,39 @@ class StochasticAdamW(torch.optim.Optimizer):
                 loss = closure()
         tensors = 0  # counted over all groups, so that each tensor has random bits of its own
         for group in self.param_groups:
-            rows = defaultdict(list)  # tensors that share a launch: (device, dtype, step) -> [(number, p, g, m, v)]
+            rows = defaultdict(list)  # tensors that share a launch: (device, dtype, step) -> `plain`'s rows
             for number, p in enumerate(group["params"], start=tensors):
                 if p.grad is not None:
                     state = self.state[p] or self._start(p)
                     state["step"] += 1
-                    row = (number, p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
-                    rows[p.device, p.dtype, state["step"]].append(row)
+                    here = [local(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                    here[1] = here[1].contiguous()
+                    if here[0].numel():  # a tensor of few rows has none in some processes
+                        rows[p.device, p.dtype, state["step"]].append((number, self._first(p), *here))
             tensors += len(group["params"])
             for (device, _, step), together in rows.items():
                 (launch if device.type == "cuda" else plain)(together, scale, **scalars(group, step))
         return loss
 
+    def _first(self, p: Tensor) -> int:
+        """The position, in the whole tensor, of the first value that this process has."""
+        if not isinstance(p, DTensor):
+            return 0
+        if p not in self.firsts:
+            if any(not one.is_shard(0) for one in p.placements):
+                raise ValueError(f"parameter {tuple(p.shape)}: {p.placements}; expected shards along dimension 0")
+            _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            self.firsts[p] = offset[0] * p.shape[1:].numel()
+        return self.firsts[p]
+
     def _start(self, p: Tensor) -> dict:
         self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return self.state[p]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor [...], sharded or not: [...]."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def scalars(group: dict, step: int) -> dict:
@@ -97,16 +126,17 @@ def plain(rows: list, scale: Tensor | None, *, key, decay, size, lift, rate1, ra
     """The update in plain torch; the kernel's reference.
 
     Args:
-        rows: (number, parameter, gradient, first moment, second moment), four tensors of one shape [...] each.
+        rows: (number, position of the first value, parameter, gradient, first moment, second moment), four tensors of
+            one shape [...] each.
         scale: of the gradients, float32 [], or None for 1.
         The numbers are those of the step: decay and size of a weight's update, rates of the moments.
     """
-    for number, p, g, m, v in rows:
+    for number, start, p, g, m, v in rows:
         grad, first, second = g.float() if scale is None else g.float() * scale, m.float(), v.float()
         first = first + rate1 * (grad - first)
         second = second + rate2 * (grad * grad - second)
         weight = decay * p.float() - size * first / (second.sqrt() * lift + eps)  # 1711.05101, algorithm 2
-        position = torch.arange(p.numel(), device=p.device).view_as(p)
+        position = torch.arange(start, start + p.numel(), device=p.device).view_as(p)
         bits = _mix(_mix(position) + _mix(_mix(number) + key))
         p.copy_(_round(weight, bits >> 16, p.dtype))
         v.copy_(_round(second, bits & 0xFFFF, v.dtype))
@@ -134,16 +164,16 @@ def launch(rows: list, scale: Tensor | None, *, key, **numbers) -> None:
 
     It finds its tensors in a table of addresses.
     """
-    _, p, *_ = rows[0]
-    owner, starts = _blocks(tuple(row[1].numel() for row in rows), p.device)
+    _, _, p, *_ = rows[0]
+    owner, blocks = _blocks(tuple(row[2].numel() for row in rows), p.device)
     table = torch.tensor(
-        [(number, start, p.numel(), *(t.data_ptr() for t in (p, *state)))
-         for (number, p, *state), start in zip(rows, starts, strict=True)]
+        [(number, first, block, tensors[0].numel(), *(t.data_ptr() for t in tensors))
+         for (number, first, *tensors), block in zip(rows, blocks, strict=True)]
     )  # fmt: skip
     if p.is_cuda:
         table = table.pin_memory().to(p.device, non_blocking=True)  # the host need not wait for the backward pass
     half = p.dtype is torch.bfloat16
-    wide = all(t.numel() % 8 == 0 and t.data_ptr() % 16 == 0 for _, *tensors in rows for t in tensors)
+    wide = all(t.numel() % 8 == 0 and t.data_ptr() % 16 == 0 for _, _, *tensors in rows for t in tensors)
     with torch.cuda.device_of(p):
         _kernel[(len(owner),)](table, owner, scale, key, **numbers, HALF=half, WIDE=wide, BLOCK=_BLOCK)
 
@@ -175,14 +205,14 @@ if triton is not None:
     def _kernel(table, owner, scale, key, decay, size, lift, rate1, rate2, eps,
                 HALF: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         block = tl.program_id(0)
-        row = table + tl.load(owner + block) * 7
-        position = (block - tl.load(row + 1)) * BLOCK + tl.arange(0, BLOCK)
-        inside = position < tl.multiple_of(tl.load(row + 2), 8 if WIDE else 1)
+        row = table + tl.load(owner + block) * 8
+        position = (block - tl.load(row + 2)) * BLOCK + tl.arange(0, BLOCK)
+        inside = position < tl.multiple_of(tl.load(row + 3), 8 if WIDE else 1)
         kind = tl.pointer_type(tl.bfloat16 if HALF else tl.float32)
-        p = tl.multiple_of(tl.load(row + 3).to(kind), 16 if WIDE else 2) + position
-        g = tl.multiple_of(tl.load(row + 4).to(kind), 16 if WIDE else 2) + position
-        m = tl.multiple_of(tl.load(row + 5).to(kind), 16 if WIDE else 2) + position
-        v = tl.multiple_of(tl.load(row + 6).to(kind), 16 if WIDE else 2) + position
+        p = tl.multiple_of(tl.load(row + 4).to(kind), 16 if WIDE else 2) + position
+        g = tl.multiple_of(tl.load(row + 5).to(kind), 16 if WIDE else 2) + position
+        m = tl.multiple_of(tl.load(row + 6).to(kind), 16 if WIDE else 2) + position
+        v = tl.multiple_of(tl.load(row + 7).to(kind), 16 if WIDE else 2) + position
         grad = tl.load(g, inside, 0.0).to(tl.float32)
         if scale is not None:
             grad *= tl.load(scale)
@@ -192,7 +222,7 @@ if triton is not None:
         second += rate2 * (grad * grad - second)
         weight = decay * tl.load(p, inside, 0.0).to(tl.float32) - size * first / (tl.sqrt(second) * lift + eps)
         stream = _mixed(_mixed(tl.load(row).to(tl.uint32)) + key.to(tl.uint32))
-        bits = _mixed(_mixed(position.to(tl.uint32)) + stream)
+        bits = _mixed(_mixed((tl.load(row + 1) + position).to(tl.uint32)) + stream)
         tl.store(p, _rounded(weight, bits >> 16, HALF), inside)
         tl.store(v, _rounded(second, bits & 0xFFFF, HALF), inside)
         tl.store(m, _rounded(first, _mixed(bits) >> 16, HALF), inside)

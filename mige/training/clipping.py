@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from mige.training.adamw import StochasticAdamW
 
@@ -29,8 +31,24 @@ def clip_gradients(
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of all gradients together, float32 []: summed in float32, where torch's sums of bfloat16 keep 8 bits."""
+    """Of all gradients together, float32 [], of sharded ones over all processes.
+
+    Summed in float32, where torch's sums of bfloat16 keep 8 bits.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    whole, shards = (
+        [g for g in gradients if not isinstance(g, DTensor)],
+        [g for g in gradients if isinstance(g, DTensor)],
+    )
+    norms = [_norm(whole)] if whole else []
+    if shards:
+        square = _norm([g.to_local() for g in shards]).square()
+        dist.all_reduce(square, group=shards[0].device_mesh.get_group())
+        norms.append(square.sqrt())
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
 
 

@@ -21,13 +21,16 @@ def learning_rate(config: TrainConfig, step: int, global_batch_size: int) -> flo
     return full * min(1.0, rising, falling)
 
 
-def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    config: TrainConfig, model: MIGEModel, device: torch.device, sharded: bool = False
+) -> list[torch.optim.Optimizer]:
     """What `config.optimizer` names, over all trained values; `device`: where they will be when it steps.
+    `sharded`: they will be FSDP2's.
 
     "muon" takes the matrices of the repeated blocks and leaves the rest to AdamW; the others are one optimiser.
     """
     if config.optimizer != "muon":
-        return [build_optimizer(config, model.parameters(), device)]
+        return [build_optimizer(config, model.parameters(), device, sharded)]
     groups = muon_groups(model.blocks())
     matrices = {id(p) for group in groups for p in group["params"]}
     others = [p for p in model.parameters() if id(p) not in matrices]
@@ -36,17 +39,19 @@ def build_optimizers(config: TrainConfig, model: MIGEModel, device: torch.device
 
 
 def build_optimizer(
-    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
+    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device, sharded: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW with decay on every parameter, norms and biases too, as the released weights were trained.
 
     On bfloat16 parameters the updates of "adamw", a millionth of the value, would mostly round to nothing: there it
-    rounds parameters and moments stochastically. "adamw_8bit" stores moments in 8 bits (bitsandbytes). Raises
-    ImportError naming the extra to install.
+    rounds parameters and moments stochastically. On shards of FSDP2 the same optimiser, in float32 too, updates what
+    each process has by one kernel, where torch's asks for every tensor how it is sharded. "adamw_8bit" stores moments
+    in 8 bits (bitsandbytes). Raises ImportError naming the extra to install.
     """
     parameters = [p for p in parameters if p.requires_grad]
     options = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
-    if config.optimizer == "adamw" and any(p.dtype is torch.bfloat16 for p in parameters):
+    half = any(p.dtype is torch.bfloat16 for p in parameters)
+    if config.optimizer == "adamw" and (half or sharded):
         return StochasticAdamW(parameters, seed=config.seed, **options)
     if config.optimizer == "adamw":
         # The parameters may still be on the CPU: DeepSpeed moves them, and unfused steps of its flat ones take 10 GB.

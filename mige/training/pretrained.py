@@ -58,10 +58,11 @@ def check_shardable(settings: TrainConfig, by: str) -> None:
     """Raise TrainingError for what FSDP2 or ZeRO-2 (`by`) cannot split over processes."""
     if by == "FSDP2" and settings.trainable == "lora":
         raise TrainingError("train.trainable is 'lora': its few weights are not sharded; launch without FSDP2 (DDP)")
-    if (settings.optimizer, settings.param_dtype) != ("adamw", "float32"):
+    if settings.optimizer != "adamw" or (by != "FSDP2" and settings.param_dtype != "float32"):
         raise TrainingError(
-            f"train.optimizer is {settings.optimizer!r} on {settings.param_dtype} parameters; {by} shards 'adamw' on "
-            "float32 parameters: set train.optimizer=adamw train.precision=mixed, or launch without it (LAUNCH=ddp)"
+            f"train.optimizer is {settings.optimizer!r} on {settings.param_dtype} parameters; {by} shards 'adamw'"
+            f"{'' if by == 'FSDP2' else ' on float32 parameters'}: set train.optimizer=adamw train.precision=mixed, or "
+            "launch without it (LAUNCH=ddp)"
         )
 
 

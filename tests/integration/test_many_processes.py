@@ -269,6 +269,16 @@ def test_sharded_processes_equal_one_and_resume_as_four(few_tensors, tmp_path):
         assert all(np.abs(sample[name] - first[name].astype(int)).max() <= 1 for name in first)
 
 
+def test_shards_in_bfloat16_equal_one_process(few_tensors, tmp_path):
+    """Rounded at random alike; gradients are summed in another order, of which bfloat16 keeps 8 bits."""
+    more = (*FEW, "train.precision=bfloat16", "train.learning_rate=1e-2", "train.max_grad_norm=1")
+    assert build(few_tensors, tmp_path / "one", *STEPS, "train.batch_size=4", *more).run() == 0
+    finish(shard(few_tensors, tmp_path / "two", 2, 2, *more))
+    one, two = (exported(tmp_path / run / "checkpoints" / "step-00000004" / "model") for run in ("one", "two"))
+    assert distance(one, two, exported(few_tensors)) < 0.1
+    assert {value.dtype for value in two.values()} == {value.dtype for value in one.values()}
+
+
 def test_fsdp2_in_bfloat16_keeps_timesteps_and_reduces_in_float32(tiny_model, tmp_path):
     """The config's timestep_dtype is float32: 999 stays 999. A mean of two bfloat16 numbers is often none itself."""
     more = ("train.steps=1", "train.checkpoint_every=1", "train.batch_size=3", "train.precision=mixed")

@@ -1,5 +1,6 @@
 """AdamW with stochastic rounding: right in the mean, exact to resume, the same in a GPU's kernel and in plain torch."""
 
+import functools
 import io
 import math
 import os
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded_adamw
 import torch
 from accelerate import Accelerator
-from processes import run_program
+from conftest import ROOT
+from processes import run_program, run_python
 
 from mige.training import adamw
 from mige.training.adamw import StochasticAdamW
@@ -142,6 +145,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
     assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
+@pytest.mark.processes
+def test_shards_are_rounded_as_the_whole(tmp_path):
+    """Three processes, one of which has nothing of the smallest tensor; norm and clipping too."""
+    whole = sharded_adamw.parameters()
+    optimizer = StochasticAdamW(whole, **sharded_adamw.OPTIONS)
+    norms = sharded_adamw.train(optimizer, whole)
+    script = ROOT / "tests" / "training" / "sharded_adamw.py"
+    starter = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", script, tmp_path / "out.pt")
+    assert run_python(*starter).returncode == 0
+    there = torch.load(tmp_path / "out.pt", weights_only=True)
+    for a, b in zip([*whole, *states(optimizer)], there["tensors"], strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    torch.testing.assert_close(torch.stack(norms), there["norms"], rtol=1e-6, atol=0)
+
+
+def test_steps_of_torchs_adamw_are_read():
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    ours, theirs = StochasticAdamW([p], **OPTIONS), torch.optim.AdamW([q], **OPTIONS)
+    for optimizer, one in ((theirs, q), (ours, p)):
+        train(optimizer, [one], range(3))
+    ours.load_state_dict(theirs.state_dict())
+    assert states(ours) and ours.state[p]["step"] == 3 and isinstance(ours.state[p]["step"], int)
+    theirs.load_state_dict(ours.state_dict())
+    train(theirs, [q], range(3, 4))
+    assert theirs.state[q]["step"] == 4
+
+
 def test_a_seed_decides_the_rounding():
     runs = [model() for _ in range(3)]
     for parameters, seed in zip(runs, (0, 0, 1), strict=True):
@@ -230,16 +260,16 @@ def compare_kernel_with_plain(device: str) -> None:
         for some in shapes:
             for scale in (None, torch.tensor(0.37, device=device)):
                 generator = torch.Generator().manual_seed(1)
-                scales = (1.0, 1e-3, 1e-3, 1e-6)
+                drawn = functools.partial(torch.rand, generator=generator)
                 rows = [
-                    (number, *(torch.rand(shape, generator=generator).mul(s).to(device, dtype) for s in scales))
+                    (number, 96 * number, *(drawn(shape).mul(s).to(device, dtype) for s in (1.0, 1e-3, 1e-3, 1e-6)))
                     for number, shape in enumerate(some, start=5)
                 ]
-                copies = [(number, *(t.clone() for t in tensors)) for number, *tensors in rows]
+                copies = [(number, first, *(t.clone() for t in tensors)) for number, first, *tensors in rows]
                 options = adamw.scalars(OPTIONS | {"seed": 5}, step=7)
                 adamw.plain(rows, scale, **options)
                 adamw.launch(copies, scale, **options)
-                for (_, *want), (_, *got) in zip(rows, copies, strict=True):
+                for (_, _, *want), (_, _, *got) in zip(rows, copies, strict=True):
                     for a, b in zip(want, got, strict=True):
                         torch.testing.assert_close(a, b, rtol=2**-7 if dtype == BF16 else 1e-6, atol=1e-12)
                         assert dtype != BF16 or (a != b).float().mean() < 1e-3  # the same bits: else half would differ
