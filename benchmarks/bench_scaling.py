@@ -7,12 +7,15 @@
 `train_mige.sh`'s launch of `train_mige.py`, on random weights made on the cards and synthetic latents in memory
 (`training_worker.py`), in the order given; neighbours that take one card run side by side, one on each. Results go to
 results.jsonl in the folder, a line of JSON at a time while a mode runs; one that reaches the limit is ended, and its
-line says where it was. The table is printed at the end, and by --table from the lines that are there.
+line says where it was. The table is printed at the end, and by --table from the lines that are there. --profile prints
+where the time of a mode's step goes: launches by phase, the largest kernels and operators. --saving measures by how
+much a checkpoint lengthens the longest step while it is saved (two, of which the first allocates the memory).
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ MODES = {
     "lora_kept": Mode(True, None, 24, ("train.trainable=lora", "train.gradient_checkpointing=[]"), steps=60),
     "default": Mode(False, None, 16, (HALF,)),
     "default_float32": Mode(False, None, 16, (MASTERS,)),
+    "fsdp2": Mode(False, "fsdp2", 16, (HALF,)),
     "fsdp2_float32": Mode(False, "fsdp2", 16, (MASTERS,)),
     "varied": Mode(True, None, 16, (HALF,), tokens=0),
 }
@@ -64,7 +68,9 @@ def start(args: argparse.Namespace, name: str, cards: list[int]) -> subprocess.P
     worker = str(ROOT / "benchmarks" / "training_worker.py")
     command = [worker if part == launch.SCRIPT else part for part in plan.command]
     bench = {"row": {"mode": name}, "tokens": args.tokens or mode.tokens, "warm_up": args.warm_up,
-             "steps": min(args.steps, mode.steps or args.steps), "output": str(output)}  # fmt: skip
+             "steps": min(args.steps, mode.steps or args.steps), "output": str(output),
+             "checkpoints": 2 if name in args.saving else 0,
+             "profile": str(args.folder / f"{name}.profile") if name in args.profile else None}  # fmt: skip
     variables = {
         "MIGE_BENCH": json.dumps(bench),
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, cards)),
@@ -104,6 +110,9 @@ def run_together(args: argparse.Namespace, names: list[str], cards: list[list[in
         print(json.dumps(line), flush=True)
         with (args.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        shutil.rmtree(args.folder / "runs" / name, ignore_errors=True)  # a checkpoint has 44 GB and more
+        if (args.folder / f"{name}.profile").exists():
+            print((args.folder / f"{name}.profile").read_text(), flush=True)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -131,7 +140,7 @@ def failure(log: Path, seconds: int) -> str:
 
 COLUMNS = ("mode", "processes", "batch", "tokens", "steps", "samples_per_second", "a_card", "scaling", "mfu",
            "seconds", "host_ms", "gpu_ms", "nccl_ms", "kernels", "recompiles", "peak_gib",
-           "warm_up_seconds", "failed")  # fmt: skip
+           "warm_up_seconds", "stalls", "checkpoint_seconds", "failed")  # fmt: skip
 
 
 def rows(folder: Path) -> list[dict]:
@@ -159,6 +168,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps measured at most (%(default)s)")
     parser.add_argument("--seconds-per-mode", type=float, default=240, help="a mode is ended then (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="all is ended then (%(default)s)")
+    parser.add_argument("--profile", nargs="+", choices=MODES, default=[], help="modes whose kernels are printed")
+    parser.add_argument("--saving", nargs="+", choices=MODES, default=[], help="modes that save two checkpoints")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     args = parser.parse_args()

@@ -7,15 +7,20 @@ of the steps, a fifth, half and all, so that a run that is cut off loses little:
 Where the seconds before the first step went is in the log.
 
 A step's seconds are those from one start of a step to the next. What the host needs for one is measured in profiled
-steps afterwards: their time less the waits for a full launch queue and for the GPU.
+steps afterwards: their time less the waits for a full launch queue and for the GPU. `profile` in MIGE_BENCH prints
+where it goes (`training_profile.py`); `checkpoints` is how many are saved after that while steps go on, whose stall is
+the longest step with its saving less the median.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +28,7 @@ import psutil
 import torch
 from torch import distributed as dist
 from torch.utils.data import Dataset
+from training_profile import marking, print_profile
 
 from mige.cli import train_mige
 from mige.config import Config
@@ -165,9 +171,13 @@ class MeasuredTrainer(Trainer):
         print(json.dumps(row), flush=True)
 
     def _finish(self, batches) -> None:
-        """The host's share of a step, then the end: no checkpoint."""
-        if self.device.type == "cuda":
-            self._report(len(self.starts) - 1, **self._host_time(batches))
+        """The host's share of a step, then where it goes and what checkpoints cost where that is asked for; the end."""
+        more = self._host_time(batches) if self.device.type == "cuda" else {}
+        self._report(len(self.starts) - 1, **more)
+        if BENCH.get("profile"):
+            self._profile(batches)
+        if BENCH.get("checkpoints"):
+            self._report(len(self.starts) - 1, **more, **self._stalls(batches, BENCH["checkpoints"]))
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -180,8 +190,7 @@ class MeasuredTrainer(Trainer):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             started = time.perf_counter()
             for _ in range(steps):
-                Trainer._train_step(self, batches)
-                self.monitor.flush(all_but=1)
+                self._step(batches)
             torch.cuda.synchronize()
             wall = time.perf_counter() - started
         events = profiler.profiler.kineto_results.events()
@@ -197,6 +206,56 @@ class MeasuredTrainer(Trainer):
             "kernels": len(kernels) // steps,
             "profiled_ms": round(1000 * wall / steps, 1),
         }
+
+    def _step(self, batches) -> None:
+        Trainer._train_step(self, batches)
+        self.monitor.flush(all_but=1)
+        self.step += 1
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _profile(self, batches) -> None:
+        encoder = self.plain.encoder
+        names = ("image_encoder", "qformer", "fusion", "text_encoder")
+        parts = {name: getattr(encoder, name) for name in names} | {"transformer": self.plain.transformer}
+        functions = {
+            "forward": (self, "_loss"),
+            "backward": (self.accelerator, "backward"),
+            "clipping": (trainer, "clip_gradients"),
+            "metrics": (self.monitor, "add"),
+            "reading metrics": (self.monitor, "flush"),
+            **{f"optimizer {n}": (one, "step") for n, one in enumerate(self.optimizers)},
+            **{f"zero_grad {n}": (one, "zero_grad") for n, one in enumerate(self.optimizers)},
+            **({"averages": (self.ema, "step")} if self.ema is not None else {}),
+        }
+        path = Path(BENCH["profile"] if self.accelerator.is_main_process else os.devnull)
+        with path.open("w") as file, contextlib.redirect_stdout(file):
+            print_profile(partial(self._step, batches), partial(marking, parts, functions), self._wait)
+
+    def _stalls(self, batches, many: int) -> dict:
+        """Seconds by which each of so many checkpoints lengthens the longest step, and until it is whole."""
+        free, stalls, whole = shutil.disk_usage(self.run_folder).free, [], []
+        needed = 2.2 * sum(t.nbytes for t in self.state.tensors().values())
+        if free < needed:
+            return {"stalls": f"the disk has {free / 2**30:.0f} GiB, {needed / 2**30:.0f} are needed"}
+        usual = median(self._seconds())
+        for _ in range(many):
+            taken, saved, whole_everywhere, told = [], time.perf_counter(), False, None
+            while len(taken) < 5 or not whole_everywhere:  # all take as many steps; read a step late, as losses are
+                started = time.perf_counter()
+                self._step(batches)
+                if not taken:
+                    self._save(judge=False)
+                done = torch.tensor(float(self.checkpoints.pending[1].done())).to(self.device, non_blocking=True)
+                whole_everywhere = told is not None and float(told) == 1
+                told = self.accelerator.reduce(done, "mean")
+                taken.append(time.perf_counter() - started)
+            whole.append(round(time.perf_counter() - saved, 1))
+            stalls.append(round(max(taken) - usual, 2))
+            self.checkpoints.wait()
+        return {"stalls": stalls, "checkpoint_seconds": whole}
 
 
 def say(what: str) -> None:

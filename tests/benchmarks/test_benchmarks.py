@@ -150,11 +150,15 @@ def test_scaling_measures_the_trainer_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.subprocess, "Popen", start)
     words = ["bench_scaling.py", tmp_path, *TINY, "--cpu", "--processes", 1, "--modes", "one", "--tokens", 20,
-             "--steps", 5, "--batch", 2, "--warm-up", 1]  # fmt: skip
+             "--steps", 5, "--batch", 2, "--warm-up", 1, "--profile", "one", "--saving", "one"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
     module.main()
     lines = read(tmp_path / "results.jsonl")
-    assert [line.get("steps") for line in lines] == [1, 2, 5, None], (tmp_path / "one.log").read_text()
+    assert [line.get("steps") for line in lines] == [1, 2, 5, 5, 5, None], (tmp_path / "one.log").read_text()
+    assert len(lines[4]["stalls"]) == 2 and min(lines[4]["checkpoint_seconds"]) > 0
+    profiled = (tmp_path / "one.profile").read_text()
+    assert all(f" x {phase}\n" in profiled for phase in ("transformer", "optimizer 0", "backward", "clipping"))
+    assert not (tmp_path / "runs" / "one").exists()
     (row,) = module.rows(tmp_path)
     assert row["complete"] and row["exit_code"] == 0 and row["tokens"] == 20
     assert row["a_card"] == pytest.approx(2 / row["seconds"], rel=0.01) and row["recompiles"] == 0
