@@ -2,6 +2,9 @@
 
     python benchmarks/bench_records.py --folder /tmp/bench                  # 2.28 M and 100 M records; a CPU is enough
     python benchmarks/bench_records.py --folder /tmp/bench --records 20000 --simulated 50000
+    python benchmarks/bench_records.py --folder /tmp/bench --start FOLDER    # whole trainings of a step too (make tiny)
+
+It runs in the root of the repository.
 
 `--records` are written as JSON Lines and converted as a training does it. `--simulated` is a converted file of 50,000
 records whose Arrow batches are repeated: what is opened and read is as long as a real one, but nobody has converted it.
@@ -14,6 +17,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,17 +33,18 @@ from mige.data.mapping import map_records
 from mige.training.data import check_set
 
 BATCH = 50_000
+ROOT_OF_IMAGES = Path("example_data")
 EVERY = 251  # reads between two looks at the memory, at all phases of a file's being opened anew
 DATA = argparse.Namespace(check_images=False, skip_bad=False, size=512)
 
 
 def rows(many: int) -> Iterator[dict]:
-    """Edits, as long as those of InstructPix2Pix."""
+    """Edits of the example photographs."""
+    photos = [f"images/{path.name}" for path in sorted((ROOT_OF_IMAGES / "images").glob("*.jpg"))]
     for number in range(many):
-        source, folder = f"images/{number // 1000:04d}/{number:08d}_source.jpg", f"images/{number // 1000:04d}"
-        yield {"id": f"{number:08d}", "multi_prompt": f"make<imagehere>look like an oil painting of the sea {number}",
-               "entity_path": [source], "source_path": [source], "image": f"{folder}/{number:08d}_target.jpg",
-               "task": "edit", "width": 512, "height": 512}  # fmt: skip
+        source, target = photos[number % len(photos)], photos[(number + 1) % len(photos)]
+        yield {"id": f"{number:08d}", "multi_prompt": f"make<imagehere>look like an oil painting {number}",
+               "entity_path": [source], "source_path": [source], "image": target, "task": "edit"}  # fmt: skip
 
 
 def write_rows(file: Path, many: int) -> Path:
@@ -47,9 +53,9 @@ def write_rows(file: Path, many: int) -> Path:
     return file
 
 
-def repeat(file: Path, times: int) -> None:
+def repeat(file: Path, times: int) -> Path:
     """Make the converted file of these records hold them so many times."""
-    arrow = map_records(file).records.file
+    arrow = map_records(file, root=ROOT_OF_IMAGES).records.file
     table = datasets.Dataset.from_file(str(arrow)).data.table.combine_chunks()
     beside = arrow.with_suffix(".part")  # the file is mapped: it must not be written over
     with datasets.arrow_writer.ArrowWriter(path=str(beside), writer_batch_size=BATCH) as writer:
@@ -61,12 +67,13 @@ def repeat(file: Path, times: int) -> None:
     told = json.loads(source.read_text())
     told["sizes"][arrow.name] = arrow.stat().st_size
     source.write_text(json.dumps(told))
+    return arrow
 
 
 def joint(file: Path) -> JointDataset:
     """The dataset of a training, without a tokenizer, for its records."""
     shape = dict(seed=0, size=512, latent_shape=(4, 64, 64), vision_size=224)
-    return JointDataset(Mixture([check_set(map_records(file), DATA)], [1.0]), None, **shape)
+    return JointDataset(Mixture([check_set(map_records(file, root=ROOT_OF_IMAGES), DATA)], [1.0]), None, **shape)
 
 
 class Records(Dataset):
@@ -115,6 +122,17 @@ def in_fresh_process(file: Path, args: argparse.Namespace) -> dict:
         return pool.submit(measure, file, args.reads, args.workers).result()
 
 
+def first_step_seconds(file: Path, start: Path) -> float:
+    """Of a whole training of one step, from the command to its end."""
+    one = {"file": str(file), "root": str(ROOT_OF_IMAGES), "weight": 1.0}
+    run = file.with_suffix(".run")
+    options = [f"data.sets=[{one}]", "data.check_images=False", "train.steps=1", f"train.pretrained={str(start)!r}"]
+    command = [sys.executable, "train_scripts/train_mige.py", "configs/tiny.py", run, *options]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return round(time.perf_counter() - started, 1)
+
+
 def add(report: Report, case: dict, found: dict, empty: dict) -> None:
     """A line: memory as growth over the set of one record, MB."""
     peaks, least = found.pop("peaks"), empty["peaks"]
@@ -130,6 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--folder", type=Path, required=True, help="a new folder, removed at the end")
     made.add_argument("--records", type=int, default=2_280_000)
     made.add_argument("--simulated", type=int, default=100_000_000)
+    made.add_argument("--start", type=Path, help="a checkpoint that configs/tiny.py can start from")
     made.add_argument("--reads", type=int, default=20_000)
     made.add_argument("--workers", type=int, default=2)
     return made.parse_args(argv)
@@ -142,14 +161,18 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = str(args.folder / "cache")
     try:
-        empty = in_fresh_process(write_rows(args.folder / "one.jsonl", 1), args)
+        one = write_rows(args.folder / "one.jsonl", 1)
+        empty = in_fresh_process(one, args)
+        step = lambda file: {} if args.start is None else {"first_step_s": first_step_seconds(file, args.start)}  # noqa: E731
+        report.add({"case": "one record"} | step(one))
         real = write_rows(args.folder / "real.jsonl", args.records)
-        converting = machine.seconds(lambda: map_records(real))
+        converting = machine.seconds(lambda: map_records(real, root=ROOT_OF_IMAGES))
         size = {"json_gb": round(real.stat().st_size / 1e9, 2), "convert_s": round(converting, 1)}
-        add(report, {"case": "real"} | size, in_fresh_process(real, args), empty)
+        add(report, {"case": "real"} | size | step(real), in_fresh_process(real, args), empty)
         some = write_rows(args.folder / "some.jsonl", BATCH)
-        repeat(some, args.simulated // BATCH)
-        add(report, {"case": "simulated"}, in_fresh_process(some, args), empty)
+        arrow = repeat(some, args.simulated // BATCH)
+        size = {"arrow_gb": round(arrow.stat().st_size / 1e9, 2)}
+        add(report, {"case": "simulated"} | size | step(some), in_fresh_process(some, args), empty)
     finally:
         shutil.rmtree(args.folder)
 

@@ -110,8 +110,8 @@ class MappedRecords(Sequence[Record]):
 
     @cached_property
     def _table(self) -> datasets.Dataset:
-        # Not Dataset.from_file, whose mapping cannot be reached, so that its pages would stay. Without a fingerprint the
-        # whole table would be hashed for one.
+        # Not Dataset.from_file, whose mapping cannot be reached, so that its pages would stay. Without a fingerprint
+        # the whole table would be hashed for one.
         table = pyarrow.ipc.open_stream(pyarrow.py_buffer(self._mapping)).read_all()
         return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=str(self.file))
 
