@@ -4,9 +4,10 @@ An Arrow file of one column of text, a record a row, which `datasets` maps. Ever
 and they share its pages.
 """
 
+import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow
 
 from mige.data.records import Record
 from mige.tasks import Task
+from mige.utils.files import write_text
 
 COLUMN = "record"
 _SCANNED = 512  # records read at a time where all are
@@ -74,6 +76,9 @@ class MappedRecords(Sequence[Record]):
         self._before = self.left_out - np.arange(len(self.left_out))  # records shown before each that is left out
         self._count = len(self._table) - len(self.left_out)
         self._reads = 0
+        self._remembered: dict[str, str] = {}
+        status = file.stat()
+        self._identity = f"{status.st_ino} {status.st_mtime_ns}"  # another process may put a newer file in its place
 
     def __len__(self) -> int:
         return self._count
@@ -98,6 +103,20 @@ class MappedRecords(Sequence[Record]):
         """All but those at some places of this sequence."""
         more = self._places(np.fromiter(places, np.int64))
         return MappedRecords(self.file, np.union1d(self.left_out, more), fit=fit or self.fit)
+
+    def remembered(self, name: str, compute: Callable[["MappedRecords"], str]) -> str:
+        """What `compute` makes of these records, kept beside their file: all are read once and not at every start.
+
+        name: of the work, with all that decides its result besides the records.
+        """
+        what = f"{name} {self._identity} ".encode() + self.left_out.tobytes()
+        kept = self.file.with_name(f"{hashlib.sha256(what).hexdigest()[:32]}.txt")
+        if kept.name not in self._remembered:
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)  # a run may outlive its cache
+                write_text(kept, compute(self))
+            self._remembered[kept.name] = kept.read_text(encoding="utf-8")
+        return self._remembered[kept.name]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open file, for a process that opens it by itself."""

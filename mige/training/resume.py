@@ -6,7 +6,7 @@ is written into each checkpoint under the names below, which do not follow renam
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mige.config import Config, ModelConfig, TrainConfig
+from mige.data.mapped_records import MappedRecords
 from mige.data.order import ORDER, exact
 from mige.data.records import Record
 from mige.data.shape_order import SHAPE_ORDER
@@ -123,6 +124,12 @@ def _sets(dataset: Dataset) -> list[Sequence[Record]]:
 
 def _digest(records: Sequence[Record], root: Path) -> str:
     """Of what is trained on, wherever the set lies: ids, tasks, instructions, images by their paths below the root."""
+    if isinstance(records, MappedRecords):
+        return records.remembered(f"resume digest below {root}", lambda all_of_them: _digest_of(all_of_them, root))
+    return _digest_of(records, root)
+
+
+def _digest_of(records: Iterable[Record], root: Path) -> str:
     found = hashlib.sha256()
     for record in records:
         images = [_place(path, root) for path in (*record.references, record.target) if path is not None]

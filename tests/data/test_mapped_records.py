@@ -197,6 +197,19 @@ def test_spawned_workers_open_the_file_themselves(tmp_path, records):
     assert len(packed) < 1000 and list(pickle.loads(packed)) == records[1:]
 
 
+def test_what_is_made_of_all_records_is_kept_for_these_alone(tmp_path, records):
+    whole = mapped(tmp_path / "x.arrow", records)
+    count = lambda some: str(sum(1 for _ in some))  # noqa: E731
+    assert (whole.remembered("count", count), whole.without([3]).remembered("count", count)) == ("40", "39")
+    for again in (whole, pickle.loads(pickle.dumps(whole)), MappedRecords(tmp_path / "x.arrow")):
+        assert again.remembered("count", lambda _: pytest.fail("computed again")) == "40"
+    assert whole.remembered("other", lambda _: "7") == "7"
+    mapped(tmp_path / "y.arrow", records[:5])
+    (tmp_path / "y.arrow").replace(tmp_path / "x.arrow")
+    assert MappedRecords(tmp_path / "x.arrow").remembered("count", count) == "5"
+    assert whole.remembered("count", count) == "40"
+
+
 def test_the_order_of_samples_is_of_places_alone(tmp_path, records):
     """A set of the same records, mapped or in a list, shows them in one order."""
     order = SampleOrder([len(records)], [1.0], seed=3)
