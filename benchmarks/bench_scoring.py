@@ -3,12 +3,13 @@
     python benchmarks/bench_scoring.py                      # random weights, images drawn by the script
     python benchmarks/bench_scoring.py --images 2000 --batch 128 --backbones "CLIP ViT-B/32" "DINO ViT-S/16"
 
-In float32. "opened": what all cores decode and resize for these backbones, without a network: the limit from files.
+In float32. "opened": what processes on all cores decode and resize for these backbones, without a network: the limit.
 """
 
 import argparse
 import os
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,11 @@ import timm
 import torch
 from harness import Machine, Report, parser
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPModel
 
 from mige.evaluation import backbones
-from mige.evaluation.features import Features, compute_images
+from mige.evaluation.features import Features, _Images, _together, compute_images
 from mige.evaluation.views import View
 
 # The towers' sizes as released: width, depth, heads, patch, projection.
@@ -83,14 +85,9 @@ def measure(machine: Machine, report: Report, args: argparse.Namespace, networks
     alone = machine.median_seconds(
         lambda: [network.encode(one) for network, one in zip(networks, levels, strict=True)], repeats=5
     )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def open_for_all(view: View) -> None:
-            image = view.open()
-            for network in networks:
-                network.transform.levels(image)
-
-        opened = machine.seconds(lambda: list(pool.map(open_for_all, views)))
+    images = _Images([(view, range(len(networks))) for view in views], [network.transform for network in networks])
+    loader = DataLoader(images, 16, num_workers=min(os.cpu_count(), len(views) // 2), collate_fn=_together)
+    opened = machine.seconds(lambda: deque(loader, maxlen=0))
     with tempfile.TemporaryDirectory() as cache:
         stores = [Features(network, Path(cache) / str(n)) for n, network in enumerate(networks)]
         from_files = machine.seconds(lambda: compute_images({store: views for store in stores}, args.batch))

@@ -1,31 +1,33 @@
 """Features of images and texts, each computed once and kept; an image is opened once for all networks.
 
-Opening and resizing takes longer than the networks do, so it runs on all cores, some batches ahead. What the threads
-hand over is bytes: floats are made on the device, where PyTorch's own threads and these would only wait for each other.
+Opening and resizing takes longer than the networks do, so processes on all cores do it ahead of them; threads wait for
+each other's Python. What they hand over is bytes, a quarter of what floats take: those are made on the device.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mige.evaluation.backbones import Backbone
+from mige.evaluation.backbones import Backbone, Transform
 from mige.evaluation.benchmarks.files import BenchmarkError
 from mige.evaluation.views import View
 from mige.utils.files import write_bytes
+from mige.utils.images import BadImageError
 
-_AHEAD = 3  # batches that are opened while one is in the networks
+_CHUNK = 16  # images that a process hands over together: all that wait are in shared memory, some hundred MB
+_PER_PROCESS = 64  # images that are worth starting one for
 _SAVE_EVERY = 50  # batches; what a kill loses at most
 
 
@@ -81,49 +83,68 @@ def compute_images(wanted: Mapping[Features, Iterable[View]], batch: int) -> Non
     A kill loses at most the last fifty batches. Raises BadImageError for a file that cannot be read.
     """
     wanted = {features: list(dict.fromkeys(some)) for features, some in wanted.items()}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        views = list(dict.fromkeys(view for some in wanted.values() for view in some))
+    views = list(dict.fromkeys(view for some in wanted.values() for view in some))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ended before processes start
         keys = dict(zip(views, pool.map(View.key, views), strict=True))
-        lacking: dict[View, list[Features]] = {}
-        for features, some in wanted.items():
-            features.key_of |= {view: f"picture {keys[view]}" for view in some}
-            once = {features.key_of[view]: view for view in some if features.lacks(view)}
-            for view in once.values():
-                lacking.setdefault(view, []).append(features)
-        parts = [list(lacking)[first : first + batch] for first in range(0, len(lacking), batch)]
-        names = " and ".join(features.backbone.name for features in wanted)
-        bar = tqdm(parts, desc=f"{names}, images", disable=not parts)
-        for n, (part, opened) in enumerate(zip(bar, _ahead(pool, parts, lacking), strict=True), start=1):
-            for features in wanted:
-                own = [i for i, view in enumerate(part) if features in lacking[view]]
-                if own:
-                    levels_BSSC = torch.stack([opened[i][features] for i in own])
-                    features.keep([part[i] for i in own], features.backbone.encode(levels_BSSC))
-            if n % _SAVE_EVERY == 0 or n == len(parts):
-                for features in wanted:
+    lacking: dict[View, list[int]] = {}
+    for place, (features, some) in enumerate(wanted.items()):
+        features.key_of |= {view: f"picture {keys[view]}" for view in some}
+        once = {features.key_of[view]: view for view in some if features.lacks(view)}
+        for view in once.values():
+            lacking.setdefault(view, []).append(place)
+    stores, todo = list(wanted), list(lacking)
+    images = _Images(list(lacking.items()), [features.backbone.transform for features in stores])
+    workers, chunk = min(os.cpu_count() or 1, len(todo) // _PER_PROCESS), min(batch, _CHUNK)
+    loader = iter(DataLoader(images, chunk, num_workers=workers, collate_fn=_together))
+    names = " and ".join(features.backbone.name for features in stores)
+    with tqdm(total=len(todo), desc=f"{names}, images", unit="image", disable=not todo) as bar:
+        for n in itertools.count(1):
+            if not (chunks := list(itertools.islice(loader, max(1, batch // chunk)))):
+                break
+            if error := next((one for one in chunks if isinstance(one, BadImageError)), None):
+                raise error
+            for place, features in enumerate(stores):
+                _encode(features, [one[place] for one in chunks if place in one], todo)
+            bar.update(min(batch, len(todo) - bar.n))
+            if n % _SAVE_EVERY == 0 or bar.n == len(todo):
+                for features in stores:
                     features.save()
 
 
-Opened = dict[Features, Tensor]
-"""An image as each backbone takes it, uint8 [S, S, 3]."""
+Chunk = dict[int, tuple[list[int], Tensor]]
+"""By the backbone's place: which images these are, and what it takes of them, uint8 [B, S, S, 3]."""
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, parts: Sequence[Sequence[View]], lacking: Mapping[View, Sequence[Features]]
-) -> Iterator[list[Opened]]:
-    """The images of each part, opened some parts ahead of where they are asked for."""
-    queued: deque[list[Future[Opened]]] = deque()
-    for part in parts:
-        queued.append([pool.submit(_open, view, lacking[view]) for view in part])
-        if len(queued) > _AHEAD:
-            yield [one.result() for one in queued.popleft()]
-    while queued:
-        yield [one.result() for one in queued.popleft()]
+def _encode(features: Features, chunks: Sequence[tuple[list[int], Tensor]], views: Sequence[View]) -> None:
+    if chunks:
+        levels_BSSC = torch.cat([levels for _, levels in chunks])
+        features.keep([views[i] for some, _ in chunks for i in some], features.backbone.encode(levels_BSSC))
 
 
-def _open(view: View, stores: Sequence[Features]) -> Opened:
-    image: Image.Image = view.open()
-    return {features: features.backbone.transform.levels(image) for features in stores}
+class _Images(Dataset):
+    """Images with the places of the backbones that want them, each as these take it."""
+
+    def __init__(self, wanted: Sequence[tuple[View, Sequence[int]]], transforms: Sequence[Transform]):
+        self.wanted, self.transforms = wanted, transforms
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[int, Tensor]] | BadImageError:
+        view, places = self.wanted[index]
+        try:
+            image = view.open()
+        except BadImageError as error:  # raised where the user is, as itself
+            return error
+        return index, {place: self.transforms[place].levels(image) for place in places}
+
+
+def _together(opened: Sequence[tuple[int, dict[int, Tensor]] | BadImageError]) -> Chunk | BadImageError:
+    if error := next((one for one in opened if isinstance(one, BadImageError)), None):
+        return error
+    places = sorted({place for _, levels in opened for place in levels})
+    having = {place: [(index, levels[place]) for index, levels in opened if place in levels] for place in places}
+    return {place: ([i for i, _ in some], torch.stack([one for _, one in some])) for place, some in having.items()}
 
 
 def _read_cache(path: Path) -> dict[str, Tensor]:

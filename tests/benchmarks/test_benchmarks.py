@@ -189,6 +189,7 @@ def test_shapes_take_turns_with_squares(tmp_path, monkeypatch, capsys):
     assert seen[-9:] == [square, square, square, square, wide, square, square, square, wide]
 
 
+@pytest.mark.processes
 def test_scoring_runs_on_small_networks(tmp_path, monkeypatch):
     import bench_scoring
 

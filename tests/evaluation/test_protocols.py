@@ -8,15 +8,16 @@ from pathlib import Path
 import evaluation_files as files
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
-from mige.evaluation import metrics, outputs, scoring, statistics, summary
+from mige.evaluation import features, metrics, outputs, scoring, statistics, summary
 from mige.evaluation.benchmarks.files import BenchmarkError, Options
 from mige.evaluation.benchmarks.prepared import prepare, read
 from mige.evaluation.published import GLOBAL, LOCAL, PUBLISHED
 from mige.evaluation.views import View
-from mige.utils.images import open_image
+from mige.utils.images import BadImageError, open_image
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,31 @@ def test_a_folder_prepared_before_clusters_is_refused(tmp_path, networks):
     prepared = read(tmp_path / "r" / "benchmark")
     with pytest.raises(BenchmarkError, match="older version; prepare it again"):
         scoring.score(prepared, {}, networks, tmp_path / "cache")
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_processes_open_images_as_this_one_does(tmp_path, networks, monkeypatch):
+    """Two processes, a batch of several chunks, backbones that want different images: the same features."""
+    paths = [tmp_path / f"{n}.png" for n in range(21)]
+    for n, path in enumerate(paths):
+        files.save(path, n, (50 + n, 40))
+    found = {}
+    for processes in (0, 2):
+        monkeypatch.setattr(features, "_PER_PROCESS", 8 if processes else 1000)
+        monkeypatch.setattr(features, "_CHUNK", 2)
+        monkeypatch.setattr(features.os, "cpu_count", lambda: 2)
+        stores = {name: features.Features(network, tmp_path / str(processes)) for name, network in networks.items()}
+        some = {"clip": [View(path) for path in paths], "dino": [View(path) for path in paths[::3]]}
+        features.compute_images({stores[name]: views for name, views in some.items()}, 8)
+        assert [len(store.known) for store in stores.values()] == [21, 7]
+        found[processes] = [stores[name][view] for name, views in some.items() for view in views]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0], found[2], strict=True))
+    paths[5].write_bytes(paths[5].read_bytes()[:60])
+    with pytest.raises(BadImageError, match=r"5\.png"):
+        features.compute_images({features.Features(networks["clip"], tmp_path / "c"): map(View, paths)}, 8)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
