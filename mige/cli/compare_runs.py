@@ -3,9 +3,10 @@
     python tools/compare_runs.py output/emu_edit output/emu_edit_lora --output output/compared --bound CLIPdir=0.01
     python tools/compare_runs.py output/mini/bench output/mini/turbo --output output/compared --bound l1_subjects=0.02
 
-Both are results folders of tools/evaluate.py, of a benchmark or a mini-bench, with the same cases. Writes report.html,
-which shows the ten cases that differ most, and comparison.json. --bound names the largest difference that counts as
-none: name it before you look at the scores. Differences are those of the second run less the first.
+Both are results folders of tools/evaluate.py, of a benchmark or a mini-bench, with the same cases, or RESULTS/judged of
+tools/judge.py. Writes report.html, which shows the ten cases that differ most, and comparison.json. --bound names the
+largest difference that counts as none: name it before you look at the scores. Differences are those of the second run
+less the first.
 """
 
 import argparse
@@ -63,11 +64,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _cases(args: argparse.Namespace, first: "Run") -> "Callable[[str], Case]":
     """Instruction and inputs of a case by its id."""
-    if (first.folder / "evaluation").is_dir():
+    if not (first.folder / "cases.jsonl").is_file():
         from mige.evaluation import page
         from mige.evaluation.benchmarks.prepared import read
 
-        rows = {row["id"]: row for row in read(args.prepared or args.first / "benchmark").rows}
+        results = args.first.parent if (args.first / "samples.jsonl").is_file() else args.first
+        rows = {row["id"]: row for row in read(args.prepared or results / "benchmark").rows}
         return lambda name: page.case(rows[name], first.rows[name]["scores"], first.images[name])
     from mige.data.synthetic.cases import make_cases
     from mige.mini.bench_report import Card

@@ -1,6 +1,7 @@
 """Two runs over the same cases: paired differences with intervals, win rates, and what may be said of them.
 
-Runs are folders of evaluate.py: RESULTS of a benchmark (evaluation/samples.jsonl) or of a mini-bench (cases.jsonl).
+Runs are folders of evaluate.py: RESULTS of a benchmark (evaluation/samples.jsonl) or of a mini-bench (cases.jsonl); or
+of judge.py: RESULTS/judged (samples.jsonl).
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,8 +76,9 @@ def lower_is_better(measure: str) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """A folder of evaluate.py. Raises BenchmarkError that says what is missing or which line is of another layout."""
-    samples, cases = folder / "evaluation" / "samples.jsonl", folder / "cases.jsonl"
+    """A folder of evaluate.py or judge.py. Raises BenchmarkError that says what is missing, which line is another's."""
+    judged = (folder / "samples.jsonl").is_file()
+    samples, cases = (folder if judged else folder / "evaluation") / "samples.jsonl", folder / "cases.jsonl"
     path = samples if samples.is_file() else cases
     if not path.is_file():
         raise BenchmarkError(f"{folder}: neither evaluation/samples.jsonl nor cases.jsonl; run tools/evaluate.py first")
@@ -97,7 +99,8 @@ def read_run(folder: Path) -> Run:
     if errors or not rows:
         what = f"{errors[0]} ({len(errors)} such lines)" if errors else f"{path}: no cases"
         raise BenchmarkError(f"{what}; run tools/evaluate.py again")
-    pictures = folder / "images" if (folder / "images").is_dir() else folder
+    results = folder.parent if judged else folder
+    pictures = results / "images" if (results / "images").is_dir() else results
     images = {file.stem: file for file in pictures.iterdir() if file.stem in rows and file.suffix != ".json"}
     return Run(folder, str(facts.get("label") or facts.get("model") or folder.name), rows, images, protocol)
 

@@ -70,6 +70,7 @@ MORE = [  # beyond the forty: what an endpoint says beside the text
     ("infinite", TWO, '{"reasoning": "", "score": [Infinity, 5]}', "score inf, expected 0 to 10", ""),
     ("true", ONE, '{"reasoning": "", "score": true}', "score true, expected a number", ""),
     ("out_of_words", ONE, "Score: 3 out of 10", "score 3/10, expected one of 4", ""),
+    ("wrapped_by_name", TWO, '{"rating": {"score": {"success": 5, "preservation": 6}}}', (5, 6), ""),
     ("deep", TWO, '{"a":' * 3_999, "no score in it", ""),
     ("endless", TWO, "8" * 20_001, "20,001 characters, 20,000 at most", ""),
 ]

@@ -2,16 +2,19 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import evaluation_files
 import judged_files
 import numpy as np
 import pytest
 from conftest import ROOT, run_here, shell_environment
-from evaluation_files import image
+from evaluation_files import image, save
 from judge_server import says, serve, text_of
 from PIL import Image
 from processes import run_program
+from test_local_judge import save_judge
 
 from mige.data.checks import check_images
 from mige.data.parsing import read_records
@@ -19,9 +22,10 @@ from mige.evaluation.benchmarks.files import BenchmarkError, Options
 from mige.evaluation.benchmarks.judged_rows import context_prompt, subject_prompt
 from mige.evaluation.benchmarks.prepared import prepare, read
 from mige.evaluation.benchmarks.table import BENCHMARKS
-from mige.evaluation.judges import views
+from mige.evaluation.judges import local, views
 from mige.evaluation.judges.published import PUBLISHED
 from mige.evaluation.judges.rubrics import EDIT, rubric
+from mige.utils.files import folder_lock
 
 JUDGED = {"gedit": 3, "imgedit": 3, "dreambench_plus": 27, "omnicontext": 3}
 
@@ -221,6 +225,81 @@ def test_from_the_script_to_the_report(tmp_path, tiny_model, name, monkeypatch):
         assert (out / "judged" / link).is_file(), link
     if name == "gedit":
         assert "2 of 606 *" in first.stdout and "unreadable: refused" in page and "Answers that gave no score" in page
+
+
+def results(prepared: Path, run: Path, first: int) -> None:
+    """An image for every record of a prepared folder."""
+    for n, row in enumerate(read(prepared).rows):
+        save(run / "images" / f"{row['id']}.png", first + n, (32, 32))
+
+
+def test_a_judge_on_this_machine_through_the_command(tmp_path, monkeypatch):
+    """A random model says nothing that can be read: every answer is an error, none is a score, the page says so."""
+    monkeypatch.setattr(local, "MAX_TOKENS", 8)
+    prepare("gedit", Options(str(judged_files.gedit(tmp_path / "data"))), tmp_path / "run" / "benchmark")
+    results(tmp_path / "run" / "benchmark", tmp_path / "run", 10)
+    command = ["tools/judge.py", "--benchmark", "gedit", "--results", tmp_path / "run", "--device", "cpu"]
+    command += ["--judge", save_judge(tmp_path / "judge")]
+    done = run_here(*command)
+    assert done.returncode == 0 and "6 of 6 answers gave no score; 3 records have none at all" in done.stdout, (
+        done.stderr
+    )
+    report = json.loads((tmp_path / "run" / "judged" / "report.json").read_text())
+    assert report["table"] == [] and len(report["errors"]) == 6
+    assert report["protocol"]["precision"] == "bfloat16" and len(report["protocol"]["judge's weights"]) == 16
+    assert "Answers that gave no score" in (tmp_path / "run" / "judged" / "report.html").read_text()
+    with ThreadPoolExecutor(1) as pool:  # a lock is its thread's own
+        lock = folder_lock(tmp_path / "run" / "judged")
+        pool.submit(lock.__enter__).result()
+        done = run_here(*command)
+        pool.submit(lock.__exit__, None, None, None).result()
+    assert done.returncode == 1 and "another run writes here" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["emu_edit", "magicbrush", "migebench"])
+def test_the_measured_benchmarks_can_be_judged(tmp_path, name):
+    """VIEScore's questions about their records: what the judge is shown and told."""
+    data = getattr(evaluation_files, name)(tmp_path / "data")
+    prepare(name, Options(str(data)), tmp_path / "run" / "benchmark")
+    results(tmp_path / "run" / "benchmark", tmp_path / "run", 10)
+    with serve(verdict) as server:
+        done = run_here("tools/judge.py", "--benchmark", name, "--results", tmp_path / "run", "--judge", "j",
+                        "--endpoint", server.url, "--key-env", "none", "--workers", 1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = text_of(server.requests[0])
+    told = {
+        "emu_edit": ['"make the sky number 0"', "Image A: the source image.\nImage B: the edited image."],
+        "magicbrush": ['"do 0"', "Image A: the source image.\nImage B: the edited image."],
+        "migebench": [
+            '"add the reference image to the source image"',
+            "Image A: the reference image.\nImage B: the source",
+        ],
+    }[name]
+    assert all(part in text for part in told), text
+
+
+def test_two_judged_runs_are_compared(tmp_path):
+    """By compare_runs.py, case by case, of one server's protocol; a case without a score in one is left out."""
+    data, high = judged_files.gedit(tmp_path / "data"), {"first": 4, "second": 9}
+
+    def script(payload: dict, n: int):
+        score = high[now]
+        return verdict(payload, n) if "number 2" in text_of(payload) else says(f'{{"score": [{score}, {score}]}}')
+
+    with serve(script) as server:
+        for now in high:
+            prepare("gedit", Options(str(data)), tmp_path / now / "benchmark")
+            results(tmp_path / now / "benchmark", tmp_path / now, 10 * high[now])
+            done = run_here("tools/judge.py", "--benchmark", "gedit", "--results", tmp_path / now, "--judge", "j",
+                            "--endpoint", server.url, "--key-env", "none")  # fmt: skip
+            assert done.returncode == 0, done.stderr
+    both = [tmp_path / name / "judged" for name in high]
+    done = run_here("tools/compare_runs.py", *both, "--output", tmp_path / "compared")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    (semantics,) = [one for one in found["table"] if (one["measure"], one["kind"]) == ("SC", "every kind")]
+    assert (semantics["n"], semantics["difference"], semantics["wins"]) == (2, 5, 1)
+    assert (tmp_path / "compared" / "report.html").is_file()
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

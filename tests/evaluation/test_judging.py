@@ -87,7 +87,7 @@ def by_question(text, images, repetition):
 def test_a_line_by_hand(edits):
     lines = judge_results(*edits[:2], Scripted(by_question), edits[2], Plan())
     assert [line["group"] for line in lines] == ["background_change", "subject-add", "background_change"]
-    assert lines[0]["scores"] == {"SC": 8, "PQ": 4, "O": pytest.approx(math.sqrt(32))} and lines[0]["errors"] == []
+    assert lines[0]["model"] == {"SC": 8, "PQ": 4, "O": pytest.approx(math.sqrt(32))} and lines[0]["errors"] == []
     assert [(one["measure"], one["scores"], one["reason"]) for one in lines[0]["answers"]] == [
         ("SC", [9, 8], "because"), ("PQ", [6, 4], "because")]  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_a_line_by_hand(edits):
 def test_what_cannot_be_read_is_an_error_and_no_score(edits):
     judge = Scripted(lambda text, images, repetition: "I cannot rate this." if images == 2 else [6, 4])
     lines = judge_results(*edits[:2], judge, edits[2], Plan())
-    assert lines[0]["scores"] == {"PQ": 4}
+    assert lines[0]["model"] == {"PQ": 4}
     assert lines[0]["errors"] == ["SC: unreadable: refused: I cannot rate this."]
     facts = report.facts(edits[0], judge, Plan(), lines, "mine")
     assert {entry["measure"] for entry in facts["table"]} == {"PQ"} and len(facts["errors"]) == 3
@@ -109,7 +109,7 @@ def test_overall_is_of_repetitions_that_have_both(edits):
         return [9, 9] if repetition == 0 else [1, 1]
 
     lines = judge_results(*edits[:2], Scripted(answer), edits[2], Plan(repeats=2))
-    assert lines[0]["scores"] == {"SC": 5, "PQ": 4, "O": 6}
+    assert lines[0]["model"] == {"SC": 5, "PQ": 4, "O": 6}
 
 
 # ---- kept answers ----------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_judge_that_prefers_what_it_sees_first_is_found_out(edits):
     """The order is told by the list of names and by the images; PQ, of one image, is asked in one order alone."""
     judge = Scripted(lambda text, images, repetition: [8, 8] if "Image A: the edited image" in text else [5, 5])
     lines = judge_results(*edits[:2], judge, edits[2], Plan(swap=True))
-    assert len(judge.asked) == 9 and lines[0]["scores"]["SC"] == 6.5
+    assert len(judge.asked) == 9 and lines[0]["model"]["SC"] == 6.5
     bias = report.trust(lines, ["SC", "PQ"])
     assert bias == {"SC": {"result shown first, less last": {"mean": 3, "low": 3, "high": 3}}}
     with serve(lambda payload, n: says('{"score": [5, 5]}')) as server:

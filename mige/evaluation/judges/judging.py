@@ -163,7 +163,7 @@ def _line(row: Mapping[str, Any], given: Sequence[Mapping[str, Any]], asked: Rub
     if asked.overall and (together := _overall(given, asked)):
         scores[asked.overall] = sum(together) / len(together)
     errors = [f"{one['measure']}: {one['error']}" for one in given if "error" in one]
-    return {"id": row["id"], **line, "scores": scores, "errors": errors, "answers": list(given)}
+    return {"id": row["id"], **line, "model": scores, "errors": errors, "answers": list(given)}
 
 
 def _overall(given: Sequence[Mapping[str, Any]], asked: Rubric) -> list[float]:

@@ -27,12 +27,12 @@ def write(
     """Write out/report.html of the facts of report.json and the lines; returns its path. found: the outputs by id."""
     names, own = (
         facts["measures"],
-        [name for name in facts["measures"] if any(name in line["scores"] for line in lines)],
+        [name for name in facts["measures"] if any(name in line["model"] for line in lines)],
     )
     sections = [Section("Scores", tables=[*_tables(facts), *_published(prepared.name, names)], detail=LEGEND)]
     if facts["trust"]:
         sections.append(Section("The judge", tables=[_trust(facts["trust"])]))
-    plots = [histogram([line["scores"][name] for line in lines if name in line["scores"]], name) for name in own]
+    plots = [histogram([line["model"][name] for line in lines if name in line["model"]], name) for name in own]
     sections.append(Section("Distributions", plots=plots))
     of_id, draw = {row["id"]: row for row in prepared.rows}, Drawing(out)
     for title, some in _extremes(lines, own).items():
@@ -109,9 +109,7 @@ def _extremes(lines: Sequence[Mapping[str, Any]], own: Sequence[str]) -> dict[st
     """Best, median and worst by the last measure, no line twice, and those without a score."""
     groups: dict[str, Sequence[Mapping[str, Any]]] = {}
     if own:
-        ranked = sorted(
-            (line for line in lines if own[-1] in line["scores"]), key=lambda line: -line["scores"][own[-1]]
-        )
+        ranked = sorted((line for line in lines if own[-1] in line["model"]), key=lambda line: -line["model"][own[-1]])
         each = max(1, min(SHOWN, len(ranked) // 3))
         middle = max(each, (len(ranked) - each) // 2)
         last = max(middle + each, len(ranked) - each)
@@ -124,7 +122,7 @@ def _extremes(lines: Sequence[Mapping[str, Any]], own: Sequence[str]) -> dict[st
 def _case(row: Mapping[str, Any], line: Mapping[str, Any], output: Path) -> Case:
     paths = [row["image"]] if "instruction" in row else row["entity_path"]
     inputs = tuple((f"image {n}", Path(path)) for n, path in enumerate(paths, 1))
-    said = [", ".join(f"{name} {value:.3f}" for name, value in line["scores"].items())]
+    said = [", ".join(f"{name} {value:.3f}" for name, value in line["model"].items())]
     said += [f"{one['measure']} {one['scores']}: {one['reason']}" for one in line["answers"] if "scores" in one]
     detail = "; ".join(part for part in [*said, *line["errors"]] if part)
     return Case(row["id"], line["group"], views.instruction(row), inputs, output, detail)

@@ -77,10 +77,10 @@ def _subsets(lines: Lines) -> dict[str, Lines]:
 
 
 def _entry(subset: str, name: str, some: Lines, of: int) -> list[dict[str, Any]]:
-    having = [line for line in some if name in line["scores"]]
+    having = [line for line in some if name in line["model"]]
     if not having:
         return []
-    values = [line["scores"][name] for line in having]
+    values = [line["model"][name] for line in having]
     mean, low, high = statistics.interval(values, [line["cluster"] for line in having])
     entry = {"version": "model", "subset": subset, "measure": name, "mean": mean, "low": low, "high": high}
     return [entry | {"n": len(values), "of": of}]
@@ -90,8 +90,8 @@ def _of_groups(subset: str, name: str, some: Lines) -> list[dict[str, Any]]:
     """The mean of the groups' means; without an interval."""
     groups: dict[str, list[float]] = {}
     for line in some:
-        if name in line["scores"]:
-            groups.setdefault(line["group"], []).append(line["scores"][name])
+        if name in line["model"]:
+            groups.setdefault(line["group"], []).append(line["model"][name])
     if not groups:
         return []
     mean = sum(sum(values) / len(values) for values in groups.values()) / len(groups)
@@ -121,8 +121,10 @@ def note(prepared: Prepared, lines: Lines) -> str:
         said.append(f"{len(lines)} of the {whole} records of this benchmark: not comparable with whole runs.")
     if errors := sum(len(line["errors"]) for line in lines):
         asked = sum(len(line["answers"]) for line in lines)
-        without = sum(1 for line in lines if not line["scores"])
+        without = sum(1 for line in lines if not line["model"])
         said.append(f"{errors} of {asked} answers gave no score; {without} records have none at all.")
+    if lost := sum("no reply" in error for line in lines for error in line["errors"]):
+        said.append(f"{lost} questions got no reply: the same command asks them again.")
     return " ".join(said)
 
 
