@@ -18,14 +18,13 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mige.cli import command
 from mige.data.checks import check_images, check_repeats, check_training_text
 from mige.data.parsing import read_records
 from mige.data.records import Issue, Record
 from mige.tasks import Task
 from mige.utils.errors import UserError
+from mige.utils.progress import Progress
 
 CHUNK = 64  # records a process decodes at a time; an image shared within a chunk is decoded once
 
@@ -60,14 +59,14 @@ def check_all_images(records: Sequence[Record], workers: int) -> Iterator[Issue]
     context = get_context("forkserver")
     context.set_forkserver_preload(["mige.data.checks"])
     with (
-        tqdm(total=len(records), unit="record") as bar,
+        Progress(total=len(records), unit="record", desc="images") as bar,
         ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_the_parent) as pool,
     ):
         try:
             for chunk, issues in zip(
                 chunks, pool.map(partial(check_images, workers=1, training=True), chunks), strict=True
             ):
-                bar.update(len(chunk))
+                bar.update(len(chunk), failed=len({issue.where for issue in issues if issue.fatal}))
                 yield from issues
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely of short memory; give fewer --workers") from error

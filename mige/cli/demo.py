@@ -40,10 +40,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
     import torch
-    from tqdm import tqdm
 
     from mige.mini.demo import answer, chosen, faster_dtype, load, pages
     from mige.utils.files import write_text
+    from mige.utils.progress import Progress
 
     command.quiet_libraries()
     dtype = args.dtype or faster_dtype()
@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> None:
     pipelines = load(args, getattr(torch, dtype))
     for folder in ("images", "inputs"):
         (args.output / folder).mkdir(parents=True, exist_ok=True)
-    cards = [answer(pipeline, one, args) for one in tqdm(chosen(args.seed), unit="case") for pipeline in pipelines]
+    cards = [
+        answer(pipeline, one, args)
+        for one in Progress(chosen(args.seed), unit="case", desc="demo")
+        for pipeline in pipelines
+    ]
     rows = [{"id": c.output.stem, "prompt": c.one.case.prompt, "scores": c.scores, "seconds": c.remark} for c in cards]
     write_text(args.output / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     pages(cards, args, dtype)

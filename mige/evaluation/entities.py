@@ -15,13 +15,13 @@ import mmcv
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
 
 from mige.reports.cases import Case
 from mige.reports.page import html_page
 from mige.utils.files import append_json_lines, folder_lock, json_lines, read_json_lines, write_text
 from mige.utils.images import BadImageError, open_image, save_image
+from mige.utils.progress import Progress
 
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"  # Swin-B and ViT-H, as published
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25
@@ -130,7 +130,7 @@ def _cut_out_all(
         print(f"warning: {error}; its object is cut out again", file=sys.stderr)
     write_text(path, json_lines(done.values()))
     todo = [row for row in rows if row["id"] not in done]
-    with tqdm(total=len(todo), unit="image", desc="entities") as bar:
+    with Progress(total=len(todo), unit="image", desc="entities", disable=not todo) as bar:
         for first in range(0, len(todo), batch):
             part = todo[first : first + batch]
             opened = [open_image(images[row["id"]]) for row in part]
@@ -139,7 +139,7 @@ def _cut_out_all(
             ):
                 done[row["id"]] = _save(row, image, entity, out)
             append_json_lines(path, [done[row["id"]] for row in part])
-            bar.update(len(part))
+            bar.update(len(part), failed=sum(done[row["id"]]["crop"] is None for row in part))
     return [done[row["id"]] for row in rows]
 
 

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from mige.evaluation.backbones import Backbone, Transform
 from mige.evaluation.benchmarks.files import BenchmarkError
 from mige.evaluation.views import View
 from mige.utils.files import write_bytes
 from mige.utils.images import BadImageError
+from mige.utils.progress import Progress
 
 _CHUNK = 16  # images that a process hands over together: all that wait are in shared memory, some hundred MB
 _PER_PROCESS = 64  # images that are worth starting one for
@@ -70,9 +70,12 @@ def compute_texts(features: Features, texts: Iterable[str], batch: int) -> None:
     """See that the features of these texts are known."""
     features.key_of |= {one: "text " + hashlib.sha256(one.encode()).hexdigest() for one in texts}
     todo = [one for one in dict.fromkeys(texts) if features.lacks(one)]
-    for first in tqdm(range(0, len(todo), batch), desc=f"{features.backbone.name}, captions", disable=not todo):
-        part = todo[first : first + batch]
-        features.keep(part, features.backbone.texts(part))
+    label = f"{features.backbone.name}, captions"
+    with Progress(total=len(todo), unit="caption", desc=label, disable=not todo) as bar:
+        for first in range(0, len(todo), batch):
+            part = todo[first : first + batch]
+            features.keep(part, features.backbone.texts(part))
+            bar.update(len(part))
     if todo:
         features.save()
 
@@ -97,7 +100,7 @@ def compute_images(wanted: Mapping[Features, Iterable[View]], batch: int) -> Non
     workers, chunk = min(os.cpu_count() or 1, len(todo) // _PER_PROCESS), min(batch, _CHUNK)
     loader = iter(DataLoader(images, chunk, num_workers=workers, collate_fn=_together))
     names = " and ".join(features.backbone.name for features in stores)
-    with tqdm(total=len(todo), desc=f"{names}, images", unit="image", disable=not todo) as bar:
+    with Progress(total=len(todo), desc=names, unit="image", disable=not todo) as bar:
         for n in itertools.count(1):
             if not (chunks := list(itertools.islice(loader, max(1, batch // chunk)))):
                 break
@@ -109,6 +112,7 @@ def compute_images(wanted: Mapping[Features, Iterable[View]], batch: int) -> Non
             if n % _SAVE_EVERY == 0 or bar.n == len(todo):
                 for features in stores:
                     features.save()
+        bar.close()
 
 
 Chunk = dict[int, tuple[list[int], Tensor]]

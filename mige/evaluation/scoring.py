@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mige.evaluation import metrics
 from mige.evaluation.backbones import Backbone
@@ -28,6 +27,7 @@ from mige.evaluation.views import View
 from mige.utils.files import json_lines, write_text
 from mige.utils.images import MAX_PIXELS, center_crop, image_size
 from mige.utils.masks import open_mask
+from mige.utils.progress import Progress
 
 PixelMeasure = Callable[[Image.Image, Image.Image, np.ndarray | None], float]
 """Output, image compared with, both RGB of one size, and the region that counts, bool [H, W], or None -> value."""
@@ -101,7 +101,7 @@ def score(
     measure = partial(_measure, wanted=wanted, networks=stores, pixels=pixels, entities=entities is not None)
     scores = Scores([])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pixels are opened and compared on all cores
-        for line, notes in tqdm(pool.map(measure, answers), desc="scores", total=len(answers)):
+        for line, notes in Progress(pool.map(measure, answers), unit="sample", desc="scores", total=len(answers)):
             scores.rows.append(line)
             scores.notes += notes
     return scores

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from mige.checkpoints import folder as checkpoint
@@ -37,6 +36,7 @@ from mige.models.fusion import MIGEFusion
 from mige.models.instruction import read_prompt
 from mige.tasks import Task
 from mige.utils import images
+from mige.utils.progress import Progress
 
 __all__ = [
     "OpenedRecords",
@@ -121,7 +121,7 @@ def run(
         todo = [record for record in records if record.id not in finished]
         todo = [record for task in Task for record in [r for r in todo if r.task is task][process::processes]]
         pipeline.set_progress_bar_config(disable=True)
-        with tqdm(total=len(todo), unit="image", bar_format=_BAR, disable=not todo or process > 0) as bar:
+        with Progress(total=len(todo), unit="image", desc="inference", disable=not todo or process > 0) as bar:
             chunks = draw_noise(pipeline, settings, records, todo, batch_size, shapes)
             _make(pipeline, settings, chunks, opened, results, bar)
         _wait_for_everyone(state)
@@ -150,7 +150,7 @@ def _make(
     chunks: Iterable[Drawn],
     opened: OpenedRecords,
     results: ResultsWriter,
-    bar: tqdm,
+    bar: Progress,
 ) -> None:
     """Chunk by chunk: the images of the next are opened and those of the last are saved meanwhile.
 
@@ -173,9 +173,6 @@ def _wait_for_everyone(state: PartialState | None) -> None:
         state.wait_for_everyone()
 
 
-_BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-
-
 def _opened_ahead(chunks: Iterable[Drawn], reader: ThreadPoolExecutor, opened: OpenedRecords) -> Iterator[Ahead]:
     """The chunks with their samples to come: images are opened while the chunk before is computed."""
     before = None
@@ -194,7 +191,7 @@ def _run_chunk(
     chunk: Sequence[Record],
     noise: Sequence[SampleNoise],
     samples: Future[list[Sample]],
-    bar: tqdm,
+    bar: Progress,
 ) -> list[tuple[Record, images.Image.Image, dict[str, Any]]]:
     """Records with their images and further facts."""
     task = chunk[0].task

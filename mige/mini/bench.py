@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mige.data.synthetic.cases import SEED, BenchCase, make_cases
 from mige.data.synthetic.scenes import Scenes, draw
@@ -25,6 +24,7 @@ from mige.tasks import Task
 from mige.utils import images
 from mige.utils.errors import UserError
 from mige.utils.files import append_json_lines, folder_lock, json_lines, read_json_lines, read_json_object, write_text
+from mige.utils.progress import Progress
 
 _ID = re.compile(r"[a-z0-9_]+-\w+-\d+")
 VERSIONS = ("model", "vae", "copy")  # the model's images, the answers through its VAE, the images to edit as given
@@ -91,7 +91,7 @@ def run(
         write_text(out / "cases.jsonl", json_lines(done.values()))
         todo = [one for one in chosen if one.id not in done]
         pipeline.set_progress_bar_config(disable=True)
-        with tqdm(total=len(todo), unit="case") as bar:
+        with Progress(total=len(todo), unit="case", desc="mini-bench", disable=not todo) as bar:
             for part in _batches(todo, batch):
                 rows = _answer(pipeline, part, out, how)
                 append_json_lines(out / "cases.jsonl", rows)

@@ -20,7 +20,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     parse_flag_from_env,
 )
-from tqdm import tqdm
 
 from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
@@ -43,6 +42,7 @@ from mige.training.run_folder import check_run_folder, check_trackers, log_to_te
 from mige.training.signals import PREEMPTED, StopRequest, report_outcome
 from mige.training.state import TrainingState
 from mige.training.warm_up import warm_up, warm_up_batches
+from mige.utils.progress import Progress
 
 log = logging.getLogger("mige")
 
@@ -158,7 +158,7 @@ class Trainer:
         settings, main = self.config.train, self.accelerator.is_main_process
         loader = build_loader(self.config, self.dataset, self.accelerator, self.step)
         batches = timed(loader, self.monitor.metrics)
-        bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not main)
+        bar = Progress(total=settings.steps, initial=self.step, unit="step", disable=not main)
         while self.step < settings.steps:
             self._train_step(batches)
             self.monitor.flush(all_but=1)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 from mige.data.crops import Crop, as_crops, training_crops
 from mige.data.latent_store.encoding import CHUNK, ENOUGH_DB, Encoder, psnr
@@ -19,6 +18,7 @@ from mige.data.latent_store.part import PartWriter
 from mige.data.latent_store.store import FeatureStore
 from mige.data.records import Issue, Record
 from mige.utils.files import absolute
+from mige.utils.progress import Progress
 
 _WAITING = 4  # batches between the VAE and the disk: enough to bridge a slow flush
 
@@ -132,11 +132,11 @@ def _encode_jobs(
     def settle(future: Future) -> None:
         failed, count = future.result()
         issues.extend(Issue(f"{places[job.crop]}: {job.crop.path}", *why) for job, *why in failed)
-        shown.update(count)
+        shown.update(count, failed=len(failed))
 
     with (
         PartWriter(store.folder, process) as part,
-        tqdm(unit="image", **bar) as shown,
+        Progress(unit="image", **bar) as shown,
         ThreadPoolExecutor(1) as disk,
     ):
         for chunks in _batched(loader, -(-batch_size // CHUNK)):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from mige.data.parsing import make_record
 from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
 from mige.utils import images
 from mige.utils.files import folder_lock, read_json_object, sync_folder
+from mige.utils.progress import Progress
 
 RECORDS, SKIPPED, SUMMARY = "records.jsonl", "skipped.jsonl", "summary.json"
 BATCH = 32  # rows between two commits: what a kill costs at most
@@ -69,13 +69,14 @@ def prepare(
             return summary
         rows = source.reader(settings, source.columns, summary.position)
         left = None if limit is None else limit - summary.rows
-        bar = tqdm(total=limit, initial=summary.rows, unit="row", disable=not progress)
+        bar = Progress(total=limit, initial=summary.rows, unit="row", desc=settings.source, disable=not progress)
         with bar, ThreadPoolExecutor(workers) as pool:
             numbered = enumerate(islice(rows, left), summary.rows)
             while batch := list(islice(numbered, BATCH)):
                 outcomes = pool.map(lambda item: _outcomes(source, settings, folder, *item), batch)
-                _commit(folder, summary, list(chain.from_iterable(outcomes)), len(batch), rows.position())
-                bar.update(len(batch))
+                lines = list(chain.from_iterable(outcomes))
+                _commit(folder, summary, lines, len(batch), rows.position())
+                bar.update(len(batch), failed=sum("reason" in line for line in lines))
         if rows.exhausted:
             summary.finished = True
             _save(folder, summary)

@@ -5,12 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mige.data.synthetic import tasks
 from mige.data.synthetic.scenes import Scenes, draw
 from mige.data.synthetic.world import FIRST, World
 from mige.utils import images
+from mige.utils.progress import Progress
 
 _CHUNK = 64  # cases drawn together
 
@@ -28,8 +28,9 @@ def write(
     """Records and square images of these cases of a world; returns how many there are of each kind."""
     (folder / "images").mkdir()
     counts = Counter()
-    with (folder / "records.jsonl").open("w", encoding="utf-8") as output:
-        for first in tqdm(range(0, len(cases), _CHUNK), unit=f"x {_CHUNK} cases"):
+    bar = Progress(total=len(cases), unit="case", desc="world")
+    with bar, (folder / "records.jsonl").open("w", encoding="utf-8") as output:
+        for first in range(0, len(cases), _CHUNK):
             numbers = cases[first : first + _CHUNK]
             rngs = {n: np.random.default_rng([seed, n]) for n in numbers}
             made = {n: tasks.sample(rng, subjects, mixture, augment=augment, world=world) for n, rng in rngs.items()}
@@ -42,6 +43,7 @@ def write(
                 counts[case.kind] += 1
             for name, image in zip(names, images.to_pil(draw(Scenes.stack(scenes), world=world)), strict=True):
                 image.save(folder / name)
+            bar.update(len(numbers))
     return counts
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mige.evaluation.benchmarks.prepared import Prepared
 from mige.evaluation.judges import answers, views
 from mige.evaluation.judges.answers import Reply, UnreadableAnswerError
@@ -24,6 +22,7 @@ from mige.evaluation.judges.judge import Judge, NoReplyError
 from mige.evaluation.judges.rubrics import Question, Rubric, rubric
 from mige.utils.files import append_json_line, read_json_lines
 from mige.utils.images import image_key
+from mige.utils.progress import Progress
 
 AT_ONCE = 16  # records whose images are in memory
 
@@ -101,7 +100,7 @@ def judge_results(
     Raises JudgeError where no question gets a reply, BadImageError for an image that cannot be read.
     """
     replies, rows, lines = Replies(judge, folder / "answers.jsonl"), prepared.scored, []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(rows), desc="judging") as bar:
+    with ThreadPoolExecutor(workers) as pool, Progress(total=len(rows), unit="record", desc="judging") as bar:
         for first in range(0, len(rows), AT_ONCE):
             part = rows[first : first + AT_ONCE]
             asked = [(row, *one) for row in part for one in _questions(prepared.name, row, found[row["id"]], plan)]
