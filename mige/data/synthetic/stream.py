@@ -111,8 +111,7 @@ class WorldDataset(Dataset):
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of that sample's images, px."""
-        many = len(self.shapes)
-        return self.shapes[int(np.random.default_rng([self.seed, index // self.block, many]).integers(many))]
+        return self.shapes[_chosen(self.seed, index // self.block, len(self.shapes))]
 
     def sample(self, index: int, case: tasks.Case) -> Drawn:
         """A case with its instruction in tokens and its randomness, as `collate_world` takes it."""
@@ -138,6 +137,12 @@ class WorldDataset(Dataset):
             ),
         )
         return sample, scenes, (height, width), self.vision_size, self.world
+
+
+@functools.lru_cache(1024)  # as long as a case takes to make
+def _chosen(seed: int, block: int, many: int) -> int:
+    """Which of so many shapes a block of samples has."""
+    return int(np.random.default_rng([seed, block, many]).integers(many)) if many > 1 else 0
 
 
 def collate_world(drawn: Sequence[Drawn]) -> WorldBatch:
