@@ -31,18 +31,23 @@ def write(
     facts = {"first": first.label, "second": second.label, "protocol": dict(first.protocol)}
     lines = [asdict(one) | {"verdict": one.verdict} for one in compared]
     write_text(out / "comparison.json", json.dumps(facts | {"table": lines}, indent=2) + "\n")
-    draw, articles = Drawing(out), []
+    draw, groups = Drawing(out), {"second better": [], "first better": [], "equal": []}
     for name in disagreements(first, second, rank_by):
         scores = [run.rows[name]["scores"][rank_by] for run in (first, second)]
         detail = f"{rank_by}: first {scores[0]:.4f}, second {scores[1]:.4f}"
         beside = (("second", second.images[name]), *case_of(name).beside)
         shown = replace(case_of(name), output=first.images[name], made_by="first", beside=beside, detail=detail)
-        articles.append(draw.article(shown))
+        gap = (scores[1] - scores[0]) * (-1 if lower_is_better(rank_by) else 1)
+        groups["second better" if gap > 0 else "first better" if gap else "equal"].append(draw.article(shown))
     tables = [Table(HEADINGS, [_line(one) for one in compared if one.kind == kind], kind) for kind in _kinds(compared)]
     arrow = "less is better" if lower_is_better(rank_by) else "more is better"
     sections = [
         Section("Differences", tables=tables, detail=LEGEND),
-        Section(f"Largest differences by {rank_by} ({arrow})", len(articles), articles=articles),
+        Section(
+            f"Largest differences by {rank_by} ({arrow})",
+            sum(map(len, groups.values())),
+            groups=[(name, some) for name, some in groups.items() if some],
+        ),
     ]
     summary = {"first": first.label, "second": second.label, **{k: str(v) for k, v in first.protocol.items()}}
     return write_page(out / "report.html", "Two runs compared", sections, note=note(compared), summary=summary)
