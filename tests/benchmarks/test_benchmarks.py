@@ -110,6 +110,7 @@ ELSEWHERE = {
     "bench_scaling.py": "test_scaling_measures_the_trainer_itself",
     "bench_scoring.py": "test_scoring_runs_on_small_networks",
     "bench_shapes.py": "test_shapes_take_turns_with_squares",
+    "bench_small_cards.py": "test_small_cards_are_compared_with_float32",
 }
 
 
@@ -132,6 +133,19 @@ def test_it_runs_on_a_cpu(name, tmp_path, monkeypatch):
     assert not any("failed" in line for line in lines), lines
     rates = [number for line in lines for key, number in line.items() if "_per_s" in key or "_a_second" in key]
     assert all(rate > 0 for rate in rates) and (rates or name in ("bench_compile.py", "bench_features.py"))
+
+
+@pytest.mark.processes
+def test_small_cards_are_compared_with_float32(tmp_path):
+    """Each mode in a process of its own; the one without a float32 to compare with is refused."""
+    case = [*TINY, "--device", "cpu", "--steps", 2, "--folder", tmp_path, "--output", tmp_path / "lines.jsonl"]
+    done = start("bench_small_cards.py", *case, "--modes", "t5-4", "float32", "offload")
+    assert done.returncode == 0, done.stderr
+    machine, exact, four_bits, offloaded = read(tmp_path / "lines.jsonl")
+    assert machine["device"] == "cpu" and [exact["mode"], four_bits["mode"]] == ["float32", "t5-4"]
+    assert exact["error"] == 0 < offloaded["error"] < four_bits["error"] < 1  # bfloat16's, and that of the bits
+    assert done.stdout.count("| t5-4 |") == 1 and not list(tmp_path.glob("mige-small-cards-*"))
+    assert start("bench_small_cards.py", *case, "--modes", "t5-4").returncode == 2
 
 
 def test_kernels_need_a_gpu():
