@@ -4,7 +4,6 @@ A config file holds data only. `load("configs/mige_512.py", ["model.transformer.
 are taken from the working directory.
 """
 
-import ast
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 import mmengine
 
 from mige.utils.settings import (
-    RENAMED,
     ConfigError,
     agree,
+    apply_override,
     at_least,
     check_grids,
     check_type,
@@ -110,6 +109,16 @@ class DataConfig:
                     check_type(f"data.sets[{number}].{key}", one[key], str)
 
 
+_TRAIN_NAMES = {
+    "optimizer": ("adamw", "adamw_8bit", "muon"),
+    "precision": ("auto", "float32", "mixed", "bfloat16"),
+    "trainable": ("full", "text_encoder_frozen", "dit", "lora", "all"),
+    "lora_targets": ("dit_attention", "dit_mlp", "t5", "qformer", "fusion"),
+    "gradient_checkpointing": ("transformer", "text_encoder"),
+    "compile": ("transformer", "text_encoder", "image_encoder", "qformer", "vae"),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How it is trained."""
@@ -130,11 +139,14 @@ class TrainConfig:
     max_grad_norm: float  # largest gradient norm
     optimizer: str  # adamw; adamw_8bit (bitsandbytes); muon (and adamw)
     precision: str  # auto; float32; mixed (float32 parameters, bfloat16 products); bfloat16 (stochastic rounding)
-    trainable: str  # full (all but the vision tower); text_encoder_frozen; dit; lora (adapters in the DiT); all
+    trainable: str  # full (all but the vision tower); text_encoder_frozen; dit; lora (adapters); all
     noise_levels: int  # of every sample a step: the encoder's work is shared by them
     snr_gamma: float | None  # min-SNR weighting of the loss (5 in its paper); None: unweighted, as the released model
     snr_power: float  # the loss weighs SNR ** -snr_power where SNR < 1; 0: unweighted, as the released model
     lora_rank: int
+    lora_alpha: float | None  # adapters count lora_alpha / lora_rank; None: the rank, so 1
+    lora_targets: Sequence[str]  # what has adapters: dit_attention, dit_mlp, t5, qformer, fusion
+    lora: str | None  # adapters to go on from (a folder or file), of this rank, alpha and targets; None: fresh ones
     gradient_checkpointing: Sequence[str]  # parts that recompute activations: transformer, text_encoder
     compile: Sequence[str] | None  # parts whose blocks are compiled, vae; None: all four on a GPU, else nothing
     ema: float | None  # decay of averaged weights, which checkpoints then hold for inference
@@ -163,6 +175,10 @@ class TrainConfig:
             )
         if self.trainable == "lora" and self.optimizer == "muon":
             raise ConfigError("train.optimizer is 'muon', which trains whole matrices: use adamw with 'lora'")
+        if self.trainable == "lora" and not self.lora_targets:
+            raise ConfigError("train.lora_targets is empty: name what gets adapters, such as 'dit_attention'")
+        if self.lora is not None and self.trainable != "lora":
+            raise ConfigError(f"train.lora={self.lora} needs train.trainable='lora', which is {self.trainable!r}")
         if self.trainable == "lora" and self.ema is not None:
             raise ConfigError("train.ema averages whole models; set it to None for 'lora'")
         if self.sample_every and not self.sample_records:
@@ -180,13 +196,10 @@ class TrainConfig:
         return "bf16" if self.precision == "mixed" or adapters else "no"
 
     def _check_names(self) -> None:
-        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
-        one_of("train.precision", self.precision, ("auto", "float32", "mixed", "bfloat16"))
-        one_of("train.trainable", self.trainable, ("full", "text_encoder_frozen", "dit", "lora", "all"))
-        for part in self.gradient_checkpointing:
-            one_of("train.gradient_checkpointing", part, ("transformer", "text_encoder"))
-        for part in self.compile or ():
-            one_of("train.compile", part, ("transformer", "text_encoder", "image_encoder", "qformer", "vae"))
+        for name, known in _TRAIN_NAMES.items():
+            given = getattr(self, name) or ()
+            for one in [given] if isinstance(given, str) else given:
+                one_of(f"train.{name}", one, known)
 
     def _check_ranges(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "noise_levels", "log_every",
@@ -201,8 +214,9 @@ class TrainConfig:
             raise ConfigError(f"train.betas is {self.betas}, expected two numbers from 0 to below 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"train.ema is {self.ema}, expected None or a number between 0 and 1")
-        if self.snr_gamma is not None:
-            positive("train.snr_gamma", self.snr_gamma)
+        for name in ("snr_gamma", "lora_alpha"):
+            if getattr(self, name) is not None:
+                positive(f"train.{name}", getattr(self, name))
         if self.sample_steps is not None:
             at_least("train.sample_steps", self.sample_steps, 1)
 
@@ -264,7 +278,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:  # a config file is Python, so anything can go wrong in it
         raise ConfigError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
     for override in overrides:
-        _override(data, override, str(path))
+        apply_override(data, override, str(path))
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if "distillation" in data:
         sections["distillation"] = DistillationConfig
@@ -280,19 +294,3 @@ def _section(cls: type, data: Any, where: str):
     refuse_unknown(data.keys() - known, where, known)
     refuse_missing(known - data.keys(), where)
     return cls(**data)
-
-
-def _override(data: dict, override: str, where: str) -> None:
-    """Set `a.b.c=value` in nested dicts; only a key that is there can be overridden."""
-    path, separator, text = override.partition("=")
-    *parents, last = path.split(".")
-    for key in parents:
-        data = data.get(key) if isinstance(data, dict) else None
-    if parents == ["train"] and last in RENAMED:
-        raise ConfigError(f"{where}: cannot override {override!r}: train.{last} is now train.{RENAMED[last]}")
-    if not separator or not isinstance(data, dict) or last not in data:
-        raise ConfigError(f"{where}: cannot override {override!r}: expected an existing section.key=value")
-    try:
-        data[last] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # not Python syntax: plain text, as in mode=full
-        data[last] = text

@@ -125,7 +125,7 @@ def _part_errors(cls: type[nn.Module], folder: Path, variant: str | None) -> lis
         files, errors = files_to_read(folder, _stem(cls), variant)
         config = read_json(folder / "config.json")
         found = {key: stored for file in files for key, stored in header(file).items()}
-        part = _build(cls, config)
+        part = build_empty(cls, config)
     except CheckpointError as error:
         return [f"damaged: {error}"]
     errors += _config_errors(cls, config)
@@ -161,7 +161,8 @@ def _config_errors(cls: type[nn.Module], config: dict) -> list[str]:
     return errors
 
 
-def _build(cls: type[nn.Module], config: dict) -> nn.Module:
+def build_empty(cls: type[nn.Module], config: dict) -> nn.Module:
+    """A part without weights, on the "meta" device; raises CheckpointError where its class refuses the config."""
     try:
         with torch.device("meta"):
             if getattr(cls, "config_class", None) is not None:  # a class of transformers

@@ -1,7 +1,8 @@
 """Low-rank adapters on a pipeline: several, each with a scale, loaded, exchanged and taken off again.
 
-Adapters are added into the DiT's weights, in place, and the weights as they were are kept in host memory: a step is no
-slower than without, `compile` needs no other layers, and taking adapters off gives back every bit.
+Adapters are added into the weights of the DiT, T5, Q-Former and fusion, in place, and the weights as they were are kept
+in host memory: nothing is slower than without, `compile` needs no other layers, and taking adapters off gives back
+every bit.
 """
 
 import math
@@ -16,13 +17,14 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.lora_files import PARTS
 from mige.checkpoints.lora_state import Lora, read_lora, write_lora
 from mige.checkpoints.weight_files import read_json
 from mige.diffusion.few_step import FewStepSolver
 from mige.inference import loading
 
 _CONFIG = "scheduler_config.json"
-_FILES = ["*.safetensors", "adapter_config.json", _CONFIG]
+_FILES = ["*.safetensors", "adapter_config.json", "*/adapter_config.json", _CONFIG]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Stack:
         loaded: by name. schedulers: of those that bring one, a few-step student's.
         scales: of the active ones. off: none counts, though some are active.
         fused: they stay when the adapters are unloaded.
-        before: weights [out, in] without adapters, on the CPU, by parameter. scheduler: the pipeline's own.
+        before: weights [out, in] without adapters, on the CPU, by part and layer. scheduler: the pipeline's own.
     """
 
     loaded: dict[str, Lora] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Stack:
 
 
 class Adapters:
-    """The methods of diffusers' LoRA loaders, for the DiT; the names and meanings are theirs."""
+    """The methods of diffusers' LoRA loaders; the names and meanings are theirs."""
 
     _stack: Stack | None = None
 
@@ -55,11 +57,12 @@ class Adapters:
         path: str | Path | Mapping[str, Tensor],
         adapter_name: str | None = None,
         *,
+        beside: float | None = None,
         weight_name: str | None = None,
         subfolder: str | None = None,
         **hub: Any,
     ) -> None:
-        """Load adapters; they alone are active then, with scale 1.
+        """Load adapters; they alone are active then, with scale 1, or with the scale `beside` next to those that are.
 
         Args:
             path: a folder or file in diffusers' or PEFT's layout, a model of the hub, or a state dict of any shapes.
@@ -77,15 +80,17 @@ class Adapters:
         if unknown := sorted(hub.keys() - set(loading.HUB)):
             raise TypeError(f"load_lora_weights() got the unknown option {unknown[0]!r}")
         place = path if isinstance(path, Mapping) else _locate(path, weight_name, subfolder, hub)
-        adapters = read_lora(self.transformer, place, stack.before)
+        before = {f"{at.removeprefix('transformer.')}.weight": value for at, value in stack.before.items()}
+        adapters = read_lora(self.components, place, before)
         config = None if isinstance(place, Mapping) else own_config(place)
         scheduler = None if config is None else FewStepSolver.from_config(config)
-        _keep(stack, adapters, self.transformer)
+        self._keep(stack, adapters)
         stack.loaded[name] = adapters
         if scheduler is not None:
             stack.schedulers[name] = scheduler
         self._stack = stack
-        self.set_adapters(name)
+        active = {} if beside is None else stack.scales
+        self.set_adapters([*active, name], [*active.values(), 1.0 if beside is None else beside])
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -106,13 +111,7 @@ class Adapters:
         for value in scales:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"the weight of an adapter is {value!r}, expected a number")
-        own = {id(stack.schedulers[name]): stack.schedulers[name] for name in names if name in stack.schedulers}
-        if len({str(scheduler.config) for scheduler in own.values()}) > 1:
-            raise ValueError(f"{', '.join(names)} bring different samplers: make one of them active")
-        _refuse_fused(stack)
-        stack.scales, stack.off = dict(zip(names, map(float, scales), strict=True)), False
-        self._apply()
-        self.scheduler = next(iter(own.values()), stack.scheduler)
+        self._activate(dict(zip(names, map(float, scales), strict=True)), off=False)
 
     def get_active_adapters(self) -> list[str]:
         """The names of the active adapters."""
@@ -120,7 +119,9 @@ class Adapters:
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The names of all loaded adapters, by part."""
-        return {"transformer": list(self._stack.loaded)} if self._stack and self._stack.loaded else {}
+        loaded = {} if self._stack is None else self._stack.loaded
+        of_parts = {part: [name for name, one in loaded.items() if part in one.parts] for part in PARTS}
+        return {part: names for part, names in of_parts.items() if names}
 
     def disable_lora(self) -> None:
         """The model without its adapters, until `enable_lora`."""
@@ -137,7 +138,7 @@ class Adapters:
         kept = {name: scale for name, scale in stack.scales.items() if name not in names}
         if missing := [name for name in names if name not in stack.loaded]:
             raise ValueError(f"adapter {missing[0]!r} is not loaded; loaded are {', '.join(stack.loaded)}")
-        self.set_adapters(list(kept), list(kept.values()))
+        self._activate(kept, off=stack.off)
         for name in names:
             del stack.loaded[name]
             stack.schedulers.pop(name, None)
@@ -164,8 +165,8 @@ class Adapters:
         """Forget all adapters: the model as it was before, bit for bit, or with what was fused."""
         stack, self._stack = self._stack, None
         if stack is not None and not stack.fused:
-            for name, before in stack.before.items():
-                self.transformer.get_parameter(name).data.copy_(before)
+            for at, before in stack.before.items():
+                self._layer(at).weight.data.copy_(before)
             if self._fast is not None:
                 self._fast.refresh()
             self.scheduler = stack.scheduler
@@ -191,36 +192,55 @@ class Adapters:
             raise ValueError("no adapters are loaded: call load_lora_weights first")
         return self._stack
 
+    def _activate(self, scales: dict[str, float], *, off: bool) -> None:
+        """These are the active adapters from now on, with the sampler that they bring."""
+        stack = self._stack
+        own = [stack.schedulers[name] for name in scales if name in stack.schedulers]
+        if len({str(scheduler.config) for scheduler in own}) > 1:
+            raise ValueError(f"{', '.join(scales)} bring different samplers: make one of them active")
+        _refuse_fused(stack)
+        stack.scales, stack.off = scales, off
+        self._apply()
+        self.scheduler = own[0] if own else stack.scheduler
+
     def _switch(self, *, off: bool) -> None:
         stack = self._loaded()
         _refuse_fused(stack)
         stack.off = off
         self._apply()
 
+    def _layer(self, at: str) -> nn.Module:
+        """The layer of a part: "fusion.text_proj"."""
+        part, _, path = at.partition(".")
+        return self.components[part].get_submodule(path)
+
+    def _keep(self, stack: Stack, adapters: Lora) -> None:
+        """Keep the weights that adapters change; raises ValueError for a layer that none can be added to."""
+        for at in adapters.scale:
+            kind = type(self._layer(at))
+            if (
+                kind is not nn.Linear
+                or type(self._layer(at).weight.data) is not Tensor
+                or self._layer(at).weight.is_meta
+            ):
+                raise ValueError(f"{at} is a {kind.__name__}, quantised or off-loaded: load adapters first")
+        for at in adapters.scale:
+            if at not in stack.before:
+                stack.before[at] = self._layer(at).weight.detach().cpu().clone()
+
     @torch.no_grad()
     def _apply(self) -> None:
         """Weights of all layers that any adapters change: as they were, and what the active ones add."""
         stack = self._stack
         active = [] if stack.off else [(stack.loaded[name], scale) for name, scale in stack.scales.items() if scale]
-        for name, total in stack.before.items():
-            layer, weight = name.removesuffix(".weight"), self.transformer.get_parameter(name)
+        for at, total in stack.before.items():
+            weight = self._layer(at).weight
             for adapters, scale in active:
-                if layer in adapters.scale:
-                    total = total.to(weight.device, torch.float32) + adapters.delta(layer, weight.device) * scale
+                if at in adapters.scale:
+                    total = total.to(weight.device, torch.float32) + adapters.delta(at, weight.device) * scale
             weight.data.copy_(total)
         if self._fast is not None:
             self._fast.refresh()
-
-
-def _keep(stack: Stack, adapters: Lora, transformer: nn.Module) -> None:
-    """Keep the weights that adapters change; raises ValueError for a layer that none can be added to."""
-    layers = dict(transformer.named_modules())
-    for layer in adapters.scale:
-        kind = type(layers[layer])
-        if kind is not nn.Linear or layers[layer].weight.is_meta:
-            raise ValueError(f"transformer.{layer} is a {kind.__name__}, quantised or off-loaded: load adapters first")
-    for layer in adapters.scale:
-        stack.before.setdefault(f"{layer}.weight", layers[layer].weight.detach().cpu().clone())
 
 
 def _refuse_fused(stack: Stack) -> None:
@@ -237,10 +257,8 @@ def _locate(path: str | Path, weight_name: str | None, subfolder: str | None, hu
 
 def add_adapters(pipeline: Adapters, path: str | Path, scale: float = 1.0) -> None:
     """Load adapters beside those that are active, with a scale; errors as of the pipeline's methods."""
-    before = {} if pipeline._stack is None else dict(pipeline._stack.scales)
-    name = f"{len(before)}: {path}"
-    pipeline.load_lora_weights(path, name)
-    pipeline.set_adapters([*before, name], [*before.values(), scale])
+    before = {} if pipeline._stack is None else pipeline._stack.loaded
+    pipeline.load_lora_weights(path, f"{len(before)}: {path}", beside=scale)
 
 
 def scheduler_config(model: Path, loras: Sequence[str | Path]) -> dict[str, Any]:

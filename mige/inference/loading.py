@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from mige.checkpoints.errors import CheckpointError
+from mige.checkpoints.lora import empty_twin
 from mige.models.mige import MODEL_PREFIXES
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -101,8 +101,7 @@ def exchange_weights(components: Mapping[str, Any], state: Mapping[str, Tensor])
     parts = {}
     for name, prefix in MODEL_PREFIXES.items():
         part = components[name]
-        with torch.device("meta"):
-            fresh = part.from_config(part.config) if isinstance(part, ModelMixin) else type(part)(part.config)
+        fresh = empty_twin(part)
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         fresh.load_state_dict(own, assign=True)
         for path, buffer in part.named_buffers():  # tables that no state dict holds

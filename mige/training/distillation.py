@@ -175,6 +175,8 @@ def check(config: Config) -> None:
             f"train.trainable is {config.train.trainable!r}, expected 'dit' or 'lora': a student shares its "
             "teacher's encoder"
         )
+    if other := [name for name in config.train.lora_targets if not name.startswith("dit_")]:
+        raise ConfigError(f"train.lora_targets has {other[0]!r}, expected the DiT's: a student shares the encoder")
     if config.train.held_out:
         raise ConfigError("train.held_out is set, but a student does not learn to estimate noise: leave it empty")
     for name in ("drop_text", "drop_source", "drop_both"):

@@ -1,5 +1,7 @@
 """Useful FLOPs of a training pass, and the matrix rate of a card that they are set against."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -56,18 +58,21 @@ def forward_flops(model: nn.Module, latent_tokens: int, context: int, images: in
     }
 
 
-def useful_flops(forward: dict[str, float], trainable: str) -> float:
+def useful_flops(forward: dict[str, float], trainable: str, adapted: Collection[str] = ("transformer",)) -> float:
     """FLOPs of a sample's training pass without recomputation, from those of its forward pass.
 
     A trained part counts three times (forward, gradient of inputs, of weights); a frozen one that gradients pass
     through twice; one that none pass through once. `trainable`: as in the config.
+    `adapted`: the parts that have adapters, with "lora".
     """
+    seeing = {"qformer", "fusion"} & set(adapted)
+    text, fusion, qformer = 1 + bool(seeing or "text_encoder" in adapted), 1 + bool(seeing), 1 + ("qformer" in adapted)
     passes = {
         "all": {},
         "full": {"image_encoder": 1},
         "text_encoder_frozen": {"image_encoder": 1, "text_encoder": 2},
         "dit": {"image_encoder": 1, "qformer": 1, "fusion": 1, "text_encoder": 1},
-        "lora": {"image_encoder": 1, "qformer": 1, "fusion": 1, "text_encoder": 1, "transformer": 2},
+        "lora": {"image_encoder": 1, "qformer": qformer, "fusion": fusion, "text_encoder": text, "transformer": 2},
     }[trainable]
     return sum(passes.get(part, 3) * flops for part, flops in forward.items())
 

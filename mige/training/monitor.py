@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mige.config import Config
 from mige.data.batch import TrainingBatch
 from mige.inference.pipeline import MIGEPipeline
+from mige.training.adapters import adapted
 from mige.training.checkpointing import list_checkpoints
 from mige.training.errors import TrainingError
 from mige.training.flops import forward_flops, measured_peak_flops, useful_flops
@@ -145,7 +146,8 @@ class Monitor:
             )
             frozen = self.objective.frozen_passes * forward["transformer"]
             forward["transformer"] *= self.objective.levels
-            self._work[context, images, cells] = useful_flops(forward, self.config.train.trainable) + frozen
+            settings = self.config.train
+            self._work[context, images, cells] = useful_flops(forward, settings.trainable, adapted(settings)) + frozen
         return self._work[context, images, cells]
 
 

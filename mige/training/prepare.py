@@ -10,12 +10,11 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from mige.checkpoints.lora import add_lora
 from mige.config import Config, TrainConfig
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.mige import MIGEModel
+from mige.training.adapters import add_adapters
 from mige.training.optimizers import build_optimizers
-from mige.training.pretrained import adapters_to_float32
 
 _KEPT = 0.25  # of a card's memory that gathered blocks may take until the step's end
 
@@ -36,8 +35,7 @@ def prepare_model(
     """Freeze, add adapters, compile, wrap."""
     model.freeze(settings.trainable)
     if settings.trainable == "lora":
-        add_lora(model.transformer, settings.lora_rank)
-        adapters_to_float32(model.transformer)
+        add_adapters(settings, model)
     model.checkpoint_gradients(settings.gradient_checkpointing)
     model.compile_blocks([part for part in settings.compile if part != "vae"])
     model.train()

@@ -1,7 +1,6 @@
 """What a training starts from, and what of it cannot be trained as the config says."""
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 from mige.config import Config, ConfigError, TrainConfig
@@ -64,10 +63,3 @@ def check_shardable(settings: TrainConfig, by: str) -> None:
             f"{'' if by == 'FSDP2' else ' on float32 parameters'}: set train.optimizer=adamw train.precision=mixed, or "
             "launch without it (LAUNCH=ddp)"
         )
-
-
-def adapters_to_float32(transformer: nn.Module) -> None:
-    """Trained adapters in float32, whatever dtype lies below them: bfloat16 would round their updates away."""
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

@@ -64,6 +64,7 @@ def resume_invariants(
         "mixed_precision": train.mixed_precision,
         "trainable": train.trainable,
         "lora_rank": train.lora_rank if train.trainable == "lora" else None,
+        **_adapters(train),
         "sharding": sharding,
         **_architecture(config.model),
     }
@@ -82,6 +83,14 @@ def resume_invariants(
     if sharding == "ZeRO-2":
         facts["processes"] = processes
     return facts
+
+
+def _adapters(train: TrainConfig) -> dict[str, Any]:
+    """What adapters have beside a rank; None: as before it could be chosen."""
+    alpha, targets = train.lora_alpha, sorted(set(train.lora_targets))
+    usual = train.trainable != "lora" or targets == ["dit_attention"]
+    own = train.trainable == "lora" and alpha not in (None, train.lora_rank)
+    return {"lora_alpha": float(alpha) if own else None, "lora_targets": None if usual else targets}
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

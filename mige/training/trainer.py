@@ -21,11 +21,11 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from mige.checkpoints.lora import save_lora
 from mige.config import Config, ConfigError
 from mige.data.batch import TrainingBatch
 from mige.diffusion.gaussian import Diffusion
 from mige.training import checkpointing, precision, sampling
+from mige.training.adapters import save_adapters
 from mige.training.clipping import clip_gradients
 from mige.training.data import load_dataset
 from mige.training.ema import AveragedWeights
@@ -291,7 +291,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return lambda: None
         if lora:
-            save_lora(self.plain.transformer, folder / "lora")
+            save_adapters(self.plain, folder / "lora")
             return lambda: None
         live = self.sharding != "FSDP2"  # else it was gathered into tensors of its own
         for name, parameter in self.plain.named_parameters(remove_duplicate=False):

@@ -1,5 +1,6 @@
 """What a value of a config must be: types, ranges, names; each refusal says key, value and what was expected."""
 
+import ast
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from fractions import Fraction
@@ -128,3 +129,19 @@ def refuse_missing(missing: Set[str], where: str) -> None:
     """Raise ConfigError for keys that are not given."""
     if missing:
         raise ConfigError(f"{where}: missing key(s) {sorted(missing)}")
+
+
+def apply_override(data: dict, override: str, where: str) -> None:
+    """Set `a.b.c=value` in nested dicts; only a key that is there can be overridden."""
+    path, separator, text = override.partition("=")
+    *parents, last = path.split(".")
+    for key in parents:
+        data = data.get(key) if isinstance(data, dict) else None
+    if parents == ["train"] and last in RENAMED:
+        raise ConfigError(f"{where}: cannot override {override!r}: train.{last} is now train.{RENAMED[last]}")
+    if not separator or not isinstance(data, dict) or last not in data:
+        raise ConfigError(f"{where}: cannot override {override!r}: expected an existing section.key=value")
+    try:
+        data[last] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # not Python syntax: plain text, as in mode=full
+        data[last] = text

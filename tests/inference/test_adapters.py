@@ -14,6 +14,7 @@ from mige.checkpoints.errors import CheckpointError
 from mige.checkpoints.lora import fingerprint, merge_lora
 from mige.cli import command, infer
 from mige.diffusion.few_step import FewStepSolver
+from mige.inference.adapters import Adapters, add_adapters
 from mige.inference.pipeline import MIGEPipeline
 
 LATENT = {"num_inference_steps": 2, "output_type": "latent"}
@@ -112,6 +113,32 @@ def test_several_adapters_with_scales(pipe, plain, a, b):
     close(changes(pipe, plain), of_a)
     pipe.set_adapters("a", 0.0)
     assert not changes(pipe, plain)
+
+
+def test_deleting_leaves_adapters_off_that_are_off(pipe, plain, a, b):
+    pipe.load_lora_weights(a, "a")
+    of_a = changes(pipe, plain)
+    pipe.load_lora_weights(b, "b", beside=1.0)
+    pipe.disable_lora()
+    pipe.delete_adapters("b")
+    assert not changes(pipe, plain) and pipe.get_active_adapters() == []
+    pipe.enable_lora()
+    close(changes(pipe, plain), of_a)
+    assert pipe.get_active_adapters() == ["a"]
+
+
+def test_adapters_of_the_command_line_are_computed_once_each(pipe, plain, a, b, monkeypatch):
+    of_a, of_b = [], []
+    for path, kept in ((a, of_a), (b, of_b)):
+        pipe.load_lora_weights(path)
+        kept.append(changes(pipe, plain))
+        pipe.unload_lora_weights()
+    computed, own = [], Adapters._apply
+    monkeypatch.setattr(Adapters, "_apply", lambda self: computed.append(1) or own(self))
+    add_adapters(pipe, a, 0.5)
+    add_adapters(pipe, b, -2.0)
+    assert len(computed) == 2
+    close(changes(pipe, plain), together((of_a[0], 0.5), (of_b[0], -2.0)))
 
 
 def test_what_is_fused_stays(pipe, plain, a, b):
