@@ -68,6 +68,12 @@ def test_parts_and_refusals():
         assert one.ask("rate", [], 0) == answers.Reply("I can't.", "refusal")
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    body = b'{"choices": [{"message": {"content": "so \\ud83d"}}]}'
+    with serve(lambda payload, n: Response(body)) as server:
+        assert judge(server).ask("rate", [], 0).text == "so ?"
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
 def test_what_passes_is_tried_again(status):
     script, waited = [fails(status), fails(status), says(GOOD)], []

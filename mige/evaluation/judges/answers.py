@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,12 @@ def read(reply: Reply, question: Question) -> Answer:
     for score in scores:
         if not (math.isfinite(score) and question.low <= score <= question.high):
             raise UnreadableAnswerError(f"score {score:g}, expected {question.low} to {question.high}")
-    return Answer(scores, reason)
+    return Answer(scores, storable(reason))
+
+
+def storable(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which JSON may hold and no file may."""
+    return text.encode(errors="replace").decode()
 
 
 def _why_nothing(text: str, stop: str) -> str:
@@ -110,7 +116,8 @@ def _numbers(value: Any, question: Question) -> tuple[float, ...]:
     """The numbers in the value of "score": one, a list, or an object that names the criteria."""
     if isinstance(value, dict):
         if value.keys() != set(question.criteria):
-            raise UnreadableAnswerError(f"scores of {', '.join(value)}; expected {', '.join(question.criteria)}")
+            named = storable(_short(", ".join(value)))
+            raise UnreadableAnswerError(f"scores of {named}; expected {', '.join(question.criteria)}")
         value = [value[name] for name in question.criteria]
     return tuple(_number(one, question) for one in (value if isinstance(value, list) else [value]))
 
@@ -121,8 +128,9 @@ def _number(value: Any, question: Question) -> float:
         if written and written[2] in (None, str(question.high)):
             return float(written[1])
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    raise UnreadableAnswerError(f"score {json.dumps(value)[:60]}, expected a number")
+        with suppress(OverflowError):
+            return float(value)
+    raise UnreadableAnswerError(f"score {storable(_short(str(value)))}, expected a number")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from mige.evaluation.judges.answers import Reply
+from mige.evaluation.judges.answers import Reply, storable
 from mige.evaluation.judges.judge import JudgeError, NoReplyError
 
 MAX_TOKENS = 1400  # of a reply, as OmniContext's official judge has it
@@ -142,7 +142,7 @@ def _reply(response: httpx.Response) -> Reply:
         choice = response.json()["choices"][0]
         message, stop = choice["message"], choice.get("finish_reason") or "stop"
         if message.get("refusal"):
-            return Reply(str(message["refusal"]), "refusal")
+            return Reply(storable(str(message["refusal"])), "refusal")
         content = message["content"] or ""
         if isinstance(content, list):  # parts
             content = "".join(part.get("text", "") for part in content)
@@ -151,7 +151,7 @@ def _reply(response: httpx.Response) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"a response of another form than chat completions' ({error!r}): {response.text[:80]!r}"
         raise NoReplyError(problem) from error
-    return Reply(content, str(stop))
+    return Reply(storable(content), storable(str(stop)))
 
 
 def _message(response: httpx.Response) -> str:
@@ -161,7 +161,7 @@ def _message(response: httpx.Response) -> str:
         said = said["message"] if isinstance(said, dict) else said
     except (ValueError, LookupError, TypeError):
         said = response.text
-    return " ".join(str(said).split())[:200] or response.reason_phrase
+    return storable(" ".join(str(said).split())[:200]) or response.reason_phrase
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -82,7 +82,7 @@ def _published(benchmark: str, names: Sequence[str]) -> list[Table]:
     rows = [
         [
             one.method,
-            *(f"{one.scores[name]:.4g}" if name in one.scores else "-" for name in names),
+            *(f"{one.scores[name]:.2f}" if name in one.scores else "-" for name in names),
             one.judge,
             one.source,
         ]
