@@ -28,7 +28,11 @@ Upload = _variant(gr.Image, preprocess=raw, data_model=None, api_info=lambda sel
 Dataset = _variant(gr.Dataset, preprocess=raw)
 # Of the page only: no value of the API.
 Token = _variant(gr.Textbox, preprocess=raw, skip_api=True)
-Stage = _variant(gr.HTML, skip_api=True)
+Scale = _variant(gr.Slider, preprocess=raw, skip_api=True)
+Html = _variant(gr.HTML, preprocess=raw, skip_api=True)
+Choice = _variant(gr.Radio, preprocess=raw, skip_api=True)
+Tick = _variant(gr.Checkbox, preprocess=raw, skip_api=True)
+File = _variant(gr.UploadButton, preprocess=raw, data_model=None, skip_api=True)
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,40 @@ class Tab:
     reads: gr.HTML
     run: gr.Button
     stop: gr.Button
-    settings: list[gr.Component]  # seed, how many, steps, guidance, source guidance, width, height
+    random: gr.Checkbox  # a new seed at every run
+    shape: gr.Radio
+    settings: list[gr.Component]  # seed, how many, steps, guidance, source guidance, width, height, negative text, mask
+    adapters: list[gr.Slider]
     examples: gr.Dataset
-    stage: gr.HTML
-    gallery: gr.Gallery
-    token: gr.Textbox  # never visible: names the results that are shown
-    slider: gr.ImageSlider | None  # of the tabs that edit
-    download: gr.DownloadButton
+    results: "Results"
 
     @property
     def asked(self) -> list[gr.Component]:
         """What a request is made of."""
-        return [self.instruction, *self.pictures, *self.settings]
+        return [self.instruction, *self.pictures, *self.settings, *self.adapters]
 
     @property
-    def compared(self) -> list[gr.Component]:
+    def slots(self) -> list[gr.Image]:
+        """The pictures that the model has room for."""
+        return [picture for picture in self.pictures if picture.visible]
+
+
+@dataclass
+class Results:
+    """What comes out of a tab."""
+
+    stage: gr.HTML  # what happens now
+    timer: gr.Timer  # looks for the place in the queue while a request waits
+    gallery: gr.Gallery
+    token: gr.Textbox  # never visible: names the results that are shown
+    chosen: gr.Number  # never visible: which of them
+    compare: gr.HTML  # of the tabs that edit: a result over its input
+    download: gr.DownloadButton
+    download_all: gr.DownloadButton
+    as_source: gr.Button
+    as_subject: gr.Button
+
+    @property
+    def shown(self) -> list[gr.Component]:
         """What shows one image of a result."""
-        return [part for part in (self.download, self.slider) if part is not None]
+        return [self.chosen, self.compare, self.download, self.as_source, self.as_subject]

@@ -41,7 +41,7 @@ def of_event(page: gr.Blocks, store: FileStore, route: str, name: str | None, se
         if not isinstance(values, list):
             raise BadRequestError(f"“data” is {kind(values)}: send the list of the event's values.")
     visible = sum(not block.skip_api for block in event.inputs)
-    lengths = {len(event.inputs), visible} if route.startswith("call") else {len(event.inputs)}
+    lengths = {len(event.inputs), visible}  # a client leaves out what is the page's own
     if event.fn is None:
         raise BadRequestError("This event runs in the browser: there is nothing to send.")
     if route in ("run", "api") and event.queue:
@@ -49,6 +49,9 @@ def of_event(page: gr.Blocks, store: FileStore, route: str, name: str | None, se
     if len(values) not in lengths and not event.cancels:
         expected = " or ".join(str(length) for length in sorted(lengths))
         raise BadRequestError(f"“data” has {len(values)} values: this event takes {expected}.")
+    if len(values) == visible:
+        sent_ones = iter(values)
+        values = [None if block.skip_api else next(sent_ones) for block in event.inputs]
     body: dict[str, Any] = {"data": without_paths(values, store)}
     if route.startswith("call"):
         return body

@@ -10,29 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from mige.tasks import Task
+from mige.web.adapting import SCALES, Adapter
 from mige.web.file_store import FileStore
 from mige.web.instructions import RefusedError
-from mige.web.service import (
-    GUIDANCE,
-    MAX_AT_ONCE,
-    SEEDS,
-    SOURCE_GUIDANCE,
-    STEPS,
-    Request,
-    check_range,
-)
+from mige.web.request import GUIDANCE, MAX_AT_ONCE, SEEDS, SOURCE_GUIDANCE, STEPS, Request, check_range
+from mige.web.strokes import read_strokes
 
-NUM_SETTINGS = 7  # seed, how many, steps, guidance, source guidance, width, height
+NUM_SETTINGS = 9  # seed, how many, steps, guidance, source guidance, width, height, negative text, mask
 
 
-def read_request(task: Task, values: Sequence[Any], store: FileStore) -> Request:
-    """The request of a tab's values, in the order of its components.
+def read_request(task: Task, values: Sequence[Any], store: FileStore, adapters: Sequence[Adapter] = ()) -> Request:
+    """The request of a tab's values, in the order of its components: text, images, settings, a scale an adapter.
 
     Raises RefusedError for values of a wrong type, for images that were not uploaded here, and for numbers out of their
     range; what depends on the model is left to `GenerationService.check`.
     """
-    text, *uploads = values[:-NUM_SETTINGS]
-    seed, many, steps, guidance, source_guidance, width, height = values[-NUM_SETTINGS:]
+    end = len(values) - len(adapters)
+    text, *uploads = values[: end - NUM_SETTINGS]
+    seed, many, steps, guidance, source_guidance, width, height, negative, mask = values[end - NUM_SETTINGS : end]
+    scales = [one.scale if value is None else number(f"scale of {one.label}", value, SCALES)
+              for one, value in zip(adapters, values[end:], strict=True)]  # fmt: skip
     seed, many = whole("seed", seed, SEEDS), whole("number of pictures", many, (1, MAX_AT_ONCE))
     return Request(
         task,
@@ -44,15 +41,18 @@ def read_request(task: Task, values: Sequence[Any], store: FileStore) -> Request
         number("source guidance", source_guidance, SOURCE_GUIDANCE),
         whole("width", width),
         whole("height", height),
+        read_text(negative, "negative text").strip(),
+        read_strokes(mask),
+        tuple(scales),
     )
 
 
-def read_text(value: Any) -> str:
-    """The instruction; nothing at all is as good as an empty one."""
+def read_text(value: Any, name: str = "instruction") -> str:
+    """A text; nothing at all is as good as an empty one."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RefusedError(f"The instruction is {show(value)}: expected a text.")
+        raise RefusedError(f"The {name} is {show(value)}: expected a text.")
     return value
 
 

@@ -40,10 +40,11 @@ class StoreFullError(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """The images of one request, each with its caption, and the edited image as the model saw it."""
+    """The images of one request, each with its caption, the edited image as the model saw it, all in one archive."""
 
     images: tuple[tuple[str, str], ...]  # path, caption
-    before: str | None
+    before: str | None = None
+    archive: str | None = None  # of several images
 
 
 class FileStore:

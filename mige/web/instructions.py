@@ -44,6 +44,17 @@ def read(task: Task, text: str, given: Sequence[bool]) -> Reading:
     return Reading(_NAMED.sub(PLACEHOLDER, text).strip(), numbers or (1,))
 
 
+def check_negative(text: str, is_read: bool) -> None:
+    """Raise RefusedError for a negative text that the model cannot read, or would not at the guidance asked for."""
+    _check_characters("negative text", text)
+    if _NAMED.search(text):
+        raise RefusedError("The negative text names a picture: write words alone.")
+    if not is_read:
+        raise RefusedError(
+            "The negative text is not read at this guidance: choose one other than 1, or delete the text."
+        )
+
+
 def spell(prompt: str, numbers: Sequence[int]) -> str:
     """The instruction for people: the k-th placeholder of a prompt written as "picture `numbers[k]`"."""
     first, *rest = re.split(re.escape(PLACEHOLDER), prompt, flags=re.IGNORECASE)
@@ -56,14 +67,18 @@ def _check_text(text: str) -> None:
         raise RefusedError(
             "The instruction is empty: write what should happen, with “picture 1” where a picture belongs."
         )
+    _check_characters("instruction", text)
+
+
+def _check_characters(name: str, text: str) -> None:
     if len(text) > MAX_CHARACTERS:
-        raise RefusedError(f"The instruction has {len(text):,} characters: write at most {MAX_CHARACTERS:,}.")
+        raise RefusedError(f"The {name} has {len(text):,} characters: write at most {MAX_CHARACTERS:,}.")
     if PLACEHOLDER in text.lower():
         raise RefusedError(
             "Name the pictures by number here: write “picture 1”, “picture 2” instead of the placeholder."
         )
     if UNSTORABLE.search(text):
-        raise RefusedError("The instruction holds a character that is no text: delete it and type it again.")
+        raise RefusedError(f"The {name} holds a character that is no text: delete it and type it again.")
 
 
 def _check_given(task: Task, given: Sequence[bool]) -> None:

@@ -21,12 +21,14 @@ from mige.tasks import Task
 from mige.utils.errors import UserError
 from mige.web import theme, traffic
 from mige.web.api import Api, Endpoint
+from mige.web.chains import connect_all
 from mige.web.components import JOBS
-from mige.web.events import connect
+from mige.web.events import Site, connect
 from mige.web.examples import Example, of_records, of_the_world
 from mige.web.file_store import FileStore
 from mige.web.guard import Guard
-from mige.web.layout import lay_out
+from mige.web.history import Histories
+from mige.web.layout import lay_out, lay_out_history
 from mige.web.login import Login
 from mige.web.origin import OwnNames
 from mige.web.service import GenerationService
@@ -93,6 +95,7 @@ def serving(
                     mcp_server=False,
                     theme=theme.THEME,
                     css=theme.CSS,
+                    head=theme.SCRIPT,
                     app_kwargs={"middleware": [login, Middleware(Endpoint, api=api), guard]},
                 )
                 if share:
@@ -109,11 +112,16 @@ def build(service: GenerationService, store: FileStore) -> gr.Blocks:
     machine = f"{str(model.transformer.dtype).removeprefix('torch.')} on {_device_name(model.device)}"
     with gr.Blocks(title="MIGE", analytics_enabled=False) as page:
         gr.HTML(theme.header(service.name, model.native_size, machine, service.is_miniature))
-        with gr.Tabs():
+        tabs, examples = {}, {job.task: _examples(service, job.task, store) for job in JOBS}
+        with gr.Tabs() as chooser:
             for job in JOBS:
-                examples = _examples(service, job.task, store)
-                with gr.Tab(job.title):
-                    connect(lay_out(service, job, examples), service, store, examples)
+                with gr.Tab(job.title, id=job.api_name):
+                    tabs[job.task] = lay_out(service, job, examples[job.task])
+        visitor, history, restore = lay_out_history()
+        site = Site(service, store, Histories(), page, visitor, history)
+        for task, tab in tabs.items():
+            connect(tab, site, examples[task])
+        connect_all(tabs, chooser, restore, site)
     return page.queue(max_size=traffic.MAX_WAITING, api_open=False)  # no direct call passes the queue by
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -31,72 +31,49 @@ from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
 from mige.utils.masks import open_mask
-from mige.web.instructions import Reading, RefusedError, read
+from mige.web.adapting import SCALES, AdapterScales
+from mige.web.instructions import Reading, RefusedError, check_negative, read
+from mige.web.pace import Pace
+from mige.web.request import (
+    GUIDANCE,
+    MAX_AT_ONCE,
+    SEEDS,
+    SOURCE_GUIDANCE,
+    STEPS,
+    Defaults,
+    Made,
+    Request,
+    SafetyChecker,
+    Step,
+    Stopped,
+    check_range,
+)
+from mige.web.strokes import as_lists, draw
 
-STEPS = (1, 100)
-GUIDANCE = (0.0, 20.0)
-SOURCE_GUIDANCE = (0.0, 10.0)
-SEEDS = (0, 2**32 - 1)
-MAX_AT_ONCE = 8  # pictures of one request, made together
 MAX_IMAGE_PIXELS = 65_000_000  # of an upload: a photograph of 64 megapixels passes
 PREVIEWS = 6  # of a run; each decodes the estimates of all its pictures
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one person asks for; `GenerationService.run` checks it."""
-
-    task: Task
-    instruction: str  # with "picture 1" where a picture belongs
-    pictures: tuple[Path | None, ...]  # picture 1, 2, ...; the first is the one to edit, in the two tasks that edit
-    seeds: tuple[int, ...]  # a picture each
-    steps: int
-    guidance: float
-    source_guidance: float
-    width: int  # px; 0, and the height too: an edit is as its source, anything else has the native size
-    height: int
-    mask: Path | None = None  # of picture 1: what may change
-    reading: Reading | None = None  # of an instruction that was read already, by other rules than the page's
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What the page offers before anyone touches it."""
-
-    steps: int
-    guidance: float
-    source_guidance: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """A finished step of the sampler; now and then with what the pictures would be, at the size of the result."""
-
-    number: int  # 1 .. of
-    of: int
-    previews: list[Image.Image] | None
-
-
-@dataclass(frozen=True)
-class Made:
-    """The result: a picture a seed, what each was made with, and the edited picture as the model saw it (or None)."""
-
-    pictures: list[Image.Image]
-    settings: list[dict[str, Any]]
-    before: Image.Image | None
-    seconds: float
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """The work was stopped before it was finished."""
-
-
 class GenerationService:
-    """One model and the one thread that works with it: requests wait for each other, in the order they come."""
+    """One model and the one thread that works with it: requests wait for each other, in the order they come.
 
-    def __init__(self, pipeline: MIGEPipeline, name: str):
+    Args:
+        adapters: folder or file and scale of all that were added to the pipeline, in that order.
+        safety_checker: sees the pictures of a request before the work, and the results after it; there are no previews
+            then.
+    """
+
+    def __init__(
+        self,
+        pipeline: MIGEPipeline,
+        name: str,
+        *,
+        adapters: Sequence[tuple[str, float]] = (),
+        safety_checker: SafetyChecker | None = None,
+    ):
         pipeline.set_progress_bar_config(disable=True)
-        self.pipeline, self.name = pipeline, name
+        self.pipeline, self.name, self.safety_checker = pipeline, name, safety_checker
+        self.adapters, self.pace = AdapterScales(pipeline, adapters), Pace()
         self._worker = ThreadPoolExecutor(1, "generation")  # one for good: each new thread would get OpenMP threads too
         self._closed = threading.Event()
 
@@ -158,9 +135,17 @@ class GenerationService:
         check_range("number of pictures", len(request.seeds), (1, MAX_AT_ONCE))
         try:
             given = request.steps, request.guidance, request.source_guidance
-            resolve(self.pipeline.scheduler.config, request.task, *given)
+            how = resolve(self.pipeline.scheduler.config, request.task, *given)
         except ValueError as error:
             raise RefusedError(f"{error}.") from error
+        if request.negative:
+            check_negative(request.negative, any(branch.drop_text for branch in how.branches))
+        if request.mask and request.task is Task.SUBJECT:
+            raise RefusedError("A mask says what of picture 1 may change, but nothing is edited here: clear it.")
+        if request.scales is not None and len(request.scales) != len(self.adapters.offered):
+            raise RefusedError(f"There are {len(request.scales)} scales for {len(self.adapters.offered)} adapters.")
+        for one, scale in zip(self.adapters.offered, request.scales or (), strict=False):
+            check_range(f"scale of {one.label}", scale, SCALES)
         for seed in request.seeds:
             check_range("seed", seed, SEEDS)
         if request.reading is None:
@@ -203,14 +188,24 @@ class GenerationService:
         """The work itself, in the worker's thread."""
         if stop.is_set():  # while it waited
             raise Stopped
+        with self.pace.running():
+            return self._made(request, reading, on_step)
+
+    def _made(self, request: Request, reading: Reading, on_step: OnStep) -> Made:
         started = time.perf_counter()
         opened = {number: _open(request.pictures[number - 1], number) for number in sorted(set(reading.numbers))}
         references = [opened[number] for number in reading.numbers]
         source = None if request.task is Task.SUBJECT else opened[1]
         many = len(request.seeds)
+        if any(self._withheld(list(opened.values()))):
+            raise RefusedError("The safety check of this server refuses a picture of yours: use another.")
         try:
             shape = self._shape(request, source)
             before = source and fit_source(source, shape.whole, *shape.size)
+            mask = _mask(request, source)
+            if mask and fit_source(mask, shape.whole, *shape.size).getextrema()[1] < 128:
+                raise RefusedError("Nothing of the mask is left at this size: paint a larger region.")
+            self.adapters.use(request.scales)
             pictures = self.pipeline(
                 [reading.prompt] * many,
                 [references] * many,
@@ -221,13 +216,23 @@ class GenerationService:
                 guidance_scale=request.guidance,
                 source_guidance_scale=request.source_guidance,
                 seed=request.seeds,
-                mask=request.mask and _open_mask(request.mask, source),
+                negative_prompt=[request.negative] * many if request.negative else None,
+                mask=mask,
                 on_step=on_step,
             ).images
         except images.BadImageError as error:  # one so long that scaling it would need too much memory
             raise RefusedError(f"A {error.args[0]} has {error.message}: {error.hint}.") from error
+        passed = [not is_withheld for is_withheld in self._withheld(pictures)]
+        if not any(passed):
+            raise RefusedError("The safety check of this server withheld what was made: ask for something else.")
         settings = [self._settings(request, reading, seed) for seed in request.seeds]
-        return Made(pictures, settings, before, time.perf_counter() - started)
+        return Made(list(compress(pictures, passed)), list(compress(settings, passed)), before,
+                    time.perf_counter() - started)  # fmt: skip
+
+    def _withheld(self, pictures: list[Image.Image]) -> list[bool]:
+        if self.safety_checker is None:
+            return [False] * len(pictures)
+        return [bool(one) for one in self.safety_checker(pictures)]
 
     def _watch(self, steps: int, events: SimpleQueue, stop: threading.Event, previews: int) -> OnStep:
         """What happens after every step: stop if asked to, else report, now and then with previews."""
@@ -236,7 +241,8 @@ class GenerationService:
         def on_step(step: int, x: Tensor, x0: Tensor) -> None:
             if stop.is_set() or self._closed.is_set():
                 raise Stopped
-            due = (step + 1) % every == 0 and step + 1 < steps
+            self.pace.step(step + 1, steps)
+            due = (step + 1) % every == 0 and step + 1 < steps and self.safety_checker is None
             events.put(Step(step + 1, steps, images.to_pil(self.pipeline.decode(x0)) if due else None))
 
         return on_step
@@ -260,16 +266,10 @@ class GenerationService:
             "source_guidance": request.source_guidance,
             "width": request.width,
             "height": request.height,
+            "negative": request.negative,
+            "mask": [] if isinstance(request.mask, Path) else as_lists(request.mask),
+            "adapters": self.adapters.named(request.scales),
         }
-
-
-def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
-    """Refuse a number out of its range; NaN is out of every range."""
-    low, high = limits
-    if not low <= value <= high:
-        is_short = isinstance(value, float) or abs(value) < 1e300
-        shown = f"{value:.10g}" if is_short else "a number of more than 300 digits"
-        raise RefusedError(f"The {name} is {shown}: choose one from {low:.10g} to {high:.10g}.")
 
 
 def _open(path: Path, number: int) -> Image.Image:
@@ -279,8 +279,11 @@ def _open(path: Path, number: int) -> Image.Image:
         raise RefusedError(f"Picture {number}: {error.message}; {error.hint}.") from error
 
 
-def _open_mask(path: Path, source: Image.Image) -> Image.Image:
+def _mask(request: Request, source: Image.Image | None) -> Image.Image | None:
+    """The mask of a request, of its source's size: drawn, or in a file."""
+    if not isinstance(request.mask, Path):
+        return draw(request.mask, source.size) if request.mask else None
     try:
-        return open_mask(path, source.size, max_pixels=MAX_IMAGE_PIXELS)
+        return open_mask(request.mask, source.size, max_pixels=MAX_IMAGE_PIXELS)
     except images.BadImageError as error:
         raise RefusedError(f"The mask: {error.message}; {error.hint}.") from error

@@ -12,7 +12,9 @@ from PIL import Image
 
 from mige.models.instruction import clean
 from mige.tasks import PLACEHOLDER, TASKS, Task
-from mige.web.service import Step
+from mige.web.file_store import Results
+from mige.web.history import Entry
+from mige.web.request import Step
 
 PREVIEW_SIDE = 320  # px, most; a preview is sent with every few steps
 
@@ -38,54 +40,8 @@ THEME = gr.themes.Default(
     input_placeholder_color_dark="*neutral_400",
 )
 
-CSS = """
-.gradio-container { max-width: 84rem !important; margin: 0 auto; }
-.mige-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding-top: .25rem; }
-.mige-header h1 { margin: 0; font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; }
-.mige-header p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
-.mige-note { margin: .5rem 0 0; padding: .6rem .9rem; border-radius: .5rem; background: #fbf1d9; color: #5c4508;
-  font-size: .9rem; }
-.dark .mige-note { background: #3a301a; color: #f0dcab; }
-.html-container { padding: 0 !important; }
-.mige-slots { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
-.mige-slots > * { min-width: 0 !important; }
-.mige-reads { font-size: .9rem; line-height: 1.9; overflow-wrap: anywhere; }
-.mige-reads .lead { color: var(--body-text-color-subdued); }
-.mige-reads .odd { color: var(--body-text-color-subdued); font-size: .85rem; line-height: 1.4; }
-.mige-reads .wrong { color: #a3400f; line-height: 1.4; }
-.dark .mige-reads .wrong { color: #f5a97a; }
-.mige-chip { display: inline-flex; align-items: center; vertical-align: middle; height: 1.6rem; margin: 0 .15rem;
-  padding-right: .4rem; border: 1px solid var(--border-color-primary); border-radius: .4rem; overflow: hidden;
-  background: var(--background-fill-secondary); font-size: .8rem; font-weight: 650; line-height: 1; }
-.mige-chip img { width: 1.6rem; height: 1.6rem; margin: 0 .4rem 0 0 !important; object-fit: cover; }
-.mige-chip.empty { padding-left: .4rem; border-style: dashed; font-weight: 400; }
-.gradio-container { --body-text-color-subdued: var(--neutral-600); --block-info-text-color: var(--neutral-600); }
-.dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: var(--neutral-400);
-  --block-info-text-color: var(--neutral-400); }
-.gradio-container [role=tab][aria-selected=true] { color: var(--primary-700); }
-.dark [role=tab][aria-selected=true] { color: var(--primary-300); }
-.gradio-container footer, .gradio-container footer * { color: var(--body-text-color-subdued); }
-.mige-gallery .grid-wrap { max-height: none !important; overflow: visible !important; }
-.mige-compare label { max-width: calc(100% - 4.5rem); height: auto !important; white-space: normal; }
-.mige-result .generating { border: none !important; }
-.mige-stage { display: flex; flex-direction: column; gap: .6rem; min-height: 5rem; }
-.mige-stage p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
-.mige-stage.empty { align-items: center; justify-content: center; min-height: 18rem; text-align: center;
-  border: 1px dashed var(--border-color-primary); border-radius: .75rem; }
-.mige-stage.done { min-height: 0; }
-.mige-bar { height: .4rem; border-radius: .2rem; overflow: hidden; background: var(--border-color-primary); }
-.mige-bar span { display: block; height: 100%; background: var(--primary-600); transition: width .3s; }
-.mige-previews { display: grid; gap: .5rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.mige-previews:has(> :only-child) { grid-template-columns: minmax(0, 1fr); }
-.mige-previews img { width: 100%; margin: 0 !important; border-radius: .5rem; }
-footer .divider { display: none !important; }
-@media (max-width: 640px) {
-  .gradio-container > main { padding: .75rem !important; }
-  .tab-container { height: auto !important; }
-  .tab-container button { flex: 1 1 0; height: auto !important; padding: .4rem .25rem !important; font-size: .8rem;
-    line-height: 1.2; white-space: normal; }
-}
-"""
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+SCRIPT = f"<script>{(Path(__file__).parent / 'page.js').read_text(encoding='utf-8')}</script>"
 
 
 def header(name: str, native: int, machine: str, is_miniature: bool) -> str:
@@ -116,8 +72,7 @@ _EMPTY_CHIP = '<span class="mige-chip empty">nothing</span>'
 
 
 def _chip(number: int, paths: Mapping[int, Path]) -> str:
-    link = "gradio_api/file=" + quote(str(paths[number]))  # relative: the page may be served below a path
-    return f'<span class="mige-chip"><img src="{link}" alt="">{number}</span>'
+    return f'<span class="mige-chip"><img src="{_link(str(paths[number]))}" alt="Picture">{number}</span>'
 
 
 def wrong(sentence: str) -> str:
@@ -126,26 +81,93 @@ def wrong(sentence: str) -> str:
 
 
 EMPTY_STAGE = '<div class="mige-stage empty"><p>The result appears here.</p></div>'
-WAITING = '<div class="mige-stage empty"></div>'  # the page lays the place in the queue over it
+WAITING = '<div class="mige-stage empty"><p>Waiting for the model …</p></div>'
 NOTHING_NEW = '<div class="mige-stage done"><p>Nothing new was made. Below is the result from before.</p></div>'
 NOTHING_MADE = '<div class="mige-stage empty"><p>Nothing was made.</p></div>'  # after an error, or stopped
 NOTHING_READ = '<div class="mige-reads"></div>'
+NO_HISTORY = '<p class="mige-none">What you make is listed here, for as long as this server runs.</p>'
+MASK = """
+<p class="mige-mask-none">Put a picture into “Picture 1” first.</p>
+<div class="mige-mask-area" hidden>
+<p>Paint over what may change; everything else stays as it is, bit for bit. By keyboard: arrows move the brush, the
+space bar paints, Backspace takes the last stroke back.</p>
+<div class="mige-mask-tools"><label>Brush <input type="range" min="1" max="25" value="6"></label>
+<button type="button" data-do="undo">Undo</button><button type="button" data-do="clear">Clear</button></div>
+<div class="mige-mask-canvas"><img alt="Picture 1, to paint on">
+<canvas tabindex="0" role="application" aria-label="Mask over picture 1"></canvas></div>
+<output></output>
+</div>"""
+
+
+def waiting(place: int, seconds: float | None) -> str:
+    """The place in the queue, from 1, and about how long until the turn comes."""
+    ahead = "Your turn is next" if place == 1 else f"Place {place} in the queue"
+    left = "" if seconds is None else f", in about {_duration(seconds)}"
+    return f'<div class="mige-stage empty"><p>{ahead}{left}.</p></div>'
 
 
 def progress(step: Step, seconds: float, previews: Sequence[str]) -> str:
     """A bar, the step, the time that is left at this pace, and the pictures so far (`preview`)."""
     left = seconds / step.number * (step.of - step.number)
     pictures = "".join(f'<img src="{link}" alt="Preview">' for link in previews)
+    part = f"{100 * step.number / step.of:.0f}"
+    bar = (
+        f'<div class="mige-bar" role="progressbar" aria-label="Steps" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{part}"><span style="width:{part}%"></span></div>'
+    )
     return (
-        f'<div class="mige-stage"><div class="mige-bar"><span style="width:{100 * step.number / step.of:.0f}%"></span>'
-        f"</div><p>Step {step.number} of {step.of}, about {left:.0f} s left</p>"
-        f'<div class="mige-previews">{pictures}</div></div>'
+        f'<div class="mige-stage" aria-live="off">{bar}<p>Step {step.number} of {step.of}, about {_duration(left)} '
+        f'left</p><div class="mige-previews">{pictures}</div></div>'
     )
 
 
-def done(pictures: int, seconds: float) -> str:
+def done(pictures: int, seconds: float, withheld: int = 0, masked: bool = False) -> str:
     """The line above a result."""
-    return f'<div class="mige-stage done"><p>{pictures} picture{"s"[: pictures != 1]} in {seconds:.1f} s</p></div>'
+    text = f"{pictures} picture{'s'[: pictures != 1]} in {seconds:.1f} s"
+    text += ", changed inside the mask alone" * masked
+    text += f"; the safety check of this server withheld {withheld}" if withheld else ""
+    return f'<div class="mige-stage done"><p>{text}</p></div>'
+
+
+def compare(before: str, after: str, caption: str) -> str:
+    """A result over its input; a slider says how much of the input is seen, a little at first."""
+    return (
+        f'<div class="mige-compare" style="--at:8%"><div class="mige-pair">'
+        f'<img class="after" src="{_link(after)}" alt="After: {escape(caption)}">'
+        f'<img class="before" src="{_link(before)}" alt="Before: the input">'
+        '<span class="mige-edge"></span></div>'
+        '<label><span>Before</span><input type="range" min="0" max="100" value="8" '
+        'aria-label="How much of the input is shown, from the left"><span>After</span></label></div>'
+    )
+
+
+def history(found: Sequence[tuple[Entry, Results | None]]) -> str:
+    """A button for every run of a visitor; of one whose files were deleted, what was asked for stays."""
+    return '<div class="mige-entries">' + "".join(_entry(*one) for one in found) + "</div>" if found else NO_HISTORY
+
+
+def _entry(entry: Entry, results: Results | None) -> str:
+    what = escape(entry.request.instruction)
+    number = len(entry.request.seeds)
+    detail = f"seed {entry.request.seeds[0]}" + (f" and {number - 1} more" if number > 1 else "")
+    picture = (
+        '<span class="expired">expired</span>'
+        if results is None
+        else f'<img src="{_link(results.images[0][0])}" alt="" loading="lazy">'
+    )
+    return (
+        f'<button type="button" class="mige-entry" data-token="{escape(entry.token)}">{picture}'
+        f'<span class="what">{what}</span><span class="detail">{detail}</span></button>'
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _link(path: str) -> str:
+    """Relative: the page may be served below a path."""
+    return "gradio_api/file=" + quote(path)
 
 
 def preview(image: Image.Image) -> str:

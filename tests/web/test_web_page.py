@@ -100,7 +100,7 @@ def test_three_lines_of_python_make_pictures_with_their_settings(client, service
 def test_the_api_names_what_it_takes(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/generate", "/edit", "/edit_with_subject"}
-    settings = ["seed", "pictures", "steps", "guidance", "source_guidance", "width", "height"]
+    settings = ["seed", "pictures", "steps", "guidance", "source_guidance", "width", "height", "negative"]
     for name, many in (("/generate", 4), ("/edit", 1), ("/edit_with_subject", 4)):
         taken = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
         assert taken == ["instruction", *(f"picture_{n}" for n in range(1, many + 1)), *settings]
