@@ -34,7 +34,7 @@ __all__ = ["ROOT", "environment", "image_size", "lively", "official_dir", "relea
 
 RUN = "MIGE_TEST_RUN"  # the environment variable that names the folder of a run, for xdist's workers too
 # A file's tests run in one worker. Those that measure memory or drive a browser are all in one, never at the same time.
-TOGETHER = ("test_peak_memory", "test_memory_stays_flat", "test_web_browser.py")
+TOGETHER = ("test_peak_memory", "test_memory_stays_flat", "test_web_browser.py", "test_web_flows.py")
 FIRST = ("test_many_processes.py", "test_trainer.py", "test_ablation.py", "test_resuming.py", "test_overfit.py",
          "test_web_browser.py", "test_infer_cli.py")  # fmt: skip  # the longest, or a worker ends alone
 

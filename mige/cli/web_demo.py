@@ -8,13 +8,15 @@ Installed, it is `mige serve`. Needs the extra "web": pip install -e ".[web]" (`
 """
 
 import argparse
+import importlib
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mige.cli import command, model_options, places
 from mige.cli.places import MINI
@@ -37,6 +39,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--auth", action="append", default=[], type=users, metavar="NAME:PASSWORD",
         help="who may enter; or @FILE with a line each; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--safety-checker", metavar="MODULE:FUNCTION",
+        help="given images, it says of each whether it is withheld; sees what comes in and what goes out",
     )  # fmt: skip
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers; needs --auth")
     parser.add_argument("--no-page", action="store_true", help="the HTTP endpoint alone")
@@ -90,6 +96,20 @@ def users(text: str) -> dict[str, str]:
     return found
 
 
+def load_function(name: str) -> Callable[[Any], Any]:
+    """A function by "module:function"; raises ValueError where there is none."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"--safety-checker is {name!r}; expected MODULE:FUNCTION")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--safety-checker {name}: {error}; is its folder on PYTHONPATH?") from error
+    if not callable(found):
+        raise ValueError(f"--safety-checker {name} is a {type(found).__name__}; expected a function")
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
     from mige.inference.pipeline import MIGEPipeline
@@ -109,7 +129,9 @@ def run(args: argparse.Namespace) -> None:
     where = dict(host=args.host, port=args.port, public_hosts=args.public_host, api_key=args.api_key)
     if not args.no_page:
         where |= dict(root_path=args.root_path, users=args.auth, share=args.share)
-    with serving(GenerationService(pipeline, name), **where) as address:
+    checker = args.safety_checker and load_function(args.safety_checker)
+    service = GenerationService(pipeline, name, adapters=args.lora, safety_checker=checker)
+    with serving(service, **where) as address:
         print(f"{'Listening at' if args.no_page else 'Open'} {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
 

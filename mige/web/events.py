@@ -21,6 +21,7 @@ from mige.web.history import Entry, Histories
 from mige.web.instructions import RefusedError
 from mige.web.layout import values_of
 from mige.web.messages import as_messages
+from mige.web.remarks import remarks
 from mige.web.request import Step
 from mige.web.saving import save_results
 from mige.web.service import GenerationService
@@ -89,13 +90,14 @@ class Events:
         task = self.tab.job.task
         try:
             text, paths = read_text(values[0]), read_images(values[1:], self.site.store)
+            said = remarks(paths)
             if not text.strip():
-                return theme.NOTHING_READ
+                return theme.noted(said)
             reading, full, odd = self.site.service.explain(task, text, [path is not None for path in paths])
         except RefusedError as refusal:
             return theme.wrong(str(refusal))
         named = {number: paths[number - 1] for number in reading.numbers}
-        return theme.instruction(task, full, reading.numbers, named, odd)
+        return theme.instruction(task, full, reading.numbers, named, [*said, *odd])
 
     def begin(self, values: Sequence[Any]) -> list[Any]:
         """Refuse at once what cannot run; else clear the stage. An earlier result stays until there is a new one."""

@@ -134,7 +134,8 @@ def _settings(
         many = Slider(1, MAX_AT_ONCE, 1, step=1, label="Pictures", min_width=160)
     with gr.Accordion("Size, steps, guidance", open=False):
         shapes = [SOURCE_SHAPE] * follows + list(SHAPES)
-        shape = Choice(shapes, value=shapes[0], label="Shape", elem_classes="mige-shapes")
+        cut = "Any other shape than picture 1's cuts off what does not fit." if follows else None
+        shape = Choice(shapes, value=shapes[0], label="Shape", info=cut, elem_classes="mige-shapes")
         least, side, of_both = (0, 0, ", px (both 0: as picture 1)") if follows else (smallest, native, ", px")
         with gr.Row():
             width = Slider(least, largest, side, step=grid, label=f"Width{of_both}", min_width=200)

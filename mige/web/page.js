@@ -36,7 +36,7 @@ window.mige = (() => {
         if (!one.getAttribute("aria-label").endsWith(label)) one.setAttribute("aria-label", `Remove ${label}`);
     }
     for (const one of document.querySelectorAll("td img:not([alt]), td img[alt='']")) one.alt = "Example picture";
-    for (const stage of document.querySelectorAll(".mige-result:not([aria-live])")) {
+    for (const stage of document.querySelectorAll(".block.mige-result:not([aria-live])")) {
       stage.setAttribute("aria-live", "polite");
       stage.setAttribute("aria-atomic", "true");
     }

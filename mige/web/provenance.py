@@ -39,7 +39,7 @@ def png_with_settings(image: Image.Image, settings: dict[str, Any]) -> bytes:
 
 
 def _texts(settings: dict[str, Any]) -> PngInfo:
-    kind = "trainedAlgorithmicMedia" if settings["task"] == "subject" else "compositeWithTrainedAlgorithmicMedia"
+    kind = "trainedAlgorithmicMedia" if settings.get("task") == "subject" else "compositeWithTrainedAlgorithmicMedia"
     text = PngInfo()
     text.add_itxt("Software", f"MIGE {mige.__version__}")
     text.add_itxt("Description", settings["instruction"])

@@ -64,8 +64,16 @@ def instruction(task: Task, text: str, numbers: Sequence[int], paths: Mapping[in
     html = [f'<span class="lead">The model reads: {escape(lead)}</span> ', escape(first)]
     for place, words in enumerate(rest):
         html += [_chip(numbers[place], paths) if place < len(numbers) else _EMPTY_CHIP, escape(words)]
-    remarks = "".join(f'<div class="odd">Note: {escape(remark)}.</div>' for remark in odd)
-    return f'<div class="mige-reads">{"".join(html)}{remarks}</div>'
+    return f'<div class="mige-reads">{"".join(html)}{_remarks(odd)}</div>'
+
+
+def noted(odd: Sequence[str]) -> str:
+    """In place of the instruction while there is none: what is odd about the pictures."""
+    return f'<div class="mige-reads">{_remarks(odd)}</div>'
+
+
+def _remarks(odd: Sequence[str]) -> str:
+    return "".join(f'<div class="odd">Note: {escape(remark)}.</div>' for remark in odd)
 
 
 _EMPTY_CHIP = '<span class="mige-chip empty">nothing</span>'

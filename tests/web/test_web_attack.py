@@ -275,8 +275,8 @@ def test_results_are_named_by_their_token_and_a_number(http, events):
         [event for event in events if event["api_name"].startswith("pick")],
         strict=False,
     ):
-        pictures = [{"path": path}] + [None] * (len(start["inputs"]) - 9)
-        values = ["a picture 1", *pictures, 7, 2, 1, 1.0, 1.0, 128, 128]
+        pictures = [{"path": path}] + [None] * (len(start["inputs"]) - 12)
+        values = ["a picture 1", *pictures, 7, 2, 1, 1.0, 1.0, 128, 128, "", None, None]
         session = f"token{start['id']}"
         http.post("/gradio_api/queue/join", json={"data": values, "fn_index": start["id"], "session_hash": session})
         lines = http.get(f"/gradio_api/queue/data?session_hash={session}").text.splitlines()
@@ -284,8 +284,8 @@ def test_results_are_named_by_their_token_and_a_number(http, events):
         token = ended["output"]["data"][1]
         asked = {"data": [token], "fn_index": pick["id"], "session_hash": session}
         shown = http.post("/gradio_api/run/predict", json=asked | {"event_data": {"index": 1, "value": None}}).json()
-        assert shown["data"][1]["label"] == "Download PNG of seed 8"
-        assert http.get(f"/gradio_api/file={shown['data'][1]['value']['path']}").content.startswith(b"\x89PNG")
+        assert shown["data"][3]["label"] == "Download PNG of seed 8"
+        assert http.get(f"/gradio_api/file={shown['data'][3]['value']['path']}").content.startswith(b"\x89PNG")
         for index, sentence in ((2, "The number of the result is 2"), ("/etc/passwd", 'is \\"/etc/passwd\\"')):
             said = http.post("/gradio_api/run/predict", json=asked | {"event_data": {"index": index, "value": None}})
             assert sentence in said.text and "expected a whole number from 0 to 1" in said.text
@@ -305,6 +305,10 @@ def test_results_are_named_by_their_token_and_a_number(http, events):
         ({"width": 128.5}, "The width is 128.5: expected a whole number of px"),
         ({"guidance": "2"}, 'The guidance is \\"2\\": expected a number from 0 to 20'),
         ({"guidance": float("inf")}, "The guidance is inf: choose one from 0 to 20"),
+        ({"negative": ["a"]}, 'The negative text is [\\"a\\"]: expected a text'),
+        ({"negative": "a picture 1"}, "The negative text names a picture"),
+        ({"negative": "blur"}, "The negative text is not read at this guidance"),
+        ({"negative": "a\x00"}, "The negative text holds a character that is no text"),
         ({"guidence": 2}, "'guidence' is no parameter of /edit: it takes instruction, picture_1, seed"),
     ],
 )
@@ -315,8 +319,8 @@ def test_a_wrong_value_gets_a_sentence_that_names_the_field_and_nothing_runs(htt
     assert words in edit(http, **changes)
     event = next(event for event in http.get("/config").json()["dependencies"] if event["api_name"] == "edit")
     asked = {"instruction": "make it dark", "picture_1": None, "seed": 0, "pictures": 1, "steps": 1, "guidance": 1.0}
-    asked |= {"source_guidance": 1.0, "width": 128, "height": 128} | changes
-    if len(asked) == 9:
+    asked |= {"source_guidance": 1.0, "width": 128, "height": 128, "negative": ""} | changes
+    if len(asked) == 10:
         asked["picture_1"] = asked["picture_1"] or {"path": upload(http)}
         session = secrets.token_hex(8)
         body = {"data": [*asked.values()], "fn_index": event["id"], "session_hash": session}

@@ -149,3 +149,16 @@ def test_the_script_serves_in_the_modes_of_infer_behind_a_login(lively):
             assert made["caption"] == "seed 0"
         finally:
             process.kill()
+
+
+def test_a_safety_check_is_a_function_by_its_name():
+    assert web_demo.load_function("math:sqrt")(4) == 2
+    wrong = {
+        "math": "expected MODULE:FUNCTION",
+        "nowhere:a": "No module named 'nowhere'",
+        "math:none": "no attribute 'none'",
+        "math:pi": "is a float; expected a function",
+    }
+    for name, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            web_demo.load_function(name)

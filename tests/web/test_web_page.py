@@ -172,7 +172,7 @@ def test_nothing_is_fetched_and_no_other_file_is_read(address, folder):
     form = {"files": ("inside.png", CAT.read_bytes())}
     [inside] = httpx.post(f"{address}gradio_api/upload", files=form).json()
     assert Path(inside).is_relative_to(folder)
-    assert answer(address, "edit", "make it dark", file_data(inside), 0, 1, 2, 2, 1, 128, 128) == "complete"
+    assert answer(address, "edit", "make it dark", file_data(inside), 0, 1, 2, 2, 1, 128, 128, "") == "complete"
     not_uploaded = folder / "beside.png"
     not_uploaded.write_bytes(CAT.read_bytes())
     asked = []
@@ -187,7 +187,7 @@ def test_nothing_is_fetched_and_no_other_file_is_read(address, folder):
     with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for path in (f"http://127.0.0.1:{server.server_port}/a.png", str(CAT), "/etc/hostname", not_uploaded):
-            assert answer(address, "edit", "make it dark", file_data(path), 0, 1, 2, 2, 1, 128, 128) == "error"
+            assert answer(address, "edit", "make it dark", file_data(path), 0, 1, 2, 2, 1, 128, 128, "") == "error"
         server.shutdown()
     assert asked == []
 

@@ -246,6 +246,9 @@ def test_the_settings_of_a_result_say_all_that_made_it(service):
         "source_guidance": 1.5,
         "width": 128,
         "height": 128,
+        "negative": "",
+        "mask": [],
+        "adapters": {},
     }
     json.dumps(settings)
 
