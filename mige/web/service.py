@@ -267,7 +267,7 @@ class GenerationService:
             "width": request.width,
             "height": request.height,
             "negative": request.negative,
-            "mask": [] if isinstance(request.mask, Path) else as_lists(request.mask),
+            "mask": [] if isinstance(request.mask, Path) else as_lists(request.mask or ()),
             "adapters": self.adapters.named(request.scales),
         }
 
