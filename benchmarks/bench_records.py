@@ -39,11 +39,11 @@ DATA = argparse.Namespace(check_images=False, skip_bad=False, size=512)
 
 
 def rows(many: int) -> Iterator[dict]:
-    """Edits of the example photographs."""
-    photos = [f"images/{path.name}" for path in sorted((ROOT_OF_IMAGES / "images").glob("*.jpg"))]
+    """Edits of example photographs."""
+    photos = [f"images/{name}.jpg" for name in ("cat", "coffee", "pagoda", "rocket")]
     for number in range(many):
         source, target = photos[number % len(photos)], photos[(number + 1) % len(photos)]
-        yield {"id": f"{number:08d}", "multi_prompt": f"make<imagehere>look like an oil painting {number}",
+        yield {"id": f"{number:08d}", "multi_prompt": f"make<imagehere>blue {number}",
                "entity_path": [source], "source_path": [source], "image": target, "task": "edit"}  # fmt: skip
 
 

@@ -122,11 +122,12 @@ def _compare(record: Record, seen: dict[Path, _Seen]) -> list[Issue]:
 def check_repeats(records: Iterable[Record]) -> list[Issue]:
     """A warning for each target that MANY or more records of a training set share."""
     targets = Counter(absolute(record.target) for record in records if record.target is not None)
-    return [
-        Issue(target, f"{count(times, 'record')} have this one image as their target", "check it", False)
-        for target, times in targets.items()
-        if times >= MANY
-    ]
+    return [shared_target(target, times) for target, times in targets.items() if times >= MANY]
+
+
+def shared_target(target: str, times: int) -> Issue:
+    """The warning for a target, an absolute path, that so many records share."""
+    return Issue(target, f"{count(times, 'record')} have this one image as their target", "check it", False)
 
 
 def check_markers(record: Record) -> list[Issue]:

@@ -145,15 +145,18 @@ class MappedRecords(Sequence[Record]):
 
 
 def to_row(record: Record) -> str:
-    """A record as text."""
-    paths = [None if path is None else str(path) for path in (record.source, record.target, record.mask)]
-    fields = (record.id, record.task, record.prompt, [str(path) for path in record.references], *paths)
-    return json.dumps([*fields, record.edit_type, record.where, record.extra])
+    """A record as text; its source by its place among the references."""
+    references, source = record.references, record.source
+    paths = [None if path is None else str(path) for path in (record.target, record.mask)]
+    source = references.index(source) if source in references else source and str(source)
+    fields = (record.id, record.task, record.prompt, [str(path) for path in references], source, *paths)
+    return json.dumps([*fields, record.edit_type, record.where, record.extra], separators=(",", ":"))
 
 
 def from_row(row: str) -> Record:
     """The record that `to_row` made the text of."""
     name, task, prompt, references, source, target, mask, edit_type, where, extra = json.loads(row)
-    source, target, mask = (None if path is None else Path(path) for path in (source, target, mask))
     references = tuple(map(Path, references))
+    target, mask = (None if path is None else Path(path) for path in (target, mask))
+    source = references[source] if isinstance(source, int) else source and Path(source)
     return Record(name, Task(task), prompt, references, source, target, edit_type, where, extra, mask)

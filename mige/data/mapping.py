@@ -25,7 +25,7 @@ import pyarrow
 from filelock import FileLock
 
 import mige
-from mige.data.checks import MANY, check_repeats, check_training_text
+from mige.data.checks import MANY, check_training_text, shared_target
 from mige.data.json_rows import line_blocks, parse_lines, read_rows
 from mige.data.latent_store.entries import FileFacts, is_unchanged
 from mige.data.mapped_records import MappedRecords, RecordWriter, to_row
@@ -187,29 +187,25 @@ def _write(
     taken, found = _taken_ids(file, records, np.concatenate([np.empty(0, np.uint64), *ids]))
     targets = np.concatenate([np.empty(0, np.uint64), *targets])
     targets[taken] = 0
-    shared = _shared(targets, MANY)
-    repeats = check_repeats(records[place] for place in shared[targets[shared] > 0])
+    _, first, times = np.unique(targets[targets > 0], return_index=True, return_counts=True)
+    first = np.flatnonzero(targets > 0)[first]
+    many = sorted(zip(first[times >= MANY], times[times >= MANY], strict=True))
+    repeats = [shared_target(absolute(records[int(place)].target), int(shown)) for place, shown in many]
     unfit = np.setdiff1d(np.array(unfit, np.int64), taken)
     np.savez(folder / _PLACES, taken=taken, unfit=unfit - np.searchsorted(taken, unfit))
-    gone = {records[place].where for place in taken}
+    gone = {records[int(place)].where for place in taken}
     return issues + found + repeats + [issue for issue in text_issues if issue.where not in gone]
 
 
 def _taken_ids(file: Path, records: MappedRecords, ids: np.ndarray) -> tuple[np.ndarray, list[Issue]]:
     """Places of records whose id an earlier one has, and an issue each."""
-    report, places = Report(), _shared(ids, 2)
-    alike = [records[place] for place in places]
+    _, which, times = np.unique(ids, return_inverse=True, return_counts=True)
+    places = np.flatnonzero(times[which] > 1)
+    report, alike = Report(), [records[int(place)] for place in places]
     gather([(file, alike)], report)
     kept = {record.where for record in report.records}
     taken = [place for place, record in zip(places, alike, strict=True) if record.where not in kept]
     return np.array(taken, np.int64), report.issues
-
-
-def _shared(digests: np.ndarray, times: int) -> np.ndarray:
-    """Places, ascending, of the digests that occur so many times or more."""
-    order = np.argsort(digests, kind="stable")
-    _, first, counts = np.unique(digests[order], return_index=True, return_counts=True)
-    return np.sort(order[np.repeat(counts >= times, counts)]) if len(first) else order
 
 
 @contextmanager

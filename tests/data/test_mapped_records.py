@@ -133,7 +133,7 @@ def test_lines_read_one_by_one_are_those_of_the_whole_file(tmp_path, pieces, jun
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\x1f\x8b1", b"[{}]", b"[\n{}\n]", b"{}\n" * 5000 + b"\xff",
-                                     "{}".encode("utf-16"), b"{", b" \n"], ids=repr)  # fmt: skip
+                                     "{}".encode("utf-16"), b"{", b'{}\n{"a":\n', b" \n"], ids=repr)  # fmt: skip
 def test_odd_files_are_refused_in_the_same_words(tmp_path, content):
     file = tmp_path / "x.jsonl"
     file.write_bytes(content)
