@@ -22,6 +22,7 @@ from mige.checkpoints.lora_state import Lora, read_lora, write_lora
 from mige.checkpoints.weight_files import read_json
 from mige.diffusion.few_step import FewStepSolver
 from mige.inference import loading
+from mige.inference.quantise import is_plain
 
 _CONFIG = "scheduler_config.json"
 _FILES = ["*.safetensors", "adapter_config.json", "*/adapter_config.json", _CONFIG]
@@ -217,13 +218,9 @@ class Adapters:
     def _keep(self, stack: Stack, adapters: Lora) -> None:
         """Keep the weights that adapters change; raises ValueError for a layer that none can be added to."""
         for at in adapters.scale:
-            kind = type(self._layer(at))
-            if (
-                kind is not nn.Linear
-                or type(self._layer(at).weight.data) is not Tensor
-                or self._layer(at).weight.is_meta
-            ):
-                raise ValueError(f"{at} is a {kind.__name__}, quantised or off-loaded: load adapters first")
+            layer = self._layer(at)
+            if not isinstance(layer, nn.Linear) or not is_plain(layer) or layer.weight.is_meta:
+                raise ValueError(f"{at} is a {type(layer).__name__}, quantised or off-loaded: load adapters first")
         for at in adapters.scale:
             if at not in stack.before:
                 stack.before[at] = self._layer(at).weight.detach().cpu().clone()

@@ -4,7 +4,7 @@ import torch
 
 from mige.inference.compiled import compile_vae, replayed
 from mige.inference.offload import stream_blocks
-from mige.inference.quantise import quantise
+from mige.inference.quantise import check_plain, quantise
 from mige.models.mige import MIGEModel
 
 
@@ -19,8 +19,9 @@ class Modes:
 
         Denoising is `FastDenoiser`, one CUDA graph a step. On a GPU the encoders are CUDA graphs too, and a VAE in
         bfloat16 is compiled (`mige.inference.compiled`). The transformer's weights are read when the first image is
-        made: change them before (adapters, for one).
+        made: change them before (adapters, for one). Raises ValueError for a transformer that a quantiser has changed.
         """
+        check_plain(self.transformer, "transformer", "compile")
         self.is_compiled = True
 
     def _compile_ends(self, model: MIGEModel) -> MIGEModel:
@@ -38,8 +39,9 @@ class Modes:
     def quantise_text_encoder(self, bits: int) -> None:
         """Keep T5's matrices in 8 or 4 bits a value, rounded (`mige.inference.quantise`); call before off-loading.
 
-        Raises ValueError for other bits.
+        Raises ValueError for other bits, and where another quantiser has been at it.
         """
+        check_plain(self.text_encoder, "text_encoder", "quantise_text_encoder")
         quantise(self.text_encoder.encoder.block, bits)
 
     def offload_encoders(self, device: torch.device | str) -> None:

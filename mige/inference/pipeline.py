@@ -100,7 +100,8 @@ class MIGEPipeline(Saving, Steps, Modes, Adapters, DiffusionPipeline):
             torch_dtype: another name of `dtype`.
             variant: such as "fp16", of the weight files' names. subfolder: of the folder or model.
             verified: the caller has just verified this folder: do not do it again.
-            options: the hub's (`loading.HUB`), diffusers' (`loading.LOADING`), or a part to take instead.
+            options: the hub's (`loading.HUB`), diffusers' (`loading.LOADING`; a `PipelineQuantizationConfig` of torchao
+                or bitsandbytes, part by part, is `quantization_config`), or a part to take instead.
 
         Raises CheckpointError if a part, a key or a shape is not as its config says, or nothing lies there;
         TypeError for an unknown option, for two dtypes and for what is no float dtype.

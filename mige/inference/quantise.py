@@ -48,6 +48,20 @@ class QuantisedLinear(nn.Module):
         return F.linear(x, self.dequantised(), self.bias)
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a linear layer holds its weight [out, in] as floats, not as a library's quantiser keeps it."""
+    return type(layer) is nn.Linear and type(layer.weight.data) is Tensor and layer.weight.is_floating_point()
+
+
+def check_plain(part: nn.Module, name: str, what: str) -> None:
+    """Raise ValueError for a part that `what` cannot be done with, as a quantiser has its layers already."""
+    for path, layer in part.named_modules():
+        if isinstance(layer, nn.Linear) and not is_plain(layer):
+            held = type(layer.weight.data if type(layer) is nn.Linear else layer).__name__
+            raise ValueError(f"{what} needs plain weights, but {name}.{path} is quantised ({held}): load the model "
+                             f"without a quantization_config of {name!r}")  # fmt: skip
+
+
 def quantise(module: nn.Module, bits: int) -> None:
     """Exchange every linear layer inside the module. Raises ValueError for other bits than 4 and 8."""
     if bits not in (4, 8):
