@@ -85,7 +85,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     """Every mode at every size, then the table."""
     machine = Machine(args.device)
-    report = Report(machine, args.output, weights="random")
+    report = Report(machine, args.output, weights="random", steps=args.steps or "official")
     bench = Bench(args, machine)
     for mode in sorted(args.modes, key=MODES.index):
         bench.prepare(mode)
