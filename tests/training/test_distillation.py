@@ -265,6 +265,7 @@ def test_adapters_bring_their_steps_along(lively, tiny_config, tmp_path):
     ("override", "message"),
     [
         ("train.trainable=full", "train.trainable is 'full', expected 'dit' or 'lora'"),
+        ("train.lora_targets=['t5']", r"train.lora_targets has 't5', expected the DiT's"),
         ("data.drop_text=0.05", r"data.drop_text is 0.05, expected 0"),
         ("distillation.teacher_steps=5", "teacher_steps is 5, expected a multiple of distillation.steps, which is 2"),
         ("distillation.steps=0", "distillation.steps"),

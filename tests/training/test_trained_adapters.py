@@ -15,6 +15,7 @@ from mige.checkpoints.lora import check_lora, merge_lora
 from mige.inference.pipeline import MIGEPipeline
 from mige.training.adapters import TARGETS, parts_of
 from mige.training.errors import TrainingError
+from mige.training.flops import useful_flops
 from mige.utils.settings import ConfigError
 
 EVERY = ("train.trainable=lora", "train.lora_rank=2", "train.lora_alpha=3", f"train.lora_targets={list(TARGETS)}",
@@ -163,3 +164,12 @@ def test_what_adapters_have_must_stay_on_resume(trained, lively):
 def test_settings_that_are_refused(lively, tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
         build(lively, tmp_path, *EVERY, *changes)
+
+
+@pytest.mark.parametrize(
+    "adapted, flops",  # 1 + 10 + 100 + 1000 + 10000, twice each where gradients pass through
+    [({"transformer"}, 21111), ({"text_encoder"}, 22111), ({"fusion", "transformer"}, 22211), ({"qformer"}, 22221)],
+)
+def test_gradients_pass_from_the_dit_down_to_the_first_adapters(adapted, flops):
+    forward = {"image_encoder": 1, "qformer": 10, "fusion": 100, "text_encoder": 1000, "transformer": 10000}
+    assert useful_flops(forward, "lora", adapted) == flops
