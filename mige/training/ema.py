@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mige.training.adamw import local
+
 _TOGETHER = 64  # tensors a kernel: bfloat16 ones are copied to float32 that many at a time
 
 
@@ -36,17 +38,17 @@ class AveragedWeights(EMAModel):
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         for start in range(0, len(self.shadow_params), _TOGETHER):
-            averages = self.shadow_params[start : start + _TOGETHER]
-            present = [p.detach().float() for p in parameters[start : start + _TOGETHER]]  # a copy where they are half
+            averages = [local(average) for average in self.shadow_params[start : start + _TOGETHER]]
+            present = [local(p).float() for p in parameters[start : start + _TOGETHER]]  # a copy where they are half
             torch._foreach_lerp_(averages, present, 1 - self.cur_decay_value)
 
     @contextmanager
     def applied(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """The parameters hold the averages for a while, shard by shard; their own numbers wait in host memory."""
-        places = [_local(p.detach()) for p in parameters]
+        places = [local(p.detach()) for p in parameters]
         own = [place.to("cpu", copy=True) for place in places]
         for place, average in zip(places, self.shadow_params, strict=True):
-            place.copy_(_local(average))
+            place.copy_(local(average))
         try:
             yield
         finally:
@@ -84,10 +86,6 @@ class AveragedWeights(EMAModel):
             if isinstance(average, DTensor):
                 whole = distribute_tensor(whole.to(average.device), average.device_mesh, average.placements)
             average.copy_(whole)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gather(tensor: Tensor) -> Tensor | None:

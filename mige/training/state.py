@@ -29,7 +29,11 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: AveragedWeights | None):
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model, self.trained = model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Noted now: while a step runs, a sharded model holds other parameters in their places.
+        first = {id(p): name for name, p in self.trained.items()}
+        every = model.named_parameters(remove_duplicate=False)
+        self.aliases = {name: first[id(p)] for name, p in every if id(p) in first}  # tied ones have several names
         self.optimizers, self.ema = [getattr(one, "optimizer", one) for one in optimizers], ema
 
     def tensors(self) -> dict[str, Tensor]:
@@ -68,6 +72,22 @@ class TrainingState:
         self._give(moments)
         if self.ema is not None:
             self.ema.optimization_step = int(own[_STEPS])
+
+    def untrained(self) -> dict[str, Tensor]:
+        """The rest of the model's state dict, [...] each, copied where sharded; called by all processes."""
+        rest = {name: value for name, value in self.model.state_dict().items() if name not in self.aliases}
+        return {name: v.full_tensor().cpu() if isinstance(v, DTensor) else v for name, v in rest.items()}
+
+    def read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """The averages that `tensors` gave, or else the parameters: by name, a tied one under each of its names.
+
+        Read whole by one process from where they were saved, [...] each on the CPU in the parameter's dtype.
+        """
+        kind = "parameters" if self.ema is None else "averages"
+        own = {f"{kind}.{name}": torch.empty(p.shape, dtype=p.dtype if self.ema is None else torch.float32)
+               for name, p in self.trained.items()}  # fmt: skip
+        dcp.load(own, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        return {name: own[f"{kind}.{first}"].to(self.trained[first].dtype) for name, first in self.aliases.items()}
 
     def _room(self, name: str, saved: dcp.metadata.TensorStorageMetadata) -> Tensor:
         """Where a tensor of an optimiser is read to: sharded as its parameter, if it has its shape."""

@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
 from mige.config import Config, ConfigError
 from mige.data.batch import TrainingBatch
@@ -35,7 +30,7 @@ from mige.training.loader import build_loader, timed
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
 from mige.training.optimizers import learning_rate
-from mige.training.prepare import prepare_model, prepare_vae
+from mige.training.prepare import DDP, prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
 from mige.training.resume import ANY, check_invariants, frozen_digest, resume_invariants
 from mige.training.run_folder import check_run_folder, check_trackers, log_to_terminal, open_run_folder
@@ -45,9 +40,6 @@ from mige.training.warm_up import warm_up, warm_up_batches
 from mige.utils.progress import Progress
 
 log = logging.getLogger("mige")
-
-# Gradients lie in the buckets that are reduced: no copies. Buckets of 250 MB keep NVLink busy. Buffers never change.
-DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=250, broadcast_buffers=False)
 
 
 class Trainer:
@@ -134,6 +126,7 @@ class Trainer:
                 self._warm_up()
                 code = self._loop()
             # Not after an error: it may wait for the other processes, they for this one, and it would go unheard.
+            self.accelerator.wait_for_everyone()  # one that leaves may end those that still talk to it
             self.accelerator.state.destroy_process_group()
             report_outcome(str(code))
         return code
@@ -283,18 +276,19 @@ class Trainer:
     def _export(self, folder: Path) -> Callable[[], None]:
         """What inference loads: a pipeline folder of the averaged parameters if there are any, or the adapters.
 
-        Copied to host memory; what is returned writes it, in the main process alone.
+        What is returned writes it, in the main process alone, of the state that was written: no second copy is taken.
         """
-        lora = self.config.train.trainable == "lora"
-        state = {} if lora else self.accelerator.get_state_dict(self.model)  # gathered, by all, where it is sharded
+        main = self.accelerator.is_main_process
+        if self.config.train.trainable == "lora":
+            if main:
+                save_adapters(self.plain, folder / "lora")
+            return lambda: None
+        if self.sharding != "ZeRO-2":
+            rest, read = self.state.untrained(), partial(self.state.read_weights, folder / "state")
+            return lambda: self.pipeline.with_weights(rest | read()).save_pretrained(folder / "model")
+        state = self.accelerator.get_state_dict(self.model)
         averaged = {} if self.ema is None else self.ema.named(self.plain, self.trained)
-        if not self.accelerator.is_main_process:
-            return lambda: None
-        if lora:
-            save_adapters(self.plain, folder / "lora")
-            return lambda: None
-        live = self.sharding != "FSDP2"  # else it was gathered into tensors of its own
-        for name, parameter in self.plain.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad:
-                state[name] = averaged.get(name, state[name]).detach().to("cpu", state[name].dtype, copy=live)
+        trained = [name for name, p in self.plain.named_parameters(remove_duplicate=False) if p.requires_grad and main]
+        for name in trained:
+            state[name] = averaged.get(name, state[name]).detach().to("cpu", state[name].dtype, copy=True)
         return lambda: self.pipeline.with_weights(state).save_pretrained(folder / "model")

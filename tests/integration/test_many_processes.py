@@ -248,9 +248,12 @@ def few_tensors(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_sharded_processes_equal_one_and_resume_as_four(few_tensors, tmp_path):
-    """FSDP2, with averaged weights, which are what a checkpoint's model holds, and samples on the way."""
-    more = (*FEW, "train.ema=0.9", "train.sample_every=4", "train.sample_steps=2",
-            "train.sample_records=['example_data/edit.json']")  # fmt: skip
+    """FSDP2, with averaged weights, which are what a checkpoint's model holds, samples and held-out losses on the way.
+
+    The loss is of the averages: nothing of them is left for the step that follows.
+    """
+    more = (*FEW, "train.ema=0.9", "train.held_out=['example_data/train.jsonl']", "train.sample_every=4",
+            "train.sample_steps=2", "train.sample_records=['example_data/edit.json']")  # fmt: skip
     assert build(few_tensors, tmp_path / "one", *STEPS, "train.batch_size=4", *more).run() == 0
     finish(shard(few_tensors, tmp_path / "two", 2, 2, *more))
     checkpoints = tmp_path / "four" / "checkpoints"
