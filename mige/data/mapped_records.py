@@ -23,7 +23,7 @@ from mige.utils.files import write_text
 COLUMN = "record"
 _SCANNED = 512  # records read at a time where all are
 _ROWS = 50_000  # a batch of the file: each costs memory when it is opened
-_READS = 32  # until the pages that were read are let go: they count as the process's own until then, some MB a record
+_READS = 8  # until the pages that were read are let go: they count as the own of a process, up to 4 MB a record
 
 
 class RecordWriter:
