@@ -132,6 +132,7 @@ class MappedRecords(Sequence[Record]):
         # Not Dataset.from_file, whose mapping cannot be reached, so that its pages would stay. Without a fingerprint
         # the whole table would be hashed for one.
         table = pyarrow.ipc.open_stream(pyarrow.py_buffer(self._mapping)).read_all()
+        self._let_go()  # of the head of every batch
         return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=str(self.file))
 
     def _let_go(self) -> None:
