@@ -94,10 +94,11 @@ def read_progress(checkpoint: Path) -> tuple[int, dict[str, Any]]:
 
 
 class _KeptStager(DefaultStager):
-    """Kept for the next checkpoint, with its memory: torch 2.11 closes the one it is given after each."""
+    """Kept for the next checkpoint, with its memory: that of torch 2.11 lets go of everything after each copy."""
 
-    def close(self) -> None:
-        """Nothing; the memory goes with the process."""
+    def __init__(self, options: StagingOptions):
+        super().__init__(options)
+        self._state_dict_stager.close = lambda: None  # the memory goes with the process
 
 
 class CheckpointWriter:

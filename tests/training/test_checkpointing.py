@@ -11,6 +11,7 @@ from accelerate import PartialState
 from test_resuming import SHORT, finished, line, run
 from test_trainer import build, weights
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from mige.training import trainer as trainer_module
 from mige.training.checkpointing import CheckpointWriter
@@ -46,15 +47,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_model, finished, tm
 
 
 def test_the_second_is_written_where_torch_closes_the_stager(tiny_model, finished, tmp_path, monkeypatch):
-    """As torch 2.11 does, on GPUs in use; later versions leave it to its owner."""
-    save = dcp.async_save
+    """As torch 2.11 does; later versions leave it to the owner."""
+    stage = DefaultStager._stage
 
-    def closing(*args, **kwargs):
-        writing = save(*args, **kwargs)
-        kwargs["async_stager"].close()
-        return writing
+    def closing(self, *args, **kwargs):
+        staged = stage(self, *args, **kwargs)
+        self._state_dict_stager.close()
+        return staged
 
-    monkeypatch.setattr(dcp, "async_save", closing)
+    monkeypatch.setattr(DefaultStager, "_stage", closing)
     assert build(tiny_model, tmp_path / "run", *SHORT).run() == 0
     assert line(tmp_path / "run") == ["step-00000002", "step-00000004"]
     there, here = (weights(one / "checkpoints" / "step-00000004") for one in (finished, tmp_path / "run"))
