@@ -147,8 +147,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    # The children are forks, which have the libraries imported: this process touches no GPU.
-    args, started, forks = parse(), time.monotonic(), multiprocessing.get_context("fork")
+    args, started = parse(), time.monotonic()
+    # Forks of a process that has the libraries imported and no GPU touched: this one has asked whether there is one.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["harness", "random_model", "mige.inference.pipeline"])
     folder = Path(tempfile.mkdtemp(prefix="mige-small-cards-", dir=args.folder))
     lines = []
     try:

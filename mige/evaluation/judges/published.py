@@ -1,6 +1,6 @@
 """Numbers that papers report for these benchmarks, by their judges and their prompts: never of one table with ours.
 
-Read where later papers and READMEs repeat the tables; a row is here where these agree.
+Read where later papers and READMEs repeat the tables, some of them in one place only: check a row before you cite it.
 """
 
 from collections.abc import Mapping
