@@ -6,6 +6,8 @@
     # from files that were fetched before
     python tools/prepare_data.py instructpix2pix --input downloads/instructpix2pix --output data/instructpix2pix
     python tools/prepare_data.py seed_data_edit --input downloads/SEED-Data-Edit-Part2-3 --output data/seed
+    # the authors' subject-driven edits: an index of images that lie elsewhere
+    python tools/prepare_data.py mige_sub_edit --input index.json --root /path/to/SA1B=downloads/sa1b --output data/sub
 
 Writes records.jsonl, images/, skipped.jsonl (every skipped sample, with its reason) and summary.json. A killed run
 resumes where it stopped; a finished folder is left alone. docs/data.md describes the sources.
@@ -31,6 +33,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_positive, help="rows to read at most, over all runs")
     parser.add_argument("--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (%(default)s)")
     parser.add_argument("--min-quality", type=int, default=5, help="subjects200k: least of its scores (%(default)s)")
+    help_ = "mige_sub_edit: how its paths begin, and the folder that holds them here; once for each"
+    parser.add_argument("--root", action="append", default=[], metavar="OLD=NEW", help=help_)
     return parser.parse_args(argv)
 
 
@@ -42,13 +46,14 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """What the script does, with the arguments of `parse`."""
+    from mige.data.prepare.index import parse_roots
     from mige.data.prepare.run import RECORDS, SKIPPED, prepare
     from mige.data.prepare.sources import SOURCES, Settings
 
     hub = SOURCES[args.source].hub
     inputs = args.input or ([hub] if hub else [])
     resolved = tuple(str(Path(given).resolve()) if Path(given).exists() else given for given in inputs)
-    settings = Settings(args.source, resolved, args.split, args.name, args.min_quality)
+    settings = Settings(args.source, resolved, args.split, args.name, args.min_quality, parse_roots(args.root))
     summary = prepare(settings, args.output, limit=args.limit, workers=args.workers)
     print(summary.text())
     print(f"{args.output / RECORDS}: the records; {args.output / SKIPPED}: what was skipped")

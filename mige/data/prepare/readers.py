@@ -24,6 +24,7 @@ class Settings:
     split: str = "train"
     name: str = ""  # how ids begin; empty: the source
     min_quality: int = 5  # Subjects200K: the least of each of its three scores, 0 to 5
+    roots: tuple[tuple[str, str], ...] = ()  # mige_sub_edit: how its paths begin, and the folder here that it means
 
 
 class Reader(Protocol):

@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 
 from mige.data.parsing import make_record
-from mige.data.prepare.sources import Box, ImageFile, Settings, SkippedSample, Source, SourceError, source_of
+from mige.data.prepare.samples import Box, ImageFile, SkippedSample
+from mige.data.prepare.sources import Settings, Source, SourceError, source_of
 from mige.utils import images
 from mige.utils.files import folder_lock, read_json_object, sync_folder
 from mige.utils.progress import Progress
@@ -88,7 +89,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class FolderImageWriter:
-    """The `mige.data.prepare.sources.ImageWriter` of an output folder: where the images of one row go."""
+    """The `mige.data.prepare.samples.ImageWriter` of an output folder: where the images of one row go."""
 
     folder: Path  # the output folder
     stem: str  # images/0012/magicbrush-train-0012345
@@ -123,13 +124,17 @@ class FolderImageWriter:
         except images.BadImageError as error:
             raise SkippedSample("missing image" if not path.exists() else "damaged image", str(error)) from error
 
+    def relative(self, path: Path) -> str:
+        """The path relative to the output folder."""
+        return os.path.relpath(path, self.folder)
+
     def _path(self, name: str) -> Path:
         path = self.folder / f"{self.stem}_{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def _image_file(self, path: Path, image: Image.Image) -> ImageFile:
-        return ImageFile(os.path.relpath(path, self.folder), image.width, image.height)
+        return ImageFile(self.relative(path), image.width, image.height)
 
 
 def _bytes(cell: Any, name: str) -> bytes:
@@ -200,7 +205,7 @@ def _open(folder: Path, settings: Settings) -> Summary:
         summary = last if last.rows else summary  # a run without a commit binds nobody
     elif any((folder / name).exists() for name in summary.sizes):
         raise SourceError(f"{folder} holds records but no {SUMMARY}, so they are not ours; use another --output")
-    theirs = summary.settings
+    theirs = json.loads(json.dumps(asdict(Settings("", ())))) | summary.settings  # settings newer than the folder
     differing = [f"{key}: {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]]
     if differing:
         raise SourceError(f"{folder} was made with other settings ({'; '.join(differing)}); use another --output")

@@ -1,4 +1,4 @@
-"""The paper's public data sets: what a row becomes - prompts, images, records. readers.py reads their layouts.
+"""The paper's public data sets: what a row becomes. readers.py reads their layouts, samples.py makes prompts.
 
 Nothing is written here (run.py does that). docs/data.md says what is known of each source.
 """
@@ -8,101 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from mige.data.prepare.index import FIELDS, index_rows, index_samples
 from mige.data.prepare.readers import ParquetRows, Reader, SeedRows, Settings, SourceError
-from mige.models.instruction import MAX_WORDS, clean, point_at_source
-from mige.tasks import PLACEHOLDER, Task
+from mige.data.prepare.samples import Box, ImageFile, ImageWriter, SkippedSample, edit_prompt, subject_prompt
+from mige.tasks import Task
 
 VIEW_SIDES = (1024, 512)  # of a Subjects200K view in pixels
 QUALITY = ("compositeStructure", "objectConsistency", "imageQuality")
-
-
-class SkippedSample(Exception):  # noqa: N818  # an outcome of a sample, not a failure of the run
-    """Why a sample, or a whole row, becomes no record: a reason to count by, and the detail of this one."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-_MENTION = re.compile(r"(\w*)(?:the|this) (?:image|photo|picture)(\w*)", re.IGNORECASE)
-_SHIELD = "\N{NO-BREAK SPACE}"  # keeps point_at_source from a mention that must stay text
-_ARTICLE = re.compile(r"(?:an?|the)\s+", re.IGNORECASE)
-
-
-def edit_prompt(instruction: Any) -> str:
-    """An editing instruction with one `<imagehere>`: its first mention of the image, else appended.
-
-    This is `point_at_source`, except that later mentions and longer words ("the photographer") stay text.
-    Raises SkippedSample for an instruction that is empty or so long that the placeholder is cut in training.
-    """
-    text = " ".join(_text(instruction, "instruction").split())
-    first = next((m.start() for m in _MENTION.finditer(text) if not (m[1] or m[2])), None)
-    shielded = _MENTION.sub(lambda m: m[0] if m.start() == first else m[0].replace(" ", _SHIELD), text)
-    return _short_enough(" ".join(point_at_source(shielded).replace(_SHIELD, " ").split()))
-
-
-def subject_prompt(description: Any, item: Any) -> str:
-    """A description with `<imagehere>` for the first mention of its item: whole words, any case, the article stays.
-
-    Raises SkippedSample where the description or the item is empty, the description does not mention the item, or the
-    placeholder is cut in training.
-    """
-    text = " ".join(_text(description, "description").split())
-    words = _ARTICLE.sub("", _text(item, "subject name").strip(" \t\n.,;:!\"'"), count=1).split()
-    name = r"\s+".join(map(re.escape, words))
-    pointed, found = re.subn(rf"\s*(?<!\w){name}(?!\w)\s*", PLACEHOLDER, text, count=1, flags=re.IGNORECASE)
-    if not (words and found):
-        raise SkippedSample("description does not mention its item", f"{item!r} in {description!r}")
-    return _short_enough(pointed)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str | None):
-        raise SkippedSample(f"{name} is no text", repr(value))
-    if not value or not value.strip():
-        raise SkippedSample(f"empty {name}")
-    return value
-
-
-def _short_enough(prompt: str) -> str:
-    if PLACEHOLDER not in clean(prompt):
-        raise SkippedSample(f"{PLACEHOLDER} is not within the first {MAX_WORDS} words", prompt)
-    return prompt
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image of the set that is made: its file and size in pixels."""
-
-    path: str  # relative to the output folder
-    width: int  # upright
-    height: int
-
-
-class ImageWriter(Protocol):
-    """Takes the images of one row; an image cell is {"bytes", "path"}."""
-
-    def store(self, name: str, cell: Any) -> ImageFile:
-        """Save an image cell as it is (JPEG, PNG, WebP), else as PNG, and decode it.
-
-        Raises SkippedSample for a cell without bytes or with no whole image, OSError where writing fails.
-        """
-
-    def store_views(self, cell: Any, boxes: Callable[[int, int], Sequence[Box]]) -> list[ImageFile]:
-        """Cut an image cell into the boxes for its upright width and height; saved as JPEG of quality 95 without
-        chroma subsampling. Raises as `store`, and what `boxes` raises."""
-
-    def refer(self, path: Path) -> ImageFile:
-        """An image that stays where it is, decoded once to be sure of it. Raises SkippedSample where it cannot be."""
 
 
 def _side_by_side(width: int, height: int) -> list[Box]:
@@ -117,7 +31,7 @@ def _side_by_side(width: int, height: int) -> list[Box]:
     return [(left, margin, left + side, margin + side) for left in (margin, width - margin - side)]
 
 
-# ---- the four sources: a row -> its samples --------------------------------------------------------------------------
+# ---- a row -> its samples --------------------------------------------------------------------------------------------
 
 Samples = list[dict[str, Any] | SkippedSample]
 
@@ -243,6 +157,7 @@ SOURCES: dict[str, Source] = {
         ParquetRows,
         _magicbrush,
     ),
+    "mige_sub_edit": Source("EurekaTian/MIGE_train_sub_edit", ("train",), FIELDS, index_rows, index_samples),
     "seed_data_edit": Source(None, ("train",), (), SeedRows, _seed_data_edit),
     "subjects200k": Source(
         "Yuanshi/Subjects200K",
@@ -263,6 +178,8 @@ def source_of(settings: Settings) -> Source:
         raise SourceError(f"{settings.source} has no split {settings.split!r}; use one of {', '.join(source.splits)}")
     if settings.name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", settings.name):
         raise SourceError(f"--name {settings.name!r} is unfit for ids; use 1 to 60 of A-Z a-z 0-9 _ -")
+    if settings.roots and source.samples is not index_samples:
+        raise SourceError(f"{settings.source} names no images elsewhere; --root belongs to mige_sub_edit")
     if not settings.inputs:
         raise SourceError(f"{settings.source} cannot be streamed from the hub; give its extracted files in --input")
     return source
