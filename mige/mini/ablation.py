@@ -121,6 +121,8 @@ class Plan:
         if dumped["distillation"] is None:  # a student is no ablation, and older settings do not name it
             del dumped["distillation"]
         del dumped["train"]["precision"]
+        if train.trainable != "lora":  # nor what adapters are
+            dumped["train"] = {k: v for k, v in dumped["train"].items() if k == "lora_rank" or not k.startswith("lora")}
         dumped["train"]["param_dtype"] = train.param_dtype
         if dumped["data"]["world_name"] == "first":  # nor that there are two worlds
             del dumped["data"]["world_name"]

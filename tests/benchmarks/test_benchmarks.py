@@ -96,6 +96,7 @@ SMALL = {
                          "whole/eager", "lora/eager"],
     "bench_extraction.py": [*TINY, "--images", 3, "--batch", 2, "--workers", 0],
     "bench_few_step.py": ["--tiny", "--time-limit", 9999, "--batches", 2, 1, "--repeats", 1],
+    "bench_records.py": ["--folder", "FOLDER", "--records", 300, "--simulated", 600, "--reads", 50, "--workers", 0],
     "bench_features.py": ["--images", 4, "--entries", 1000, "--folder", "FOLDER"],
     "bench_sizes.py": ["--tiny", "--long-sides", 0, 64, "--steps", 1, "--repeats", 1],
     "bench_training.py": [*TINY, "--tokens", 20, "--batches", 2, "--steps", 2, "--variants",
@@ -118,11 +119,18 @@ def test_none_is_left_out():
     assert [*sorted(SMALL | ELSEWHERE)] == BENCHMARKS and all(name in globals() for name in ELSEWHERE.values())
 
 
-@pytest.mark.parametrize("name", SMALL)
+STARTING = ("bench_extraction.py", "bench_records.py")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.processes if name in STARTING else ()) for name in SMALL]
+)
 def test_it_runs_on_a_cpu(name, tmp_path, monkeypatch):
     module = importlib.import_module(name.removesuffix(".py"))
     if name == "bench_features.py":
         monkeypatch.setattr(module, "SIZE", 64)  # of the images
+    if name == "bench_records.py":
+        monkeypatch.setattr(module, "BATCH", 200)
     arguments = [tmp_path / "folder" if word == "FOLDER" else word for word in SMALL[name]]
     words = [name, *arguments, "--device", "cpu", "--output", tmp_path / "lines.jsonl"]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
@@ -132,7 +140,9 @@ def test_it_runs_on_a_cpu(name, tmp_path, monkeypatch):
     assert machine["device"] == "cpu" and lines
     assert not any("failed" in line for line in lines), lines
     rates = [number for line in lines for key, number in line.items() if "_per_s" in key or "_a_second" in key]
-    assert all(rate > 0 for rate in rates) and (rates or name in ("bench_compile.py", "bench_features.py"))
+    assert all(rate > 0 for rate in rates) and (
+        rates or name in ("bench_compile.py", "bench_features.py", "bench_records.py")
+    )
 
 
 @pytest.mark.processes

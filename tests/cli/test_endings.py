@@ -21,6 +21,7 @@ CONFIG = str(ROOT / "configs" / "tiny.py")
 ARGUMENTS = {
     "ablate": ["OUT"],
     "check_data": ["r.json"],
+    "compare_runs": ["a", "b", "--output", "OUT"],
     "convert_checkpoint": ["release", "--model", "m", "--vae", "v", "--t5", "t", "--output", "OUT"],
     "demo": ["--output", "OUT"],
     "download_weights": ["--output", "OUT"],
@@ -29,6 +30,7 @@ ARGUMENTS = {
     "extract_entities": ["--results", "r", "--output", "OUT"],
     "extract_features": ["--records", "r.json", "--model", "m", "--output", "OUT"],
     "infer": ["--model", "m", "--prompt", "a cat", "--output", "OUT"],
+    "judge": ["--benchmark", "gedit", "--results", "OUT", "--judge", "m"],
     "make_tiny_checkpoint": ["OUT"],
     "make_world": ["OUT", "--cases", "1"],
     "prepare_benchmark": ["emu_edit", "--output", "OUT"],
@@ -36,6 +38,7 @@ ARGUMENTS = {
     "pretrain_mini_encoder": ["OUT", "--start", "s"],
     "start_ablation": ["OUT"],
     "start_mini": ["OUT"],
+    "verify_release": ["model", "m", "--output", "OUT"],
     "train_mige": [CONFIG, "--output", "OUT"],
     "distill": [CONFIG, "--output", "OUT"],
     "web_demo": [],

@@ -129,7 +129,8 @@ def installed(tmp_path_factory) -> Path:
     assert {str(path) for path in wanted if "__pycache__" not in path.parts} <= names
     place = folder / "environment"
     venv.create(place, symlinks=True, with_pip=False)
-    done = run_program(*pip, "--python", place, "install", "--no-deps", "--no-index", wheel)
+    # Not where an editable install has left its egg-info: pip would take it for the installed one.
+    done = run_program(*pip, "--python", place, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     assert done.returncode == 0, done.stderr
     [packages] = place.glob("lib/python*/site-packages")
     others = [path for path in sys.path if path.endswith("site-packages")]
