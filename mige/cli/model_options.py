@@ -1,4 +1,4 @@
-"""Which model and in which mode: the options that infer.py and the page share, and the pipeline that they ask for."""
+"""Which model and in which mode: the options that infer.py, the page and `mige edit` share, and their pipeline."""
 
 import argparse
 from pathlib import Path
@@ -29,6 +29,11 @@ def resolve(args: argparse.Namespace) -> None:
     """The device and dtype that nobody named, in `args`; ends the script where there is no such device."""
     args.device = command.check_device(command.parser(None), args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+
+
+def label(args: argparse.Namespace, folder: Path) -> str:
+    """What the model of a folder is called with the adapters that were asked for."""
+    return " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
 
 
 def load(args: argparse.Namespace, folder: Path, device: "torch.device | str", *, verified: bool) -> "MIGEPipeline":

@@ -61,7 +61,8 @@ def make(args: argparse.Namespace, task: Task, images: Sequence[Path], mask: Pat
     model_options.resolve(args)
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
-    service = GenerationService(model_options.load(args, folder, args.device, verified=False), folder.resolve().name)
+    pipeline = model_options.load(args, folder, args.device, verified=False)
+    service = GenerationService(pipeline, model_options.label(args, folder), adapters=args.lora)
     usual, native = service.defaults(task), service.pipeline.sizes.native
     width, height = (native, native) if task is Task.SUBJECT and args.size == (0, 0) else args.size
     request = Request(

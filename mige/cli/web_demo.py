@@ -125,12 +125,11 @@ def run(args: argparse.Namespace) -> None:
     command.quiet_libraries()
     folder = MIGEPipeline.locate(args.model)
     pipeline = model_options.load(args, folder, args.device, verified=False)
-    name = " + ".join([folder.resolve().name, *(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)])
     where = dict(host=args.host, port=args.port, public_hosts=args.public_host, api_key=args.api_key)
     if not args.no_page:
         where |= dict(root_path=args.root_path, users=args.auth, share=args.share)
     checker = args.safety_checker and load_function(args.safety_checker)
-    service = GenerationService(pipeline, name, adapters=args.lora, safety_checker=checker)
+    service = GenerationService(pipeline, model_options.label(args, folder), adapters=args.lora, safety_checker=checker)
     with serving(service, **where) as address:
         print(f"{'Listening at' if args.no_page else 'Open'} {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

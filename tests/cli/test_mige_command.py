@@ -105,6 +105,17 @@ def test_help_is_there_before_anything_heavy():
         assert f"'{heavy}'" not in done.stdout
 
 
+# ---- what is made ----------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_made_with_adapters_and_says_so(elsewhere):
+    subject, student = ROOT / "docs" / "images" / "subject-1.png", f"{MINI}-turbo:0.5"
+    arguments = ["generate", "a<imagehere>on a red background", "--subject", str(subject), "--model", str(MINI)]
+    assert main.main([*arguments, "--lora", student, "--steps", "1", "--device", "cpu"]) == 0
+    settings = read_settings(elsewhere / "generated.png")
+    assert (settings["model"], settings["steps"]) == ("mige-mini + mige-mini-turbo:0.5", 1)
+
+
 # ---- the wheel -------------------------------------------------------------------------------------------------------
 
 
