@@ -91,6 +91,14 @@ def test_retry_after_is_kept():
     assert waited[0] == 7 and waited[1] == pytest.approx(40, abs=15) and waited[2] == 4
 
 
+@pytest.mark.parametrize(("asked", "seconds"), [("Wed, 21 Oct 2015 07:28:00 -0000", 0), ("²", 1)])
+def test_an_odd_retry_after_ends_no_run(asked, seconds):
+    waited = []
+    with serve(lambda payload, n: [fails(429, Retry_After=asked), says(GOOD)][n]) as server:
+        assert judge(server, waited).ask("rate", [], 0).text == GOOD
+    assert waited == [seconds]
+
+
 def test_who_asks_for_an_hour_gets_no_wait():
     waited = []
     with serve(lambda payload, n: fails(429, Retry_After="3600")) as server, pytest.raises(NoReplyError) as caught:
@@ -127,6 +135,12 @@ def test_a_wrong_key_or_model_ends_the_run_and_shows_no_key(status):
     with serve(lambda payload, n: fails(status, said)) as server, pytest.raises(JudgeError) as caught:
         judge(server).ask("rate", [], 0)
     assert KEY not in str(caught.value) and "***" in str(caught.value) and len(server.requests) == 1
+
+
+def test_a_key_at_the_end_of_a_long_message_is_not_cut_but_hidden():
+    with serve(lambda payload, n: fails(400, "a" * 190 + KEY)) as server, pytest.raises(NoReplyError) as caught:
+        judge(server).ask("rate", [], 0)
+    assert str(caught.value) == "HTTP 400: " + "a" * 190 + "***"
 
 
 def test_ten_questions_without_a_reply_end_the_run():

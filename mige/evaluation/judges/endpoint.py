@@ -109,8 +109,7 @@ class Endpoint:
             else:
                 if response.status_code == 200:
                     return response
-                problem = f"HTTP {response.status_code}: {_message(response)}"
-                problem = problem.replace(self.key, "***") if self.key else problem
+                problem = f"HTTP {response.status_code}: {_message(response, self.key)}"
                 if response.status_code in _ALL_LOST:
                     raise JudgeError(f"{self.url}: {_ALL_LOST[response.status_code]} ({problem})")
                 if response.status_code not in _PASSING:
@@ -154,24 +153,28 @@ def _reply(response: httpx.Response) -> Reply:
     return Reply(storable(content), storable(str(stop)))
 
 
-def _message(response: httpx.Response) -> str:
-    """What a response says of itself, in one short line."""
+def _message(response: httpx.Response, key: str | None) -> str:
+    """What a response says of itself, in one short line, and no part of the key."""
     try:
         said = response.json()["error"]
         said = said["message"] if isinstance(said, dict) else said
     except (ValueError, LookupError, TypeError):
         said = response.text
-    return storable(" ".join(str(said).split())[:200]) or response.reason_phrase
+    said = " ".join(str(said).split())
+    said = said.replace(key, "***") if key else said  # before it is cut, which would leave a part of the key
+    return storable(said[:200]) or response.reason_phrase
 
 
 def _retry_after(value: str | None) -> float | None:
     """The seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number or a date; None for neither."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         when = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return None
+    if when.tzinfo is None:  # "-0000": UTC, and nothing is said of the sender's zone
+        when = when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
