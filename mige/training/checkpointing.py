@@ -10,6 +10,7 @@ Resuming from an older one moves the later ones into `checkpoints/abandoned-N/`,
 """
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -65,10 +66,10 @@ def checkpoint_to_resume(run: Path, named: Path | None) -> Path | None:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The one of the run's line with the least held-out loss; None where none was measured."""
+    """The one of the run's line with the least held-out loss; None where none was measured, or none is a number."""
     losses = {one: json.loads((one / "progress.json").read_text(encoding="utf-8")).get("held_out")
               for one in list_checkpoints(run)}  # fmt: skip
-    measured = [one for one, loss in losses.items() if loss is not None]
+    measured = [one for one, loss in losses.items() if loss is not None and math.isfinite(loss)]  # NaN: never less
     return min(measured, key=losses.__getitem__, default=None)
 
 

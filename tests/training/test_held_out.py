@@ -75,6 +75,14 @@ def test_the_best_checkpoint_stays_beside_the_newest(tiny_model, tmp_path, monke
     assert [row["step"] for row in told(run)] == [1, 2, 3, 4]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    for step, loss in enumerate([float("nan"), 2.0, 1.0, None, float("inf")], start=1):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "progress.json").write_text(json.dumps({"held_out": loss}))
+    assert best_checkpoint(tmp_path).name == "step-00000003"
+
+
 def test_records_that_cannot_be_used_are_refused_before_the_first_step(tiny_model, tmp_path):
     with pytest.raises(BadRecordsError, match=r"none\.json"):
         build(tiny_model, tmp_path / "run", "train.held_out=['none.json']")
