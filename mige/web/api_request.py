@@ -21,7 +21,7 @@ OURS = ("prompt", "model", "n", "size", "response_format", "output_format", "see
 ONLY = {"response_format": "b64_json", "output_format": "png", "stream": False}  # what the endpoint can answer with
 AUTO = ("background", "input_fidelity", "moderation", "quality", "style")  # OpenAI's own, of which we have one value
 IGNORED = ("user",)  # of whom it is sent has no influence on an image
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 import mige
 from mige.utils.images import save_image
 
-MAX_TEXT = 256 * 1024  # bytes of the settings in a file
+MAX_TEXT = 256 * 1024  # characters of the settings in a file
 _KEY, _XMP_KEY = "mige", "XML:com.adobe.xmp"
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -51,10 +51,14 @@ def _texts(settings: dict[str, Any]) -> PngInfo:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `save_with_settings` wrote into a PNG, whoever made the file; no pixel is decoded.
 
-    Raises ValueError for a file that has none, or whose text is no object of JSON; OSError for one that is no PNG.
+    Raises ValueError for a file that has none, or whose text is no object of JSON, or whose image is too large to open;
+    OSError for one that is no PNG.
     """
-    with Image.open(path, formats=["PNG"]) as image:
-        text = image.info.get(_KEY)  # before the pixels, where it is written
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(_KEY)  # before the pixels, where it is written
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(text, str):
         raise ValueError(f"{path} holds no settings of MIGE: expected a PNG downloaded from its page")
     if len(text) > MAX_TEXT:

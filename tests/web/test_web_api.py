@@ -247,6 +247,7 @@ REFUSED = [  # fields, the field that is named, what is said
     ({"task": "subject_edit"}, "task", "does not fit 1 images"),
     ({"size": "big"}, "size", "expected “auto”"),
     ({"size": "128X128"}, "size", "expected “auto”"),
+    ({"size": "0x0"}, "size", "expected “auto”"),
     ({"size": "100x128"}, None, "width is 100 px"),
     ({"size": "99999x99999"}, None, "width is 99999 px"),
     ({"size": "-128x128"}, "size", "expected “auto”"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import zlib
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def test_settings_survive_in_the_png(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b\.png holds no settings"):
         read_settings(tmp_path / "b.png")
+
+
+def test_a_png_that_says_it_is_gigantic_has_no_settings(tmp_path):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + struct.pack(">I", 0) + b"IDAT")
+    with pytest.raises(ValueError, match=r"a\.png: Image size \(3600000000 pixels\)"):
+        read_settings(tmp_path / "a.png")
 
 
 # ---- the service -----------------------------------------------------------------------------------------------------
