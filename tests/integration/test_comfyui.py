@@ -128,12 +128,21 @@ def test_an_edit_has_the_form_of_comfyuis_images(pack, load, comfyui):
 def test_what_is_made_is_what_the_pipeline_makes(pack, load):
     """The same image as the call in docs/inference.md: sources, order of references, settings."""
     model, images = load(), [noise(1, 128, 128, 3, seed=n) for n in (1, 2)]
-    wanted = edit(pack, "put image 2 into image 1", image_1=images[0], image_2=images[1])
+    wanted = edit(pack, "put image 2 into image 1", image_1=images[0], image_2=images[1], negative="a red sky")
     got = sample(pack, model, wanted, steps=2, guidance=3.0, source_guidance=1.5, seed=7)
     first, second = (Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8)) for image in images)
-    want = model.pipeline()("put<imagehere>into<imagehere>", [second, first], source=first, num_inference_steps=2,
-                            guidance_scale=3.0, source_guidance_scale=1.5, seed=7).images[0]  # fmt: skip
+    how = dict(
+        num_inference_steps=2, guidance_scale=3.0, source_guidance_scale=1.5, negative_prompt="a red sky", seed=7
+    )
+    want = model.pipeline()("put<imagehere>into<imagehere>", [second, first], source=first, **how).images[0]
     assert np.array_equal((got[0].numpy() * 255).round(), np.asarray(want))
+
+
+def test_a_miniature_model_has_its_benchs_settings(pack, load, comfyui):
+    model, wanted = load(), edit(pack, image_1=noise(1, 64, 64, 3))
+    made = sample(pack, model, wanted, steps=0, size="32x32")
+    assert len(comfyui.progress) == comfyui.progress[-1][1] == 20
+    assert torch.equal(sample(pack, model, wanted, steps=20, guidance=2.0, source_guidance=1.0, size="32x32"), made)
 
 
 def test_comfyuis_image_files_get_every_level_back(pack):
@@ -226,7 +235,9 @@ def test_adapters_belong_to_the_models_behind_their_node(pack, load, adapter, mo
     made = [sample(pack, one, wanted) for one in adapted]
     assert (made[0] - plain).abs().mean() > 0.01 and (made[0] - made[1]).abs().mean() > 0.001
     assert torch.equal(made[2], plain) and torch.equal(sample(pack, model, wanted), plain)
-    assert comfyui.unloaded == (5 if mode else 1)  # loaded anew only where adapters cannot be exchanged
+    [twice] = call(pack, "MIGEAddAdapter", model=adapted[1], name="strong", scale=0.5)
+    assert (sample(pack, twice, wanted) - made[0]).abs().max() <= 2 / 255  # one with 1 is two with a half each
+    assert comfyui.unloaded == (6 if mode else 1)  # loaded anew only where adapters cannot be exchanged
 
 
 def test_memory_goes_with_the_model(pack, load):
@@ -243,6 +254,7 @@ def test_memory_goes_with_the_model(pack, load):
 def test_modes_reach_the_pipeline(pack, load):
     pipeline = load(dtype="bfloat16", vae_dtype="bfloat16", t5_bits="4", compile=True, vae_tiling=True).pipeline()
     assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
+    assert not pipeline.transformer.proj_out.weight.is_inference()  # or CUDA graphs and adapters could not change it
     assert pipeline.is_compiled and pipeline.vae.use_tiling and load().pipeline().transformer.dtype == torch.float32
 
 
@@ -257,6 +269,12 @@ def test_names_are_those_on_offer_and_no_paths(pack, load, name):
         load(name=name)
     with pytest.raises(ValueError, match="there is no adapter"):
         call(pack, "MIGEAddAdapter", model=load(), name="../tiny")
+
+
+def test_of_two_of_one_name_comfyuis_own_counts(pack, lively, tmp_path):
+    (tmp_path / "mige" / "mige-mini").symlink_to(lively)
+    model = call(pack, "MIGELoadModel", name="mige-mini")[0]
+    assert model.weights.folder == tmp_path / "mige" / "mige-mini"
 
 
 def test_a_damaged_model_is_refused_where_it_is_loaded(pack, load, comfyui, tmp_path):
