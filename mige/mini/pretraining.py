@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from mige.config import Config
 from mige.data.order import ResumableBatchSampler
 from mige.data.randomness import Dropout
-from mige.data.synthetic import backgrounds, sprites, tasks
+from mige.data.synthetic import backgrounds, tasks
 from mige.data.synthetic.scenes import SIDE, Scene, Scenes, draw
 from mige.data.synthetic.stream import Drawn, WorldBatch, WorldDataset, collate_world, vision_pixels
+from mige.data.synthetic.world import FIRST, WORLDS, World
 from mige.inference.pipeline import MIGEPipeline
 from mige.models.instruction import Instruction, tokenize, training_text
 from mige.models.mige import MIGEModel
@@ -48,22 +49,24 @@ class Layout:
         scenes: A of them, each a subject alone as the answer has it, large, on white.
         row_A: int64 [A], the case.
         place_A3: float32 [A, 3], the subject's place in the answer: x, y and size in sides of the image.
+        world: whose subjects they are.
     """
 
     scenes: Scenes
     row_A: Tensor
     place_A3: Tensor
+    world: World = FIRST
 
 
-def layout_of(cases: Sequence[tasks.Case]) -> Layout | None:
+def layout_of(cases: Sequence[tasks.Case], world: World = FIRST) -> Layout | None:
     """The subjects that the cases ask for and their targets show; None if there is none."""
     there = [(row, s) for row, case in enumerate(cases) for s in case.asked if s in case.target.subjects]
     if not there:
         return None
     alone = [replace(subject, x=SIDE / 2, y=SIDE / 2, size=SUBJECT_SIDE) for _, subject in there]
-    scenes = Scenes.stack([Scene(backgrounds.PLAIN_WHITE, backgrounds.MIDDLE, (subject,)) for subject in alone])
+    scenes = Scenes.stack([Scene(world.white, backgrounds.MIDDLE, (subject,)) for subject in alone])
     place = torch.tensor([(subject.x, subject.y, subject.size) for _, subject in there]) / SIDE
-    return Layout(scenes, torch.tensor([row for row, _ in there]), place)
+    return Layout(scenes, torch.tensor([row for row, _ in there]), place, world)
 
 
 class LayoutDataset(WorldDataset):
@@ -77,7 +80,8 @@ class LayoutDataset(WorldDataset):
 def collate_with_layout(drawn: Sequence[tuple[Drawn, tasks.Case]]) -> tuple[WorldBatch, Layout | None]:
     """Samples of a `LayoutDataset` -> batch and layout."""
     samples, cases = zip(*drawn, strict=True)
-    return collate_world(samples), layout_of(cases)
+    batch = collate_world(samples)
+    return batch, layout_of(cases, batch.world)
 
 
 class ReconstructionHead(nn.Module):
@@ -138,22 +142,25 @@ def losses(
     if layout is not None:
         row_A = layout.row_A.to(device)
         prediction = head(context_BLC[row_A], mask_BL[row_A], head.by_place(layout.place_A3.to(device)))
-        subjects = vision_pixels(draw(layout.scenes, device), tower.image_size)
+        subjects = vision_pixels(draw(layout.scenes, device, world=layout.world), tower.image_size)
         found["layout"] = unexplained_variance(prediction, subjects, tower.patch_size)
     return found
 
 
-def unseen_pairs(pipeline: MIGEPipeline, device: torch.device) -> tuple[list[Instruction], Tensor, Tensor, Layout]:
-    """`UNSEEN` cases of two references to unseen subjects.
+def unseen_pairs(
+    pipeline: MIGEPipeline, device: torch.device, world: World = FIRST
+) -> tuple[list[Instruction], Tensor, Tensor, Layout]:
+    """`UNSEEN` cases of two references to unseen subjects of a world.
 
     Returns the instructions, the tower's images [2 * UNSEEN, 3, S, S], unscaled latents [2 * UNSEEN, 4, h, w], layout.
     """
-    subjects, rngs = sprites.split()[1], (np.random.default_rng([10_003, i]) for i in range(UNSEEN))
-    cases = [tasks.make("two_references", rng, subjects) for rng in rngs]
-    pixels = draw(Scenes.stack([image for case in cases for image in case.references]), device)
+    subjects = list(world.splits().values())[1]
+    rngs = (np.random.default_rng([10_003, i]) for i in range(UNSEEN))
+    cases = [tasks.make("two_references", rng, subjects, world=world) for rng in rngs]
+    pixels = draw(Scenes.stack([image for case in cases for image in case.references]), device, world=world)
     instructions = [tokenize(training_text(case.task, case.prompt), pipeline.tokenizer) for case in cases]
     size = pipeline.image_encoder.config.image_size
-    return instructions, vision_pixels(pixels, size), encode(pipeline.vae, pixels).mean, layout_of(cases)
+    return instructions, vision_pixels(pixels, size), encode(pipeline.vae, pixels).mean, layout_of(cases, world)
 
 
 def pretrain(
@@ -181,7 +188,8 @@ def pretrain(
     model.encoder.train().requires_grad_(True)
     trained = [*model.encoder.parameters(), *head.parameters()]
     optimizers = _optimizers(model, head, trained, rate)
-    held_out, curve, started = unseen_pairs(pipeline, device), [], time.perf_counter()
+    world = WORLDS[settings.data.world_name]
+    held_out, curve, started = unseen_pairs(pipeline, device, world), [], time.perf_counter()
     for step, (drawn, layout) in enumerate(loader, start=1):  # which never ends
         done = max(step / steps, (time.perf_counter() - started) / seconds)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -207,7 +215,7 @@ def pretrain(
 
 
 def _loader(pipeline: MIGEPipeline, settings: Config, batch: int, workers: int, seed: int) -> DataLoader:
-    """Batches of the world's stream with their layouts, without end."""
+    """Batches of squares of the world's stream with their layouts, without end."""
     dataset = LayoutDataset(
         settings.data.world,
         pipeline.tokenizer,
@@ -217,6 +225,7 @@ def _loader(pipeline: MIGEPipeline, settings: Config, batch: int, workers: int, 
         vision_size=pipeline.image_encoder.config.image_size,
         dropout=Dropout(0, 0, 0),
         noise_levels=1,
+        world=WORLDS[settings.data.world_name],
     )
     indices = ResumableBatchSampler(batch=batch, processes=1, rank=0, gradient_accumulation_steps=1, start=0)
     return DataLoader(dataset, batch_sampler=indices, collate_fn=collate_with_layout, num_workers=workers)

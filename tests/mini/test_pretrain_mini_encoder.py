@@ -14,6 +14,7 @@ from mige.data.synthetic import sprites, tasks
 from mige.data.synthetic.backgrounds import PLAIN_WHITE, VARIANT
 from mige.data.synthetic.scenes import Scene, Scenes, draw
 from mige.data.synthetic.stream import WorldDataset, collate_world, vision_pixels
+from mige.data.synthetic.world import SECOND
 from mige.inference.pipeline import MIGEPipeline
 from mige.mini import pretraining
 from mige.models.instruction import Instruction
@@ -182,3 +183,19 @@ def test_it_ends_by_time(tiny_model, few_unseen, tmp_path):
     world = ("data.sets=[]", "data.world={'one_reference': 1}")
     run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
     assert [line["step"] for line in json.loads((tmp_path / "on" / "encoder_curve.json").read_text())] == [1]
+
+
+def test_the_second_world_is_drawn_as_itself(tiny_model, few_unseen, tmp_path, monkeypatch):
+    worlds = []
+
+    def noting(scenes, *args, world, **more):
+        worlds.append(world)
+        return draw(scenes, *args, world=world, **more)
+
+    monkeypatch.setattr(pretraining, "draw", noting)
+    few = ("--steps", 1, "--batch", 2, "--workers", 0, "--device", "cpu")
+    world = ("data.sets=[]", "data.size=64", "data.world={'one_reference': 1}", "data.world_name='second'")
+    run_script(SCRIPT, tmp_path / "on", "--start", tiny_model, "--config", ROOT / "configs" / "tiny.py", *world, *few)
+    assert len(worlds) >= 3 and set(worlds) == {SECOND}  # unseen cases, their layout, the batch's
+    cases = [tasks.make("one_reference", np.random.default_rng(0), SECOND.splits()["seen"], world=SECOND)]
+    assert pretraining.layout_of(cases, SECOND).scenes.background.tolist() == [SECOND.white]
