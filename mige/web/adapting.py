@@ -29,7 +29,7 @@ class AdapterScales:
     """
 
     def __init__(self, pipeline: Adapters, given: Sequence[tuple[str, float]] = ()):
-        names = pipeline.get_list_adapters().get("transformer", [])
+        names = pipeline.get_active_adapters()  # in the order they were loaded, of whatever parts
         self._pipeline, self._names = pipeline, names
         self._active = [scale for _, scale in given]
         for path, scale in given:

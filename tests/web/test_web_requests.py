@@ -164,6 +164,24 @@ def test_each_request_has_its_own_scales_and_no_other_is_touched(lively, adapter
         one.close()
 
 
+def test_adapters_of_the_text_encoder_alone_have_their_scale_too(lively, adapters, tmp_path):
+    pipeline = MIGEPipeline.from_pretrained(lively)
+    words = get_peft_model(copy.deepcopy(pipeline.text_encoder), LoraConfig(r=2, target_modules=["q", "v"]))
+    with torch.no_grad():
+        for name, parameter in words.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.1)
+    words.save_pretrained(tmp_path / "words" / "text_encoder")
+    loaded = [(tmp_path / "words", 0.25), (adapters[0], 1.0)]
+    for path, scale in loaded:
+        add_adapters(pipeline, path, scale)
+    service = GenerationService(pipeline, "lively", adapters=loaded)
+    assert [(one.label, one.scale) for one in service.adapters.offered] == [("words", 0.25), ("style-0", 1.0)]
+    service.adapters.use((0.5, 0.0))
+    assert [round(scale, 2) for scale in pipeline._stack.scales.values()] == [0.5, 0.0]
+    service.close()
+
+
 def test_the_safety_check_sees_what_comes_in_and_what_goes_out(pipeline):
     seen, withhold = [], []
 
