@@ -108,7 +108,9 @@ def agree(name: str, got: int, other: str, expected: int) -> None:
 
 
 def check_grids(name: str, grids: Sequence[Sequence[int]]) -> None:
-    """Raise ConfigError for anything but different pairs (rows, columns) of whole numbers from 1 on."""
+    """Raise ConfigError for anything but different pairs (rows, columns) of whole numbers from 1 on, 127 at most."""
+    if len(grids) > 127:  # the number of a record's shape is a signed byte
+        raise ConfigError(f"{name} has {len(grids)} shapes, expected at most 127")
     for number, grid in enumerate(grids):
         if len(grid) != 2 or min(grid) < 1:
             raise ConfigError(f"{name}[{number}] is {grid!r}, expected rows and columns of patches, such as [28, 36]")

@@ -333,6 +333,7 @@ def test_nothing_is_compiled_after_the_warm_up_in_any_shape(tiny_model, records,
         (("data.shapes=[[8, 8], [7]]",), r"data.shapes\[1\] is \[7\], expected rows and columns of patches"),
         (("data.shapes=[[0, 8]]",), r"data.shapes\[0\] is \[0, 8\], expected rows and columns of patches"),
         (("data.shapes=[[8, 8], [8, 8]]",), r"data.shapes\[1\] is \[8, 8\], which is there already"),
+        ((f"data.shapes={[[1, columns] for columns in range(1, 129)]}",), "has 128 shapes, expected at most 127"),
         (("data.shapes=[[8, 8.5]]",), r"data.shapes\[0\]\[1\] is 8.5, expected a whole number"),
         (("data.shape_block=0",), "data.shape_block is 0, expected at least 1"),
         (
