@@ -14,7 +14,7 @@ class Adapter:
     """One that a request may give another scale."""
 
     name: str  # the pipeline's
-    label: str  # for people
+    label: str  # for people, and in the settings of an image; no other has it
     scale: float  # where a request says nothing
 
 
@@ -35,9 +35,10 @@ class AdapterScales:
         for path, scale in given:
             if not SCALES[0] <= scale <= SCALES[1]:
                 raise ValueError(f"the scale of {path} is {scale:g}, expected one from {SCALES[0]:g} to {SCALES[1]:g}")
+        labels = _labels([Path(path).name for path, _ in given])
         self.offered = [
-            Adapter(name, Path(path).name, scale)
-            for name, (path, scale) in zip(names, given, strict=True)
+            Adapter(name, label, scale)
+            for name, label, (path, scale) in zip(names, labels, given, strict=True)
             if own_config(Path(path)) is None
         ]
         self._fixed = dict(zip(names, self._active, strict=True))
@@ -54,3 +55,9 @@ class AdapterScales:
         if list(wanted.values()) != self._active:
             self._pipeline.set_adapters(self._names, list(wanted.values()))
             self._active = list(wanted.values())
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The names, each once: every training calls its folder "lora", and the second is "lora (2)"."""
+    times = [names[: at + 1].count(name) for at, name in enumerate(names)]
+    return [f"{name} ({time})" if time > 1 else name for name, time in zip(names, times, strict=True)]

@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +25,7 @@ from mige.inference.pipeline import MIGEPipeline
 from mige.tasks import Task
 from mige.utils import images
 from mige.web import forms, history, strokes
-from mige.web.adapting import SCALES
+from mige.web.adapting import SCALES, AdapterScales
 from mige.web.fields import NUM_SETTINGS, read_request
 from mige.web.file_store import FileStore, Results
 from mige.web.history import Entry, Histories
@@ -180,6 +181,12 @@ def test_adapters_of_the_text_encoder_alone_have_their_scale_too(lively, adapter
     service.adapters.use((0.5, 0.0))
     assert [round(scale, 2) for scale in pipeline._stack.scales.values()] == [0.5, 0.0]
     service.close()
+
+
+def test_adapters_of_one_name_keep_a_scale_each(tmp_path):
+    pipeline = SimpleNamespace(get_active_adapters=lambda: ["0", "1", "2"])
+    given = [(tmp_path / "a" / "lora", 1.0), (tmp_path / "b" / "lora", 0.5), (tmp_path / "style", 2.0)]
+    assert AdapterScales(pipeline, given).named((0.1, 0.2, 0.3)) == {"lora": 0.1, "lora (2)": 0.2, "style": 0.3}
 
 
 def test_the_safety_check_sees_what_comes_in_and_what_goes_out(pipeline):
