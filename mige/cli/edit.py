@@ -20,13 +20,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("image", type=Path, help="the image to edit")
     parser.add_argument("--mask", type=Path, help="an image of its size, white or transparent where it may change")
+    parser.add_argument("--paste-back", action="store_true", help="the result at the image's own resolution")
     return one_image.parse(parser, argv, lambda args: f"{args.image.stem}-edited.png")
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, with the arguments of `parse`."""
     task = Task.SUBJECT_EDIT if args.subject else Task.EDIT
-    one_image.make(args, task, [args.image, *args.subject], args.mask)
+    one_image.make(args, task, [args.image, *args.subject], mask=args.mask, paste_back=args.paste_back)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """What the command does, with the arguments of `parse`."""
-    one_image.make(args, Task.SUBJECT, args.subject, None)
+    one_image.make(args, Task.SUBJECT, args.subject)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """What `mige edit` and `mige generate` share: options, and one image made as the page makes it."""
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mige.cli import command, model_options, places
 from mige.tasks import Task
@@ -22,8 +22,11 @@ def parse(
     parser.add_argument("--guidance", type=float, help="towards the instruction; default: the model's own")
     parser.add_argument("--source-guidance", type=float, help="towards the edited image; default: the model's own")
     parser.add_argument(
-        "--size", type=_size, default=(0, 0), metavar="WxH", help="px (default: an edit's as its image)"
+        "--size",
+        default="source",
+        help="source: edits have their image's aspect ratio; native: the model's square; 3:2; 768x512 (%(default)s)",
     )
+    parser.add_argument("--long-side", type=int, help="px of the longer side at most (default: the native area)")
     model_options.add(parser)
     args = parser.parse_args(argv)
     args.output = args.output or Path(output(args))
@@ -39,23 +42,21 @@ def parse(
     return args
 
 
-def _size(text: str) -> tuple[int, int]:
-    """The type of `--size`: width and height, px."""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected one such as 768x512")
-    return int(match[1]), int(match[2])
+def make(args: argparse.Namespace, task: Task, images: Sequence[Path], **of_edits: Any) -> None:
+    """Make the image and write it; raises RefusedError and other ValueErrors for what cannot run.
 
-
-def make(args: argparse.Namespace, task: Task, images: Sequence[Path], mask: Path | None) -> None:
-    """Make the image and write it; raises RefusedError (a ValueError) for what cannot run."""
+    of_edits: fields of a request that edits alone have: `mask`, `paste_back`.
+    """
     from mige.inference.pipeline import MIGEPipeline
+    from mige.inference.shapes import SizeWish
     from mige.utils.errors import UserError
     from mige.web.api_prompt import read_prompt
     from mige.web.provenance import save_with_settings
     from mige.web.service import GenerationService, Made, Request
 
+    wish = SizeWish(args.size, long_side=args.long_side)
     reading = read_prompt(task, args.prompt, len(images))
+    mask = of_edits.get("mask")
     if missing := [path for path in [*images, *([mask] if mask else [])] if not path.is_file()]:
         raise UserError(f"{missing[0]} is no file; give the path of an image")
     model_options.resolve(args)
@@ -63,8 +64,7 @@ def make(args: argparse.Namespace, task: Task, images: Sequence[Path], mask: Pat
     folder = MIGEPipeline.locate(args.model)
     pipeline = model_options.load(args, folder, args.device, verified=False)
     service = GenerationService(pipeline, model_options.label(args, folder), adapters=args.lora)
-    usual, native = service.defaults(task), service.pipeline.sizes.native
-    width, height = (native, native) if task is Task.SUBJECT and args.size == (0, 0) else args.size
+    usual = service.defaults(task)
     request = Request(
         task,
         args.prompt,
@@ -73,10 +73,11 @@ def make(args: argparse.Namespace, task: Task, images: Sequence[Path], mask: Pat
         usual.steps if args.steps is None else args.steps,
         usual.guidance if args.guidance is None else args.guidance,
         usual.source_guidance if args.source_guidance is None else args.source_guidance,
-        width,
-        height,
-        mask=mask,
+        width=0,
+        height=0,
         reading=reading,
+        wish=None if wish == SizeWish() else wish,  # the default is every request's
+        **of_edits,
     )
     try:
         for event in service.run(request, previews=False):

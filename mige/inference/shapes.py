@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mige.inference.sizes import SizeGrid
@@ -71,6 +71,10 @@ class SizeWish:
     def follows_source(self) -> bool:
         """Whether outputs of edits differ in size as their sources do."""
         return self.size == SOURCE and not self._explicit
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a call that wish the same: `size` is None where height or width takes its place."""
+        return asdict(self) | {"size": None if self._explicit else self.size}
 
     def shape(self, grid: SizeGrid, source: tuple[int, int] | None) -> Shape:
         """The shape of one output.

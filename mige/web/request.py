@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from mige.inference.shapes import SizeWish
 from mige.tasks import Task
 from mige.web.instructions import Reading, RefusedError
 from mige.web.strokes import Stroke
@@ -37,6 +38,13 @@ class Request:
     mask: tuple[Stroke, ...] | Path | None = ()  # of picture 1: where it may change; everywhere without one
     scales: tuple[float, ...] | None = None  # of the adapters on offer; None: as they came
     reading: Reading | None = None  # of an instruction that was read already, by other rules than the page's
+    wish: SizeWish | None = None  # any size the model can make, in place of width and height
+    paste_back: bool = False  # an edit at its source's own resolution
+
+    @property
+    def size(self) -> SizeWish:
+        """The size of the pictures."""
+        return self.wish or SizeWish(height=self.height or None, width=self.width or None)
 
 
 @dataclass(frozen=True)

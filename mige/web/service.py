@@ -26,7 +26,7 @@ from mige.diffusion.settings import WORLD, resolve
 from mige.diffusion.solver import OnStep
 from mige.inference.compositing import fit_source
 from mige.inference.pipeline import MIGEPipeline
-from mige.inference.shapes import Shape, SizeWish
+from mige.inference.shapes import Shape
 from mige.models.instruction import MAX_WORDS, full_text
 from mige.tasks import MAX_REFERENCES, Task
 from mige.utils import images
@@ -123,7 +123,7 @@ class GenerationService:
         """The reading of a request that can run; raises RefusedError for any that cannot. Pictures are opened later."""
         smallest, largest, grid = self.sides
         for name, side in (("width", request.width), ("height", request.height)):
-            if request.width == request.height == 0:  # as the source
+            if request.width == request.height == 0:  # as the source, or as `wish` says
                 continue
             if not smallest <= side <= largest or side % grid:
                 raise RefusedError(
@@ -200,7 +200,7 @@ class GenerationService:
         if any(self._withheld(list(opened.values()))):
             raise RefusedError("The safety check of this server refuses a picture of yours: use another.")
         try:
-            shape = self._shape(request, source)
+            shape = request.size.of_task(self.pipeline.sizes, request.task, source and source.size)
             before = source and fit_source(source, shape.whole, *shape.size)
             mask = _mask(request, source)
             if mask and fit_source(mask, shape.whole, *shape.size).getextrema()[1] < 128:
@@ -210,8 +210,8 @@ class GenerationService:
                 [reading.prompt] * many,
                 [references] * many,
                 source and [source] * many,
-                height=request.height or None,
-                width=request.width or None,
+                **request.size.arguments(),
+                paste_back=request.paste_back,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 source_guidance_scale=request.source_guidance,
@@ -225,7 +225,7 @@ class GenerationService:
         passed = [not is_withheld for is_withheld in self._withheld(pictures)]
         if not any(passed):
             raise RefusedError("The safety check of this server withheld what was made: ask for something else.")
-        settings = [self._settings(request, reading, seed) for seed in request.seeds]
+        settings = [self._settings(request, reading, shape, seed) for seed in request.seeds]
         return Made(list(compress(pictures, passed)), list(compress(settings, passed)), before,
                     time.perf_counter() - started)  # fmt: skip
 
@@ -247,12 +247,8 @@ class GenerationService:
 
         return on_step
 
-    def _shape(self, request: Request, source: Image.Image | None) -> Shape:
-        """The size of the pictures of a request."""
-        wish = SizeWish(height=request.height or None, width=request.width or None)
-        return wish.of_task(self.pipeline.sizes, request.task, source and source.size)
-
-    def _settings(self, request: Request, reading: Reading, seed: int) -> dict[str, Any]:
+    def _settings(self, request: Request, reading: Reading, shape: Shape, seed: int) -> dict[str, Any]:
+        sides = shape if request.wish else request
         return {
             "task": str(request.task),
             "instruction": request.instruction,
@@ -264,8 +260,8 @@ class GenerationService:
             "steps": request.steps,
             "guidance": request.guidance,
             "source_guidance": request.source_guidance,
-            "width": request.width,
-            "height": request.height,
+            "width": sides.width,
+            "height": sides.height,
             "negative": request.negative,
             "mask": [] if isinstance(request.mask, Path) else as_lists(request.mask or ()),
             "adapters": self.adapters.named(request.scales),

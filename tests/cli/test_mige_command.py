@@ -15,6 +15,7 @@ from processes import environment, run_program
 from mige.cli import main, places, train_mige, web_demo
 from mige.web.provenance import read_settings
 
+ORIENTATION = 274  # the EXIF tag; 6: turn it 90 degrees clockwise
 CAT = ROOT / "example_data" / "images" / "cat.jpg"
 MINI = ROOT / "output" / "pretrained_models" / "mige-mini"
 
@@ -37,7 +38,6 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     [
         (["edit", str(CAT), "a"], "name its folder with --model or MIGE_MODEL, or fetch the released one with `mige d"),
         (["generate", "a"], "or fetch the released one with `mige download`"),
-        (["edit", str(CAT), "a", "--model", "m", "--size", "12"], "'12' is no size; expected one such as 768x512"),
         (["edit", str(CAT), "a", "--model", "m", "--output", "a.jpg"], "expected a name that ends in .png"),
         (["edit", str(CAT), "a", "--model", "m", "--output", "there.png"], "there.png is already there"),
         (["edit", str(CAT), "a", "--model", "m", "--output", "no/a.png"], "no is no folder"),
@@ -58,6 +58,11 @@ def test_what_cannot_run_is_refused_with_a_sentence(elsewhere, capsys, arguments
     [
         (["edit", "missing.jpg", "a"], "missing.jpg is no file"),
         (["edit", str(CAT), "a", "--mask", "missing.png"], "missing.png is no file"),
+        (["edit", str(CAT), "a", "--size", "12"], "size is '12', expected 'source', 'native', an aspect ratio such as"),
+        (
+            ["edit", str(CAT), "a", "--size", "native", "--long-side", "64"],
+            "long_side is 64, but the size is given too",
+        ),
         (["edit", str(CAT), "put image 3 there"], "names image 3, but 1 came"),
         (["generate", "a<imagehere>", "--subject", str(CAT), str(CAT)], "1 times <imagehere> for 2 images"),
         (["edit", str(CAT), "a"], "nowhere: no such folder"),
@@ -114,6 +119,35 @@ def test_an_image_is_made_with_adapters_and_says_so(elsewhere):
     assert main.main([*arguments, "--lora", student, "--steps", "1", "--device", "cpu"]) == 0
     settings = read_settings(elsewhere / "generated.png")
     assert (settings["model"], settings["steps"]) == ("mige-mini + mige-mini-turbo:0.5", 1)
+
+
+def test_the_size_is_the_photographs_or_the_asked_one(elsewhere):
+    """A portrait that lies in its file and is turned by EXIF, a 3:1 panorama, the square, ratios and pasting back."""
+    upright = Image.open(CAT).crop((0, 0, 225, 300))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save("portrait.png", exif=exif)
+    Image.open(CAT).resize((450, 150)).save("panorama.png")
+
+    def size(*arguments: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        fast = ["--model", str(MINI), "--steps", "1", "--device", "cpu", "--output", "made.png"]
+        main.main([*arguments, *fast])
+        with Image.open("made.png") as made:
+            size = made.size
+        kept = read_settings(Path("made.png"))
+        Path("made.png").unlink()
+        return size, (kept["width"], kept["height"])
+
+    as_source = (0, 0)
+    assert size("edit", "portrait.png", "a") == ((120, 160), as_source)
+    assert size("edit", "panorama.png", "a") == ((216, 72), as_source)
+    assert size("edit", "panorama.png", "a", "--size", "native") == ((128, 128), (128, 128))
+    assert size("edit", "panorama.png", "a", "--long-side", "96") == ((96, 32), (96, 32))
+    assert size("edit", "portrait.png", "a", "--paste-back") == ((225, 300), as_source)
+    assert size("generate", "a cup", "--size", "3:2") == ((168, 112), (168, 112))
+    assert size("generate", "a cup") == ((128, 128), as_source)
+    with pytest.raises(SystemExit, match="height and width must be multiples of 8 px, got 100 x 100"):
+        size("edit", "panorama.png", "a", "--size", "100x100")
 
 
 # ---- the wheel -------------------------------------------------------------------------------------------------------
