@@ -4,12 +4,12 @@ The index holds text alone; its images are those of the sets that it was made fr
 fetched to. `--root OLD=NEW` says where.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mige.data.json_rows import read_rows, type_name
+from mige.data.json_rows import type_name
+from mige.data.prepare.json_files import JsonRows
 from mige.data.prepare.readers import ParquetRows, Reader, Settings, SourceError
 from mige.data.prepare.samples import ImageFile, ImageWriter, SkippedSample, required_text, short_enough
 from mige.tasks import Task
@@ -24,32 +24,6 @@ def index_rows(settings: Settings, columns: Sequence[str], position: Mapping[str
     if any(are_json) and not all(are_json):
         raise SourceError(f"{', '.join(settings.inputs)}: both JSON and other files; give one kind")
     return (JsonRows if all(are_json) else ParquetRows)(settings, columns, position)
-
-
-class JsonRows:
-    """{"fields", "where"} of each row of local files, then {"problem"} of each that is no JSON."""
-
-    def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
-        self.exhausted, self.taken = False, position["rows"] if position else 0
-        self.files = [Path(given) for given in settings.inputs]
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for row in islice(self._rows(), self.taken, None):
-            self.taken += 1
-            yield row
-        self.exhausted = True
-
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
-        for file in self.files:
-            rows, issues = read_rows(file)
-            if not rows:
-                raise SourceError("; ".join(map(str, issues)))
-            yield from ({"fields": row, "where": f"{file.name}, record {number}: "} for number, row in rows)
-            yield from ({"problem": str(issue)} for issue in issues)
-
-    def position(self) -> dict[str, Any]:
-        """Rows taken; the files are read from the start to get there."""
-        return {"rows": self.taken}
 
 
 def index_samples(row: Mapping[str, Any], writer: ImageWriter, settings: Settings) -> list[dict[str, Any]]:

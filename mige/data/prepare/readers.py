@@ -1,5 +1,6 @@
 """The rows of public training sets, from a position on: parquet files or the hub, and SEED-Data-Edit's JSON lines."""
 
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 import datasets
 
+from mige.data.prepare.layout import Layout
 from mige.utils.errors import UserError
 
 
@@ -25,6 +27,13 @@ class Settings:
     name: str = ""  # how ids begin; empty: the source
     min_quality: int = 5  # Subjects200K: the least of each of its three scores, 0 to 5
     roots: tuple[tuple[str, str], ...] = ()  # mige_sub_edit: how its paths begin, and the folder here that it means
+    layout: Layout | None = None  # of the source "layout"
+    images: str = ""  # layout: the folder that paths of images are relative to; empty: the layout's
+
+    @property
+    def label(self) -> str:
+        """What the set is called in records."""
+        return self.layout.name if self.layout else self.source
 
 
 class Reader(Protocol):
@@ -39,23 +48,26 @@ class Reader(Protocol):
 
 
 class ParquetRows:
-    """Rows of a hub data set or of local parquet files, streamed; image cells stay {"bytes", "path"}."""
+    """Rows of a hub data set or of parquet files (local, or URLs that fsspec opens), streamed; image cells stay
+    {"bytes", "path"}."""
+
+    builder, suffix = "parquet", ".parquet"  # of `datasets`; of the files
 
     def __init__(self, settings: Settings, columns: Sequence[str], position: Mapping[str, Any] | None):
         self.name, self.columns, self.exhausted = ", ".join(settings.inputs), columns, False
         self.taken = position["rows"] if position else 0
-        found = [_local(Path(given), settings.split) for given in settings.inputs]
+        found = [_files(given, settings.split, self.suffix) for given in settings.inputs]
         if not all(found) and len(found) > 1:
             raise SourceError(f"{self.name}: one of these is no local file or folder; give local ones or one hub name")
         local = [file for files in found for file in files]
         try:
             if local:
                 files = {settings.split: [str(file) for file in local]}
-                stream = datasets.load_dataset("parquet", data_files=files, split=settings.split, streaming=True)
+                stream = datasets.load_dataset(self.builder, data_files=files, split=settings.split, streaming=True)
             else:
                 stream = datasets.load_dataset(self.name, split=settings.split, streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise SourceError(f"cannot open {self.name}: {error}; give a hub name or local .parquet files") from error
+        except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+            raise SourceError(f"cannot open {self.name}: {error}; give a hub name or {self.suffix} files") from error
         self.stream = stream.decode(False)
         if position and position["datasets"] == datasets.__version__:
             self.stream.load_state_dict(position["state"])  # goes straight to the file; reads nothing twice
@@ -70,7 +82,7 @@ class ParquetRows:
             except StopIteration:
                 self.exhausted = True
                 return
-            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            except (OSError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
                 message = f"{self.name}: row {self.taken} cannot be read: {error}"
                 raise SourceError(f"{message}; fetch the file again, then run again to resume") from error
             if missing := [name for name in self.columns if name not in row]:
@@ -84,19 +96,28 @@ class ParquetRows:
         return {"rows": self.taken, "datasets": datasets.__version__, "state": self.stream.state_dict()}
 
 
-def _local(path: Path, split: str) -> list[Path]:
-    """The parquet files meant by a local path, none if there is no such path (then it is a hub name)."""
+class TarRows(ParquetRows):
+    """Samples of WebDataset archives: a column an ending ("source.jpg", "json") of the files of a sample."""
+
+    builder, suffix = "webdataset", ".tar"
+
+
+def _files(given: str, split: str, suffix: str) -> list[Path | str]:
+    """The files meant by a URL or a local path, none if there is no such path (then it is a hub name)."""
+    if "://" in given:
+        return [given]
+    path = Path(given)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if path.is_absolute() or path.suffix == ".parquet":
+        if path.is_absolute() or path.suffix == suffix:
             raise SourceError(f"{path}: no such file or folder; correct --input")
         return []
-    every = sorted(path.rglob("*.parquet"))
+    every = sorted(path.rglob(f"*{suffix}"))
     files = [file for file in every if file.name.startswith((f"{split}-", f"{split}.")) or file.parent.name == split]
     if not files:
-        there = ", ".join(file.name for file in every[:5]) or "no parquet file"
-        raise SourceError(f"{path}: no {split}-*.parquet in it, but {there}; name the files in --input")
+        there = ", ".join(file.name for file in every[:5]) or f"no {suffix} file"
+        raise SourceError(f"{path}: no {split}-*{suffix} in it, but {there}; name the files in --input")
     return files
 
 

@@ -70,7 +70,7 @@ def prepare(
             return summary
         rows = source.reader(settings, source.columns, summary.position)
         left = None if limit is None else limit - summary.rows
-        bar = Progress(total=limit, initial=summary.rows, unit="row", desc=settings.source, disable=not progress)
+        bar = Progress(total=limit, initial=summary.rows, unit="row", desc=settings.label, disable=not progress)
         with bar, ThreadPoolExecutor(workers) as pool:
             numbered = enumerate(islice(rows, left), summary.rows)
             while batch := list(islice(numbered, BATCH)):
@@ -167,7 +167,7 @@ def _decode(data: bytes, path: Path, name: str) -> Image.Image:
 
 def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row: Mapping[str, Any]) -> list[dict]:
     """The lines of a row: records, and for each skipped sample a line with its reason."""
-    name = f"{settings.name or settings.source}-{settings.split}-{number:07d}"
+    name = f"{settings.name or settings.label}-{settings.split}-{number:07d}"
     writer = FolderImageWriter(folder, f"images/{number // ROWS_A_FOLDER:04d}/{name}")
     try:
         samples = source.samples(row, writer, settings)
@@ -178,7 +178,7 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
         sample_id = name if len(samples) == 1 else f"{name}-{place}"
         line = {"id": sample_id, "row": number}
         if not isinstance(sample, SkippedSample):
-            record = {**line, **sample, "origin": f"{settings.source}/{settings.split}"}
+            record = {**line, **sample, "origin": f"{settings.label}/{settings.split}"}
             _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
             if not (errors := [f for f in issues if f.fatal]):
                 lines.append(record)

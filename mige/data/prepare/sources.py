@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mige.data.prepare.columns import layout_rows, layout_samples
 from mige.data.prepare.index import FIELDS, index_rows, index_samples
 from mige.data.prepare.readers import ParquetRows, Reader, SeedRows, Settings, SourceError
 from mige.data.prepare.samples import Box, ImageFile, ImageWriter, SkippedSample, edit_prompt, subject_prompt
@@ -136,7 +137,7 @@ class Source:
     """A public data set: where it is, how its rows are read and what samples they give."""
 
     hub: str | None  # what is read where no input is given
-    splits: tuple[str, ...]
+    splits: tuple[str, ...]  # none: any
     columns: tuple[str, ...]
     reader: Callable[[Settings, Sequence[str], Mapping[str, Any] | None], Reader]
     samples: Callable[[Mapping[str, Any], ImageWriter, Settings], Samples]
@@ -150,6 +151,7 @@ SOURCES: dict[str, Source] = {
         ParquetRows,
         _instruct_pix2pix,
     ),
+    "layout": Source(None, (), (), layout_rows, layout_samples),
     "magicbrush": Source(
         "osunlp/MagicBrush",
         ("train", "dev"),
@@ -174,12 +176,18 @@ def source_of(settings: Settings) -> Source:
     source = SOURCES.get(settings.source)
     if source is None:
         raise SourceError(f"unknown source {settings.source!r}; use one of {', '.join(SOURCES)}")
-    if settings.split not in source.splits:
+    if source.splits and settings.split not in source.splits:
         raise SourceError(f"{settings.source} has no split {settings.split!r}; use one of {', '.join(source.splits)}")
     if settings.name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", settings.name):
         raise SourceError(f"--name {settings.name!r} is unfit for ids; use 1 to 60 of A-Z a-z 0-9 _ -")
+    if source.samples is layout_samples and settings.layout is None:
+        raise SourceError("the source layout needs --layout, a preset's name or a YAML file")
+    if (settings.layout or settings.images) and source.samples is not layout_samples:
+        raise SourceError(
+            f"{settings.source} has a layout of its own; --layout and --images belong to the source layout"
+        )
     if settings.roots and source.samples is not index_samples:
         raise SourceError(f"{settings.source} names no images elsewhere; --root belongs to mige_sub_edit")
     if not settings.inputs:
-        raise SourceError(f"{settings.source} cannot be streamed from the hub; give its extracted files in --input")
+        raise SourceError(f"{settings.label} cannot be streamed from the hub; give its extracted files in --input")
     return source
