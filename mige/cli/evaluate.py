@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    group = parser.add_argument_group(", ".join(MEASURED))
+    group = scored = parser.add_argument_group(", ".join(MEASURED))
     group.add_argument("--prepared", type=Path, help="folder of prepare_benchmark.py (default: RESULTS/benchmark)")
     group.add_argument("--clip", choices=CLIP, default="ViT-B/32", help="(%(default)s)")
     group.add_argument("--clip-weights", help="folder of them (default: OpenAI's, from the hub)")
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compare", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of other runs"
     )
     group.add_argument("--label", help="name of the model in tables (default: the results' folder)")
-    group = parser.add_argument_group("mini, mini2")
+    group = made = parser.add_argument_group(", ".join(MINI))
     group.add_argument("--model", help="checkpoint folder")
     command.add_lora(group)
     group.add_argument(
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--kinds", nargs="+", choices=WORLD_KINDS, default=list(WORLD_KINDS), metavar="KIND",
                        help=f"of task (all): {', '.join(WORLD_KINDS)}")  # fmt: skip
     args = parser.parse_args(argv)
+    _refuse_options(parser, args, scored if args.benchmark in MINI else made)
     args.per_kind = {"mini2": 200}.get(args.benchmark, 104) if args.per_kind is None else args.per_kind
     if args.batch < 1 or (args.steps is not None and args.steps < 1) or not _fits(args):
         parser.error(f"--batch is {args.batch}, --steps {args.steps}, --per-kind {args.per_kind}; "
@@ -75,6 +76,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--model belongs to --benchmark mini and mini2, which need it: the others score images that are there"
         )
     return args
+
+
+def _refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, others: argparse._ArgumentGroup) -> None:
+    """End the script for an option that belongs to other benchmarks: it would be passed over."""
+    given = [one for one in others._group_actions if one.dest != "model" and getattr(args, one.dest) != one.default]
+    if given:
+        option = given[0].option_strings[0]
+        parser.error(f"{option} is for {others.title}; --benchmark {args.benchmark} does not read it, leave it out")
+    if args.test and args.benchmark != "mini2":
+        parser.error(f"--test is for mini2; --benchmark {args.benchmark} does not read it, leave it out")
 
 
 def _add_extras(group: argparse._ArgumentGroup) -> None:

@@ -39,7 +39,6 @@ def psnr(output: Image.Image, other: Image.Image, region: Region = None) -> floa
 def ssim(output: Image.Image, other: Image.Image, region: Region = None) -> float:
     """Structural similarity of two RGB images of one size (Wang et al. 2004), Gaussian window of 11 px, in [-1, 1].
 
-
     The mean over all pixels and channels, or those of the region [H, W]; images are mirrored at the border, which the
     paper leaves out.
     """

@@ -593,6 +593,22 @@ def evaluate(weights, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mini", "--model", "m", "--jpeg"], "--jpeg is for dreambench, "),
+        (["mini2", "--model", "m", "--label", "ours"], "--label is for dreambench, "),
+        (["emu_edit", "--lora", "x"], "--lora is for mini, mini2; --benchmark emu_edit does not read it"),
+        (["emu_edit", "--per-kind", "2"], "--per-kind is for mini, mini2"),
+        (["mini", "--model", "m", "--test"], "--test is for mini2; --benchmark mini does not read it"),
+    ],
+)
+def test_an_option_of_another_benchmark_is_refused(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        cli_evaluate.parse(["--results", str(tmp_path / "results"), "--benchmark", *arguments])
+    assert words in capsys.readouterr().err
+
+
 def test_the_tools_end_to_end(tmp_path, evaluate):
     data, out = files.magicbrush(tmp_path / "data"), tmp_path / "results"
     done = run_here("tools/prepare_benchmark.py", "magicbrush", "--data", data, "--output", out / "benchmark")
