@@ -1,16 +1,26 @@
 """AdamW in three precisions, Muon, and their learning rate."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from mige.config import TrainConfig
+from mige.config import ConfigError, TrainConfig
 from mige.models.mige import MIGEModel
 from mige.training.adamw import StochasticAdamW
 from mige.training.muon import BatchedMuon, muon_groups
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise ConfigError, naming the extra to install, for an optimiser whose library is not there."""
+    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer is 'adamw_8bit', which bitsandbytes brings: pip install 'mige[bitsandbytes]', or set "
+            "train.optimizer=adamw"
+        )
 
 
 def learning_rate(config: TrainConfig, step: int, global_batch_size: int) -> float:
@@ -46,7 +56,7 @@ def build_optimizer(
     On bfloat16 parameters the updates of "adamw", a millionth of the value, would mostly round to nothing: there it
     rounds parameters and moments stochastically. On shards of FSDP2 the same optimiser, in float32 too, updates what
     each process has by one kernel, where torch's asks for every tensor how it is sharded. "adamw_8bit" stores moments
-    in 8 bits (bitsandbytes). Raises ImportError naming the extra to install.
+    in 8 bits (bitsandbytes; `check_optimizer`).
     """
     parameters = [p for p in parameters if p.requires_grad]
     options = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
@@ -56,6 +66,6 @@ def build_optimizer(
     if config.optimizer == "adamw":
         # The parameters may still be on the CPU: DeepSpeed moves them, and unfused steps of its flat ones take 10 GB.
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
-    from bitsandbytes.optim import AdamW8bit  # extra: pip install 'mige[bitsandbytes]'
+    from bitsandbytes.optim import AdamW8bit  # an extra
 
     return AdamW8bit(parameters, **options)

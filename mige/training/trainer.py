@@ -29,7 +29,7 @@ from mige.training.held_out import HeldOutLoss
 from mige.training.loader import build_loader, timed
 from mige.training.monitor import Monitor
 from mige.training.objective import Judged, NoiseObjective, Objective
-from mige.training.optimizers import learning_rate
+from mige.training.optimizers import check_optimizer, learning_rate
 from mige.training.prepare import DDP, prepare_model, prepare_vae
 from mige.training.pretrained import check_shardable, load_pretrained
 from mige.training.resume import ANY, check_invariants, frozen_digest, resume_invariants
@@ -53,6 +53,7 @@ class Trainer:
         self.run_folder, self.step = run, 0
         check_run_folder(run)
         check_trackers(config.train.trackers)
+        check_optimizer(config.train)
         if not config.data.sets and not config.data.world:
             raise ConfigError("data.sets is empty, and so is data.world: name a file of records or kinds of tasks")
         config, chosen = self._resolve(config, resume)

@@ -1,5 +1,6 @@
 """What a resumed run may change and what not, lines of checkpoints, and what a refused start leaves alone."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -246,6 +247,16 @@ def test_the_mixture_is_compared(tiny_model, tmp_path):
 def test_all_that_is_named_is_opened_before_anything_is_written(tiny_model, tmp_path, change, error, said):
     with pytest.raises(error, match=said):
         build(tiny_model, tmp_path / "run", *SHORT, *re.split(r" (?=data\.|train\.)", change)).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimiser_that_is_not_installed(tiny_model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
+    with pytest.raises(config.ConfigError, match=r"'adamw_8bit', which bitsandbytes brings: pip install 'mige\[bits"):
+        build(tiny_model, tmp_path / "run", *SHORT, "train.optimizer=adamw_8bit")
     assert not (tmp_path / "run").exists()
 
 
