@@ -71,7 +71,7 @@ class Adapters:
             weight_name: a file of the folder. subfolder: of the folder. hub: `loading.HUB`.
 
         A few-step student's bring their sampler. Raises CheckpointError if they do not fit the model, ValueError for a
-        name that is taken, and while adapters are fused.
+        name that is taken, for another sampler than that of active ones, and while adapters are fused.
         """
         stack = self._stack or Stack(scheduler=self.scheduler)
         name = adapter_name or f"default_{len(stack.loaded)}"
@@ -91,7 +91,12 @@ class Adapters:
             stack.schedulers[name] = scheduler
         self._stack = stack
         active = {} if beside is None else stack.scales
-        self.set_adapters([*active, name], [*active.values(), 1.0 if beside is None else beside])
+        try:
+            self.set_adapters([*active, name], [*active.values(), 1.0 if beside is None else beside])
+        except ValueError:  # a sampler beside another: as if they had never been loaded
+            del stack.loaded[name]
+            stack.schedulers.pop(name, None)
+            raise
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None

@@ -1,6 +1,7 @@
 """Adapters on a pipeline, with the names of diffusers' LoRA loaders; their files in PEFT's and diffusers' hands."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -262,6 +263,18 @@ def test_a_student_s_adapters_bring_their_sampler(pipe, a, tmp_path):
     pipe.set_adapters("student")
     pipe.unload_lora_weights()
     assert pipe.scheduler is ours
+
+
+def test_a_student_beside_another_is_refused_and_not_loaded(pipe, a, b, tmp_path):
+    for number, adapter in enumerate((a, b), start=2):
+        shutil.copytree(adapter, tmp_path / str(number))
+        FewStepSolver(num_inference_steps=number).save_config(tmp_path / str(number))
+    pipe.load_lora_weights(tmp_path / "2", "two")
+    with pytest.raises(ValueError, match="two, three bring different samplers"):
+        pipe.load_lora_weights(tmp_path / "3", "three", beside=0.5)
+    assert pipe.get_list_adapters() == {"transformer": ["two"]} and pipe.get_active_adapters() == ["two"]
+    pipe.load_lora_weights(tmp_path / "3", "three")
+    assert pipe.get_active_adapters() == ["three"] and pipe.scheduler.config.num_inference_steps == 3
 
 
 @pytest.mark.processes  # the compiler's
