@@ -146,6 +146,15 @@ def test_rows_that_are_no_subject_edits_are_named(photos):
     assert [record["row"] for record in lines(out / "records.jsonl")] == [8]
 
 
+def test_what_json_cannot_hold_is_no_record(photos):
+    file = photos / "index.parquet"
+    Dataset.from_list([added(bbox=[1.0, float("nan")]), added(bbox=[1.0, 2.0])]).to_parquet(file)
+    out = prepared(photos, file)
+    [record] = read_records([out / "records.jsonl"]).raise_if_errors()
+    assert record.extra["bbox"] == [1.0, 2.0]
+    assert [(line["row"], line["reason"]) for line in lines(out / "skipped.jsonl")] == [(0, "no valid record")]
+
+
 def test_the_longest_root_wins_by_whole_names(tmp_path):
     roots = {"/a": "/x", "/a/b": "/y", "rel": "/z"}
     assert [str(located(name, roots)[0]) for name in ("/a/c.png", "/a/b/c.png", "/a/bc.png", "rel/1.png")] == [

@@ -72,8 +72,9 @@ def test_omniedit(tmp_path):
     row = {"omni_edit_id": "a1", "task": "swap", "src_img": cell("red"), "edited_img": cell("blue"), "o_score": 9.5,
            "edited_prompt_list": ["make it blue", "a blue one"]}  # fmt: skip
     features = Features(names | {"edited_prompt_list": datasets.Sequence(TEXT)})
-    Dataset.from_list([row], features=features).to_parquet(tmp_path / "train-0.parquet")
-    [record] = run(tmp_path / "out", "--layout", "omniedit", "--input", tmp_path)
+    rows = [row, row | {"o_score": float("nan")}]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
+    record, without_score = run(tmp_path / "out", "--layout", "omniedit", "--input", tmp_path)
     assert (record.id, record.task, record.prompt) == (
         "omniedit-train-0000000",
         Task.EDIT,
@@ -81,6 +82,7 @@ def test_omniedit(tmp_path):
     )
     assert colour(record.source) == (255, 0, 0) and colour(record.target) == (0, 0, 255)
     assert record.extra["columns"] == {"omni_edit_id": "a1", "task": "swap", "o_score": 9.5}
+    assert without_score.extra["columns"]["o_score"] == "nan"  # NaN itself is no JSON
     assert record.extra["origin"] == "omniedit/train"
 
 

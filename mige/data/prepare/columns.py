@@ -1,5 +1,6 @@
 """The rows of a set that a `Layout` describes -> samples of any of the three tasks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -120,6 +121,9 @@ class _Cells:
 
     def kept(self, columns: Sequence[str]) -> dict[str, Any]:
         """What records keep of a row; an absent value is null, and one that JSON cannot hold is text."""
-        plain = (str, int, float, bool, type(None))
         values = {column: self.fields.get(column) for column in columns}
-        return {column: value if isinstance(value, plain) else repr(value) for column, value in values.items()}
+        return {column: value if _is_plain(value) else repr(value) for column, value in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))

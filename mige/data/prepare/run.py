@@ -180,12 +180,22 @@ def _outcomes(source: Source, settings: Settings, folder: Path, number: int, row
         if not isinstance(sample, SkippedSample):
             record = {**line, **sample, "origin": f"{settings.label}/{settings.split}"}
             _, issues = make_record(record, where=sample_id, root=folder, default_id=sample_id)
-            if not (errors := [f for f in issues if f.fatal]):
+            errors = [issue.message for issue in issues if issue.fatal] or _unwritable(record)
+            if not errors:
                 lines.append(record)
                 continue
-            sample = SkippedSample("no valid record", "; ".join(error.message for error in errors))
+            sample = SkippedSample("no valid record", "; ".join(errors))
         lines.append({**line, "reason": sample.reason, "detail": sample.detail})
     return lines
+
+
+def _unwritable(record: dict[str, Any]) -> list[str]:
+    """Why a record cannot be written as JSON that every reader takes: NaN, bytes, dates."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    return []
 
 
 def _open(folder: Path, settings: Settings) -> Summary:
