@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import evaluation_files as files
 import judged_files
@@ -136,6 +137,19 @@ def test_what_decides_an_answer_decides_its_key(edits, monkeypatch, changed):
         files.save(next(iter(edits[1].values())), 99, (32, 32))
     judge_results(*edits[:2], again, edits[2], plan)
     assert len(again.asked) == (2 if changed == "image" else 6)
+
+
+def test_what_was_asked_beside_the_question_that_ends_a_run_is_kept(edits):
+    together = threading.Barrier(6)  # all six questions are under way when the first one fails
+    first = edits[0].rows[0]["score"]["instruction"]
+
+    def answer(text, images, _):
+        together.wait(timeout=60)
+        return JudgeError("gone") if first in text and images == 2 else by_question(text, images, 0)
+
+    with pytest.raises(JudgeError):
+        judge_results(*edits[:2], Scripted(answer), edits[2], Plan(), workers=6)
+    assert len((edits[2] / "answers.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_run_that_ended_resumes(edits):

@@ -126,7 +126,7 @@ def _ask(
     replies: Replies,
     asked: Sequence[tuple[Mapping[str, Any], Question, views.Shown, int, bool]],
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(id, answer) of each question, in order. What was answered is kept, also where a later one ends the run."""
+    """(id, answer) of each question, in order. What was answered is kept, also where another one ends the run."""
     tasks = [
         pool.submit(replies.get, question, views.instruction(row), shown, repetition)
         for row, question, shown, repetition, _ in asked
@@ -146,8 +146,11 @@ def _ask(
                 answer |= {"error": f"unreadable: {error}"}
             given.append((row["id"], answer))
     finally:
-        for task in tasks:
-            task.cancel()
+        begun = [(one, task) for one, task in zip(asked, tasks, strict=True) if not task.cancel()]
+        for (row, question, *_), task in begun:  # all of them, where one has ended the run: answers cost money
+            if task.exception() is None:
+                key, reply = task.result()
+                replies.keep(key, row["id"], question, reply)
     return given
 
 
