@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mige.tasks import Task
+
 from . import names
 from .images import to_images, to_masks, to_tensor
 from .model import Mode, Model, Weights
@@ -17,7 +19,6 @@ from .model import Mode, Model, Weights
 if TYPE_CHECKING:
     from mige.diffusion.settings import Sampling
     from mige.inference.pipeline import MIGEPipeline
-    from mige.tasks import Task
 
 IMAGES = ("image_1", "image_2", "image_3", "image_4")
 PREVIEW_SIDE = 512  # px
@@ -85,7 +86,7 @@ class AddAdapter:
 class Wanted:
     """An instruction with its images, B of them: a batch of ComfyUI's."""
 
-    task: "Task"
+    task: Task
     prompt: str
     references: list[list[Image.Image]]  # of each
     sources: list[Image.Image] | None  # of each; None where nothing is edited
@@ -119,7 +120,6 @@ class Instruction:
 
         Raises ValueError for a text that does not fit its images, batches that do not agree, and what is no image.
         """
-        from mige.tasks import Task
         from mige.web.api_prompt import read_prompt
 
         given = [name for name in IMAGES if images.get(name) is not None]
@@ -216,7 +216,7 @@ class Sample:
 
 
 def _settings(
-    pipeline: "MIGEPipeline", task: "Task", steps: int | None, guidance: float | None, source_guidance: float | None
+    pipeline: "MIGEPipeline", task: Task, steps: int | None, guidance: float | None, source_guidance: float | None
 ) -> "Sampling":
     """Those given, else the model's own, a miniature one's as its bench has them."""
     from mige.data.synthetic.scenes import SIDE
