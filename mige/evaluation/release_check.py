@@ -76,7 +76,7 @@ def _of_report(run: str, report: Mapping[str, Any]) -> list[Line]:
 
 
 def text(found: Sequence[Line]) -> str:
-    """A Markdown table of the lines."""
+    """A Markdown table of the lines, and which runs there is no report of."""
     rows = ["| run | row | measure | found | 95 % interval | n | expected | verdict | of the expected |",
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for one in found:
@@ -85,4 +85,6 @@ def text(found: Sequence[Line]) -> str:
         wanted = "-" if one.expected is None else f"{one.expected:g} ± {one.tolerance:g}"
         cells = (one.run, one.row, one.measure, f"{one.found:.4f}", between, n, wanted, one.verdict, one.remark)
         rows.append(f"| {' | '.join(cells)} |")
+    if missing := [run for run in RUNS if run not in {one.run for one in found}]:
+        rows += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(rows)

@@ -53,6 +53,8 @@ def test_a_part_of_a_benchmark_says_nothing(tmp_path):
     report(tmp_path, "emu_edit", ("model", "CLIPim", 0.5, 6, 3589))
     assert [one.verdict for one in release_check.lines(tmp_path)] == ["part of the set"]
     assert run_here("tools/verify_release.py", "scores", tmp_path).returncode == 0
+    said = (tmp_path / "report.md").read_text()
+    assert "Not run: dreambench, magicbrush, magicbrush_iterative, migebench.\n" in said
 
 
 def test_every_row_of_the_paper_is_compared():
