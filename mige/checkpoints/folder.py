@@ -68,7 +68,9 @@ def verify(folder: Path, variant: str | None = None) -> None:
         name for name, cls in CLASSES.items() if variant and has_variant(folder / name, _stem(cls), variant)
     ]
     if variant and not with_variant:
-        errors.append(f"no part has weights of the variant {variant!r}, such as model.{variant}.safetensors")
+        # begins as diffusers' own error does, for those who look for its words
+        told = f"You are trying to load the model files of the `variant={variant}`"
+        errors.append(f"{told}, but no part has weights of it, such as model.{variant}.safetensors")
     for name, cls in CLASSES.items():
         if (folder / name).is_dir():
             own = variant if name in with_variant else None

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,16 @@ class Saving:
 
         Args:
             push_to_hub: upload it too, as the method does, with its arguments beside `repo_id` (the folder's name).
-            options: of diffusers' `save_pretrained`: variant, max_shard_size, safe_serialization.
+            options: of diffusers' `save_pretrained`: variant, max_shard_size; safe_serialization False only warns, as
+                nothing here reads pickled weights.
+
+        Raises ValueError for `use_flashpack`, whose files nothing here reads either.
         """
+        if not options.pop("safe_serialization", True):
+            told = "safe_serialization is False, but only *.safetensors are read: they are written"
+            warnings.warn(told, stacklevel=2)
+        if options.get("use_flashpack"):
+            raise ValueError("use_flashpack is True, but only *.safetensors are ever read: leave it out")
         folder = Path(save_directory)
         hub = {name: options.pop(name) for name in ("repo_id", *_HUB) if name in options}
         super().save_pretrained(folder, **options)

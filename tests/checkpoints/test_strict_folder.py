@@ -162,7 +162,7 @@ def test_a_variant_loads_sharded_or_not(lively, tmp_path, shards):
 
 
 def test_a_variant_that_is_not_there_is_said(folder):
-    assert "no part has weights of the variant 'fp8'" in refused(folder, variant="fp8")
+    assert "`variant=fp8`, but no part has weights of it" in refused(folder, variant="fp8")
 
 
 def test_a_damaged_variant_is_seen_though_the_plain_files_are_whole(folder):

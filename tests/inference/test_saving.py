@@ -41,6 +41,18 @@ torch.save(pipe("a cat on a table", num_inference_steps=1, output_type="latent")
 """
 
 
+def test_weights_are_never_pickled_nor_in_a_format_that_is_not_read(pipe, saved, tmp_path):
+    with pytest.warns(UserWarning, match=r"safe_serialization is False, but only \*\.safetensors are read"):
+        pipe.save_pretrained(tmp_path / "model", safe_serialization=False)
+    assert {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*")} == {
+        path.relative_to(saved) for path in saved.rglob("*")
+    }
+    verify(tmp_path / "model")
+    with pytest.raises(ValueError, match="use_flashpack is True, but only"):
+        pipe.save_pretrained(tmp_path / "flash", use_flashpack=True)
+    assert not (tmp_path / "flash").exists()
+
+
 @pytest.mark.processes
 def test_diffusers_opens_a_folder_where_mige_was_never_imported(pipe, saved, tmp_path):
     how = environment() | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
