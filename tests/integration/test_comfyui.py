@@ -38,6 +38,7 @@ class ComfyUI:
                 bar.total = total
 
             def update_absolute(bar, value, total=None, preview=None):  # noqa: N805
+                assert not torch.is_inference_mode_enabled()  # ComfyUI's; the pipeline is tested without it
                 self.progress.append((value, total, preview))
 
         self.modules = {
@@ -254,7 +255,6 @@ def test_memory_goes_with_the_model(pack, load):
 def test_modes_reach_the_pipeline(pack, load):
     pipeline = load(dtype="bfloat16", vae_dtype="bfloat16", t5_bits="4", compile=True, vae_tiling=True).pipeline()
     assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
-    assert not pipeline.transformer.proj_out.weight.is_inference()  # or CUDA graphs and adapters could not change it
     assert pipeline.is_compiled and pipeline.vae.use_tiling and load().pipeline().transformer.dtype == torch.float32
 
 
