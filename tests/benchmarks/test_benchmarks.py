@@ -131,6 +131,8 @@ def test_it_runs_on_a_cpu(name, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "SIZE", 64)  # of the images
     if name == "bench_records.py":
         monkeypatch.setattr(module, "BATCH", 200)
+        monkeypatch.setenv("HF_DATASETS_CACHE", "")  # it sets both, which must not outlive the test
+        monkeypatch.setattr(module.datasets.config, "HF_DATASETS_CACHE", "")
     arguments = [tmp_path / "folder" if word == "FOLDER" else word for word in SMALL[name]]
     words = [name, *arguments, "--device", "cpu", "--output", tmp_path / "lines.jsonl"]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])

@@ -153,6 +153,10 @@ def test_the_size_is_the_photographs_or_the_asked_one(elsewhere):
 # ---- the wheel -------------------------------------------------------------------------------------------------------
 
 
+def pathless() -> dict[str, str]:
+    return {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The program `mige` of a wheel, in an environment that has it and this one's other packages."""
@@ -174,8 +178,8 @@ def installed(tmp_path_factory) -> Path:
     assert {str(path) for path in wanted if "__pycache__" not in path.parts} <= names
     place = folder / "environment"
     venv.create(place, symlinks=True, with_pip=False)
-    # Not where an editable install has left its egg-info: pip would take it for the installed one.
-    done = run_program(*pip, "--python", place, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    # An editable install leaves its egg-info in the checkout: on the path, pip would take it for the installed one.
+    done = run_program(*pip, "--python", place, "install", "--no-deps", "--no-index", wheel, cwd=folder, env=pathless())
     assert done.returncode == 0, done.stderr
     [packages] = place.glob("lib/python*/site-packages")
     others = [path for path in sys.path if path.endswith("site-packages")]
@@ -188,7 +192,7 @@ def installed(tmp_path_factory) -> Path:
 def test_the_wheel_makes_an_image_in_another_folder(installed, tmp_path):
     shutil.copy(CAT, tmp_path / "photo.jpg")
     shutil.copytree(MINI, tmp_path / "mige-mini")
-    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"} | {"MIGE_MODEL": "mige-mini"}
+    env = pathless() | {"MIGE_MODEL": "mige-mini"}
     done = run_program(installed, "edit", "photo.jpg", "make it night", "--steps", 2, "--device", "cpu",
                        cwd=tmp_path, env=env)  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("photo-edited.png: made in "), done.stderr
