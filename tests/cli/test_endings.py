@@ -4,11 +4,11 @@ import errno
 import importlib
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -81,14 +81,18 @@ def test_ctrl_c_is_one_line_and_130(name, tmp_path, monkeypatch, capsys):
 def test_ctrl_c_of_a_terminal_leaves_no_traceback_of_any_worker(tmp_path):
     """A terminal signals the whole group: the workers as well."""
     Image.effect_noise((2500, 2500), 50).save(tmp_path / "large.png")
-    row = {"entity_path": ["large.png"], "source_path": ["large.png"], "multi_prompt": "make<imagehere>red"}
-    (tmp_path / "r.json").write_text(json.dumps([row | {"image": "large.png"}] * 2000))
+    rows = []
+    for name in (f"{number}.png" for number in range(2000)):  # an image of many records is opened once
+        os.link(tmp_path / "large.png", tmp_path / name)
+        rows.append({"entity_path": [name], "source_path": [name], "multi_prompt": "make<imagehere>red", "image": name})
+    (tmp_path / "r.json").write_text(json.dumps(rows))
     arguments = (ROOT / "tools" / "check_data.py", tmp_path / "r.json", "--workers", 2)
     with (tmp_path / "err").open("w") as err:
         process = start_python(*arguments, stdout=err, stderr=err, start_new_session=True)
-    while not re.search(r"[1-9]\d*/2000", said := (tmp_path / "err").read_text()):  # until the first chunk is done
-        assert process.poll() is None, said
+    while len(psutil.Process(process.pid).children(recursive=True)) < 2:  # the workers
+        assert process.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.01)
+    time.sleep(1)  # they open images by then, of which there are more than a minute's
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     said = (tmp_path / "err").read_text()
