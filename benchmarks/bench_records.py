@@ -1,8 +1,8 @@
 """Records of any number: seconds until a training has them, and what each of its processes then takes of memory.
 
-    python benchmarks/bench_records.py --folder /tmp/bench                  # 2.28 M and 100 M records; a CPU is enough
-    python benchmarks/bench_records.py --folder /tmp/bench --records 20000 --simulated 50000
-    python benchmarks/bench_records.py --folder /tmp/bench --start FOLDER    # whole trainings of a step too (make tiny)
+    python benchmarks/bench_records.py --folder output/bench    # 2.28 M and 100 M records; a CPU is enough
+    python benchmarks/bench_records.py --folder output/bench --records 20000 --simulated 50000
+    python benchmarks/bench_records.py --folder output/bench --start FOLDER  # whole trainings of a step too (make tiny)
 
 It runs in the root of the repository.
 
